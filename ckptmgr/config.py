@@ -1,0 +1,124 @@
+"""Every tunable and every constant of more than one file, each with its unit and its reason."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckptmgr.errors import HostMemoryError, UsageError
+
+MIB = 1 << 20
+
+CHUNK_BYTES = 4 * MIB
+"""Unit of hashing, compression and verification. Large enough that a codec call (0.1 ms) and a
+chunk-table entry (about 60 B) vanish, small enough that a pipeline of a few fits the budget."""
+
+PACK_BYTES = 64 * MIB
+"""Target size of one stored object: big sequential writes, few objects, cheap to write again."""
+
+DEFAULT_SLOTS = 2
+DEFAULT_KEEP = 3
+
+BUDGET_BYTES = 192 * MIB
+"""Most memory the pipeline holds in bounce buffers, over all snapshots and restores together.
+Three packs: one being filled, one being written, one for a restore at the same time."""
+
+STORE_TIMEOUT_SECONDS = 60.0
+"""Deadline of one store operation; past it the operation counts as failed with unknown outcome."""
+
+CONTROL_TIMEOUT_SECONDS = 30.0
+"""Deadline of a control request that does no store I/O in the foreground."""
+
+CONTROL_FRAME_BYTES_MAX = 8 * MIB
+"""Longest control frame; `status` of 1,000 buffers is about 1 MiB."""
+
+IDLE_SECONDS = 600.0
+"""An auto-started daemon ends after this long without trainer, snapshot or request. Long enough
+that a job restarted by its scheduler still finds its host memory."""
+
+START_SECONDS_MAX = 20.0
+"""How long a rank waits for an auto-started daemon to answer (measured start: 0.3 s)."""
+
+DRAIN_SECONDS = 600.0
+"""Default of `drain_timeout`: how long leaving the `with` block waits for the last commit."""
+
+PATIENCE_SECONDS_MIN = 10.0
+"""A stuck undecided snapshot is superseded after max(this, the interval) without progress."""
+
+
+def _env_float(name: str, default: float) -> float:
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"{text!r} is not a number", subject=name) from None
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonSettings:
+    """What the operator of a daemon may set; `from_env` reads CKPTMGR_* variables.
+
+    Units are in the names. `metrics_port` 0 takes any free port (see `ckptmgr status`), a
+    negative one switches the metrics endpoint off.
+    """
+
+    runtime_dir: Path
+    idle_seconds: float = 0.0
+    budget_bytes: int = BUDGET_BYTES
+    store_timeout_seconds: float = STORE_TIMEOUT_SECONDS
+    metrics_port: int = 0
+
+    @classmethod
+    def from_env(cls, *, auto: bool) -> DaemonSettings:
+        """Settings of a daemon started by hand, or (`auto`) by a rank: then it ends when idle."""
+        return cls(
+            runtime_dir=runtime_dir(),
+            idle_seconds=_env_float("CKPTMGR_IDLE_SECONDS", IDLE_SECONDS if auto else 0.0),
+            budget_bytes=int(_env_float("CKPTMGR_BUDGET_MIB", BUDGET_BYTES / MIB)) * MIB,
+            store_timeout_seconds=_env_float(
+                "CKPTMGR_STORE_TIMEOUT_SECONDS", STORE_TIMEOUT_SECONDS
+            ),
+            metrics_port=int(_env_float("CKPTMGR_METRICS_PORT", 0)),
+        )
+
+
+def runtime_dir() -> Path:
+    """Directory of host buffers, inbox and control socket: one daemon and one user each.
+
+    It must be on tmpfs. `CKPTMGR_RUNTIME_DIR` overrides the default /dev/shm/ckptmgr-<uid>.
+    """
+    override = os.environ.get("CKPTMGR_RUNTIME_DIR")
+    return Path(override) if override else Path(f"/dev/shm/ckptmgr-{os.getuid()}")
+
+
+def open_private_dir(path: Path) -> None:
+    """Make `path` (mode 0700) or check that it is a real directory of ours with mode 0700.
+
+    Raises:
+        HostMemoryError: somebody else made it, it is a link, or others have access to it.
+    """
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise HostMemoryError(
+            f"can not be made: {error.strerror}",
+            subject=str(path),
+            hint="Set CKPTMGR_RUNTIME_DIR to a directory on tmpfs that you may write.",
+        ) from error
+    found = os.lstat(path)
+    if (
+        not stat.S_ISDIR(found.st_mode)
+        or found.st_uid != os.getuid()
+        or stat.S_IMODE(found.st_mode) & 0o077
+    ):
+        raise HostMemoryError(
+            "is not a directory of this user with mode 0700",
+            subject=str(path),
+            hint="Remove it if it is not yours, or set CKPTMGR_RUNTIME_DIR to another place.",
+        )

@@ -1,0 +1,1 @@
+"""The sidecar: takes sealed snapshots, streams them to the store, commits, resumes."""

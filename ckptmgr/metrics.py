@@ -1,0 +1,63 @@
+"""Every metric's name, unit and help text, in one place."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+SECONDS_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
+
+
+class Metrics:
+    """The daemon's metrics on a registry of their own; `job` is a short hash of the store URL."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        r = self.registry
+        job = ["job"]
+        self.last_commit_step = Gauge(
+            "ckptmgr_last_commit_step", "Step of the newest commit.", job, registry=r
+        )
+        self.last_commit_timestamp = Gauge(
+            "ckptmgr_last_commit_timestamp_seconds",
+            "Unix time of the newest commit; its age is time() minus this.",
+            job,
+            registry=r,
+        )
+        self.commits = Counter("ckptmgr_commits", "Steps committed.", job, registry=r)
+        self.aborts = Counter("ckptmgr_aborts", "Steps given up.", job, registry=r)
+        self.stall = Histogram(
+            "ckptmgr_stall_seconds",
+            "Time the training thread was blocked by a snapshot.",
+            job,
+            registry=r,
+            buckets=SECONDS_BUCKETS,
+        )
+        self.commit_duration = Histogram(
+            "ckptmgr_commit_duration_seconds",
+            "Time from the start of writing a snapshot to its commit.",
+            job,
+            registry=r,
+            buckets=SECONDS_BUCKETS,
+        )
+        self.raw_bytes = Counter(
+            "ckptmgr_raw_bytes", "Snapshot bytes written, before the codec.", job, registry=r
+        )
+        self.stored_bytes = Counter(
+            "ckptmgr_stored_bytes", "Snapshot bytes written, after the codec.", job, registry=r
+        )
+        self.queue = Gauge(
+            "ckptmgr_queue_snapshots", "Sealed snapshots not decided yet.", job, registry=r
+        )
+        self.failures = Counter(
+            "ckptmgr_failures", "Failures by kind of error.", [*job, "kind"], registry=r
+        )
+        self.restores = Counter(
+            "ckptmgr_restores", "Restores by source: memory or store.", [*job, "source"], registry=r
+        )
+        self.fallbacks = Counter(
+            "ckptmgr_restore_fallbacks",
+            "Restores that fell back to an older step.",
+            job,
+            registry=r,
+        )
+        self.trainers = Gauge("ckptmgr_trainers", "Trainers attached.", registry=r)

@@ -1,0 +1,1 @@
+"""Runs in the training process; the only package that imports torch."""

@@ -1,0 +1,1 @@
+"""The way back: plan, fetch, verify, and files for other programs."""

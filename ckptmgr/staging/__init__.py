@@ -1,0 +1,1 @@
+"""The process boundary: shared host memory, tickets and the control socket."""

@@ -1,0 +1,1 @@
+"""Where the bytes live: named, immutable objects."""

@@ -1,0 +1,105 @@
+"""The store contract: six methods over named, immutable objects, and two declared constants.
+
+Nothing is ever overwritten, and no method takes a lock or reads a clock. Every implementation
+passes `ckptmgr.testing.StoreSuite`.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from enum import Enum
+from typing import ClassVar
+
+from ckptmgr.errors import UsageError
+
+Buffers = Sequence[memoryview]
+"""Contiguous byte views that are written one after the other."""
+
+
+class PutResult(Enum):
+    """What `put_new` did."""
+
+    OK = "ok"
+    CONFLICT = "conflict"
+
+
+_SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+def check_key(key: str) -> str:
+    """Return `key` if it is safe on every store: segments of [A-Za-z0-9._-], joined by '/'.
+
+    Raises:
+        UsageError: an empty segment, '..', a leading dot, another character, or too long.
+    """
+    if len(key) > 512 or not all(_SEGMENT.fullmatch(part) for part in key.split("/")):
+        raise UsageError("is not a valid key", subject=repr(key))
+    return key
+
+
+class Store(ABC):
+    """Named, immutable objects.
+
+    Errors of every method: `StoreUnreachableError` (or a subclass) where a retry may help,
+    `StoreError` where it will not. Cancelling a call leaves its outcome unknown.
+    """
+
+    durable_on_return: ClassVar[bool] = True
+    """Whether an object that `get` or `list` shows is already on stable storage, whoever wrote
+    it. Where False, `make_durable` must be called before relying on another writer's object."""
+
+    visibility_lag_seconds: ClassVar[float] = 0.0
+    """Longest time after `put_new` returned during which `get` or `list` may not show it."""
+
+    @property
+    @abstractmethod
+    def url(self) -> str:
+        """The URL it was opened with, without credentials."""
+
+    @abstractmethod
+    async def put_new(self, key: str, buffers: Buffers) -> PutResult:
+        """Create `key` with the concatenation of `buffers`, or do nothing and say CONFLICT.
+
+        Exclusive and atomic: of any number of concurrent callers exactly one gets OK, and no
+        reader ever sees a part. Returns OK only when object and name are on stable storage.
+        After an error the object may or may not exist; if it exists it is whole.
+        """
+
+    @abstractmethod
+    async def get(
+        self,
+        key: str,
+        offset: int = 0,
+        length: int | None = None,
+        into: memoryview | None = None,
+    ) -> memoryview:
+        """Read `length` bytes from `offset` (to the end if None).
+
+        With `into`, reads exactly len(into) bytes into it and returns it; `length` is ignored.
+
+        Raises:
+            ObjectNotFoundError: no such key.
+            StoreError: the object ends before the range does (message "is too short").
+        """
+
+    @abstractmethod
+    async def list(self, prefix: str) -> list[str]:
+        """Every key that starts with `prefix`, sorted; `prefix` is '' or ends with '/'."""
+
+    @abstractmethod
+    async def delete(self, key: str) -> None:
+        """Delete `key`; a key that does not exist is no error."""
+
+    @abstractmethod
+    async def make_durable(self, key: str) -> None:
+        """Return only when the existing object `key` and its name are on stable storage.
+
+        Raises:
+            ObjectNotFoundError: no such key.
+        """
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Release what the store holds; no other method is called afterwards."""
