@@ -1,0 +1,478 @@
+"""Shared host memory of one rank: slots that describe themselves and survive both processes.
+
+The protocol in three lines (docs/format.md section 1 has every byte):
+writer:  state = WRITING(generation) ; table, data, sealed record ; barrier ; state = SEALED
+reader:  read state ; read the slot ; barrier ; read state again: any change discards what was read
+daemon:  settled[slot] = generation, outcome     (never touches a slot of a live writer)
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import struct
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import msgspec
+import xxhash
+
+from ckptmgr.errors import HostBufferDamagedError, HostMemoryError, TornSnapshotError
+from ckptmgr.staging.sharedmap import SharedMap, memory_barrier
+from ckptmgr.types import PAGE_BYTES, Binding, Layout, Outcome, SlotState, Snapshot
+
+MAGIC = b"CKPTHB\r\n"
+VERSION = 1
+SLOTS_MIN, SLOTS_MAX = 2, 3
+
+_HEADER = struct.Struct("<8sIIQQ16sI12x")
+_SEALED = struct.Struct("<QQQ16sIIQQQdd16s16s")
+_HEADER_HASH_AT, _BINDING_AT = 64, 128
+_DAEMON_PAGE_AT, _SLOTS_AT = PAGE_BYTES, 2 * PAGE_BYTES
+_SEALED_AT = 64
+_SEALED_HASH_AT = _SEALED_AT + _SEALED.size
+_VALUES_ALIGN = 64
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_layout = msgspec.msgpack.Decoder(Layout).decode
+_decode_binding = msgspec.msgpack.Decoder(Binding).decode
+
+
+def round_up(length: int, unit: int) -> int:
+    """The smallest multiple of `unit` that is not less than `length`."""
+    return -(-length // unit) * unit
+
+
+def table_bytes_needed(layout_bytes: int, values_bytes: int) -> int:
+    """Bytes of a table region that holds a layout and values of these lengths."""
+    return round_up(round_up(layout_bytes, _VALUES_ALIGN) + values_bytes, PAGE_BYTES)
+
+
+def encode_layout(layout: Layout) -> bytes:
+    """The bytes of a layout in a slot and in a manifest."""
+    return _encode(layout)
+
+
+def decode_layout(encoded: bytes | memoryview, *, subject: str) -> Layout:
+    """Read a layout and check that its groups and leaves lie inside its data region.
+
+    Raises:
+        HostBufferDamagedError: it is not a layout, or it does not hold together.
+    """
+    try:
+        layout = _decode_layout(encoded)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise HostBufferDamagedError(f"layout can not be read: {error}", subject=subject) from error
+    end = 0
+    for group in layout.groups:
+        if group.offset != end or group.nbytes % PAGE_BYTES or group.itemsize not in range(1, 17):
+            raise HostBufferDamagedError("layout has overlapping groups", subject=subject)
+        end += group.nbytes
+    if end != layout.data_bytes:
+        raise HostBufferDamagedError("layout does not cover its data", subject=subject)
+    for leaf in layout.leaves:
+        if leaf.offset < 0 or leaf.nbytes < 0 or leaf.offset + leaf.nbytes > end:
+            raise HostBufferDamagedError(f"leaf {leaf.path} is out of bounds", subject=subject)
+    return layout
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """Size of a buffer: slots, and bytes of each slot's table and data region (page multiples)."""
+
+    slots: int
+    table_bytes: int
+    data_bytes: int
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot with its header page."""
+        return PAGE_BYTES + self.table_bytes + self.data_bytes
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the whole file."""
+        return _SLOTS_AT + self.slots * self.slot_bytes
+
+    def holds(self, table_bytes: int, data_bytes: int) -> bool:
+        """Whether a snapshot of this size fits into a slot."""
+        return table_bytes <= self.table_bytes and data_bytes <= self.data_bytes
+
+
+class HostBuffer:
+    """A mapped host buffer. One process writes slots, one daemon settles them, any may read.
+
+    Views handed out by its methods must be released before `close`.
+    """
+
+    def __init__(self, path: Path, fd: int, mapped: SharedMap, capacity: Capacity) -> None:
+        self.path = path
+        self.capacity = capacity
+        self._fd = fd
+        self._map = mapped
+        self.id = bytes(mapped.view[32:48]).hex()
+        length = struct.unpack_from("<I", mapped.view, 48)[0]
+        self.binding = _decode_binding(mapped.view[_BINDING_AT : _BINDING_AT + length])
+        self._words = mapped.view.cast("Q")
+
+    # -- life ---------------------------------------------------------------------------------
+
+    @classmethod
+    def create(cls, directory: Path, binding: Binding, capacity: Capacity) -> HostBuffer:
+        """Make a buffer file in `directory`; sparse until somebody populates or writes it.
+
+        Raises:
+            HostMemoryError: no space, or a binding or capacity that can not be described.
+        """
+        encoded = _encode(binding)
+        if len(encoded) > PAGE_BYTES - _BINDING_AT:
+            raise HostMemoryError("URL is too long for a host buffer", subject=binding.url)
+        if not SLOTS_MIN <= capacity.slots <= SLOTS_MAX:
+            raise HostMemoryError(f"a host buffer has 2 or 3 slots, not {capacity.slots}")
+        _check_space(directory, capacity.file_bytes)
+        buffer_id = secrets.token_bytes(16)
+        head = _HEADER.pack(
+            MAGIC,
+            VERSION,
+            capacity.slots,
+            capacity.table_bytes,
+            capacity.data_bytes,
+            buffer_id,
+            len(encoded),
+        )
+        page = head + xxhash.xxh3_128_digest(head + encoded) + bytes(48) + encoded
+        path = directory / f"{buffer_id.hex()}.buf"
+        temporary = directory / f".{buffer_id.hex()}"
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(temporary, flags, 0o600)
+        try:
+            os.ftruncate(fd, capacity.file_bytes)
+            os.pwrite(fd, page, 0)
+        finally:
+            os.close(fd)
+        os.rename(temporary, path)  # the name appears only when the header is whole
+        return cls.open(path)
+
+    @classmethod
+    def open(cls, path: Path) -> HostBuffer:
+        """Map an existing buffer.
+
+        Raises:
+            HostMemoryError: it is not a file of this user, or can not be mapped.
+            HostBufferDamagedError: its header does not hold.
+        """
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as error:
+            raise HostMemoryError(
+                f"can not be opened: {error.strerror}", subject=str(path)
+            ) from error
+        try:
+            capacity = _read_header(fd, path)
+            return cls(path, fd, SharedMap(fd, capacity.file_bytes), capacity)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def close(self) -> None:
+        """Unmap the file and drop the writer's lock, if this process holds it."""
+        self._words.release()
+        self._map.close()
+        os.close(self._fd)
+
+    def unlink(self) -> None:
+        """Remove the file; whoever has it mapped keeps the memory until it closes."""
+        self.path.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def lock_for_writing(self) -> bool:
+        """Take the writer's lock; False if another live process has it.
+
+        A POSIX record lock: the kernel drops it when the process dies, and a forked child
+        (a data loader worker that outlives the trainer) does not inherit it.
+        """
+        try:
+            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
+
+    def has_live_writer(self) -> bool:
+        """Whether another process holds the writer's lock."""
+        if self.lock_for_writing():
+            fcntl.lockf(self._fd, fcntl.LOCK_UN)
+            return False
+        return True
+
+    def populate(self, stop: threading.Event | None = None) -> None:
+        """Make every page of the file present and writable in this process (about 1 s per GiB).
+
+        Fresh pages cost ten times a copy into warm ones, and a full tmpfs would kill the writer
+        with SIGBUS: both are met here, before the first snapshot. The memory is charged to the
+        cgroup of the caller, which is the trainer.
+
+        Raises:
+            HostMemoryError: not enough shared memory.
+        """
+        self._map.populate(stop)
+
+    # -- slots --------------------------------------------------------------------------------
+
+    def slot_at(self, slot: int) -> int:
+        """Offset of a slot in the file."""
+        return _SLOTS_AT + slot * self.capacity.slot_bytes
+
+    def data_at(self, slot: int) -> int:
+        """Offset of a slot's data region in the file; a multiple of the page size."""
+        return self.slot_at(slot) + PAGE_BYTES + self.capacity.table_bytes
+
+    def state(self, slot: int) -> tuple[SlotState, int]:
+        """State and generation of a slot, from one 8-byte load."""
+        word = self._words[self.slot_at(slot) // 8]
+        number = word & 3
+        return (SlotState(number) if number < 3 else SlotState.EMPTY), word >> 2
+
+    def _set_state(self, slot: int, state: SlotState, generation: int) -> None:
+        # memoryview item assignment with format Q is one aligned 8-byte store.
+        self._words[self.slot_at(slot) // 8] = generation << 2 | state
+
+    def data(self, slot: int) -> memoryview:
+        """The whole data region of a slot, writable."""
+        start = self.data_at(slot)
+        return self._map.view[start : start + self.capacity.data_bytes]
+
+    def next_generation(self) -> int:
+        """A generation greater than every one in the buffer."""
+        return 1 + max(self.state(slot)[1] for slot in range(self.capacity.slots))
+
+    def snapshot(self, slot: int) -> Snapshot | None:
+        """The sealed snapshot in `slot`, or None if there is none.
+
+        Raises:
+            HostBufferDamagedError: it says SEALED, but its record does not hold.
+        """
+        state, generation = self.state(slot)
+        if state is not SlotState.SEALED:
+            return None
+        at = self.slot_at(slot)
+        record = bytes(self._map.view[at + _SEALED_AT : at + _SEALED_HASH_AT])
+        digest = bytes(self._map.view[at + _SEALED_HASH_AT : at + _SEALED_HASH_AT + 16])
+        memory_barrier()
+        if self.state(slot) != (state, generation):
+            return None
+        fields = _SEALED.unpack(record)
+        inside = (
+            fields[0] == generation
+            and table_bytes_needed(fields[6], fields[7]) <= self.capacity.table_bytes
+            and fields[8] <= self.capacity.data_bytes
+        )
+        if xxhash.xxh3_128_digest(record) != digest or not inside:
+            raise HostBufferDamagedError(
+                f"sealed record of slot {slot} does not hold", subject=str(self.path)
+            )
+        return Snapshot(
+            slot=slot,
+            generation=generation,
+            attempt=fields[1],
+            step=fields[2],
+            nonce=fields[3].hex(),
+            rank=fields[4],
+            world=fields[5],
+            layout_bytes=fields[6],
+            values_bytes=fields[7],
+            data_bytes=fields[8],
+            sealed_at=fields[9],
+            stall_seconds=fields[10],
+        )
+
+    def snapshots(self) -> list[Snapshot]:
+        """All sealed snapshots, oldest first."""
+        found = [self.snapshot(slot) for slot in range(self.capacity.slots)]
+        return sorted((s for s in found if s is not None), key=lambda s: s.generation)
+
+    def unchanged(self, snapshot: Snapshot) -> bool:
+        """Whether the slot still holds `snapshot`: call it after the last read of the slot."""
+        memory_barrier()
+        return self.state(snapshot.slot) == (SlotState.SEALED, snapshot.generation)
+
+    def table(self, snapshot: Snapshot) -> tuple[bytes, bytes]:
+        """Copies of a snapshot's encoded layout and values, checked against their hashes.
+
+        Raises:
+            TornSnapshotError: the slot was reused while it was read.
+            HostBufferDamagedError: the slot is the same, but the hashes do not hold.
+        """
+        start = self.slot_at(snapshot.slot) + PAGE_BYTES
+        values_at = start + round_up(snapshot.layout_bytes, _VALUES_ALIGN)
+        layout = bytes(self._map.view[start : start + snapshot.layout_bytes])
+        values = bytes(self._map.view[values_at : values_at + snapshot.values_bytes])
+        at = self.slot_at(snapshot.slot) + _SEALED_AT
+        fields = _SEALED.unpack_from(self._map.view, at)
+        if not self.unchanged(snapshot):
+            raise TornSnapshotError(
+                f"slot {snapshot.slot} was reused while it was read", subject=str(self.path)
+            )
+        hashes = (xxhash.xxh3_128_digest(layout), xxhash.xxh3_128_digest(values))
+        if hashes != (fields[11], fields[12]):
+            raise HostBufferDamagedError(
+                f"table of slot {snapshot.slot} does not hold", subject=str(self.path)
+            )
+        return layout, values
+
+    def begin(self, slot: int) -> SlotWriter:
+        """Start writing `slot`: from now on what it held does not exist any more."""
+        generation = self.next_generation()
+        self._set_state(slot, SlotState.WRITING, generation)
+        memory_barrier()
+        return SlotWriter(self, slot, generation)
+
+    # -- words of the daemon ------------------------------------------------------------------
+
+    def settle(self, snapshot: Snapshot, outcome: Outcome) -> None:
+        """Say what became of a snapshot; call it only when the register is durable."""
+        at = (_DAEMON_PAGE_AT + 64 + 64 * snapshot.slot) // 8
+        self._words[at + 1] = outcome
+        memory_barrier()
+        self._words[at] = snapshot.generation
+
+    def outcome(self, snapshot: Snapshot) -> Outcome:
+        """What became of a snapshot, as far as this buffer knows."""
+        at = (_DAEMON_PAGE_AT + 64 + 64 * snapshot.slot) // 8
+        if self._words[at] != snapshot.generation:
+            return Outcome.UNDECIDED
+        memory_barrier()
+        return Outcome(self._words[at + 1])
+
+    @property
+    def progress_bytes(self) -> int:
+        """Bytes that this buffer's snapshots have put into the store, ever."""
+        return self._words[_DAEMON_PAGE_AT // 8]
+
+    def add_progress(self, length: int) -> None:
+        """Count bytes that reached the store; the rank tells a slow store from a dead one by it."""
+        self._words[_DAEMON_PAGE_AT // 8] += length
+
+
+class SlotWriter:
+    """The right to fill one slot; ends with `seal`, or with the slot left as WRITING."""
+
+    def __init__(self, buffer: HostBuffer, slot: int, generation: int) -> None:
+        self._buffer = buffer
+        self.slot = slot
+        self.generation = generation
+
+    @property
+    def data(self) -> memoryview:
+        """The slot's data region, writable."""
+        return self._buffer.data(self.slot)
+
+    def seal(
+        self,
+        *,
+        attempt: int,
+        nonce: str,
+        rank: int,
+        world: int,
+        step: int,
+        layout: bytes,
+        layout_hash: bytes,
+        values: bytes,
+        data_bytes: int,
+        stall_seconds: float,
+        sealed_at: float | None = None,
+    ) -> Snapshot:
+        """Write the table, then publish the snapshot by one aligned 8-byte store.
+
+        `layout_hash` is xxh3_128 of `layout`, which is constant and hashed once by the caller.
+
+        Raises:
+            HostMemoryError: table or data do not fit into the slot.
+        """
+        buffer = self._buffer
+        if not buffer.capacity.holds(table_bytes_needed(len(layout), len(values)), data_bytes):
+            raise HostMemoryError("snapshot does not fit", subject=str(buffer.path))
+        view = buffer._map.view
+        at = buffer.slot_at(self.slot)
+        self._write_table(layout, layout_hash, values)
+        record = _SEALED.pack(
+            self.generation,
+            attempt,
+            step,
+            bytes.fromhex(nonce),
+            rank,
+            world,
+            len(layout),
+            len(values),
+            data_bytes,
+            time.time() if sealed_at is None else sealed_at,
+            stall_seconds,
+            layout_hash,
+            xxhash.xxh3_128_digest(values),
+        )
+        view[at + _SEALED_AT : at + _SEALED_HASH_AT] = record
+        view[at + _SEALED_HASH_AT : at + _SEALED_HASH_AT + 16] = xxhash.xxh3_128_digest(record)
+        memory_barrier()
+        buffer._set_state(self.slot, SlotState.SEALED, self.generation)
+        snapshot = buffer.snapshot(self.slot)
+        assert snapshot is not None
+        return snapshot
+
+    def _write_table(self, layout: bytes, layout_hash: bytes, values: bytes) -> None:
+        view = self._buffer._map.view
+        at = self._buffer.slot_at(self.slot)
+        start = at + PAGE_BYTES
+        old = _SEALED.unpack_from(view, at + _SEALED_AT)
+        # The layout is the same from step to step and may be megabytes: write it only once.
+        # The old record may belong to a write that was cut short, so the bytes are compared too.
+        same = old[11] == layout_hash and view[start : start + len(layout)] == layout
+        if not same:
+            view[start : start + len(layout)] = layout
+        values_at = start + round_up(len(layout), _VALUES_ALIGN)
+        view[values_at : values_at + len(values)] = values
+
+
+def _check_space(directory: Path, file_bytes: int) -> None:
+    found = os.statvfs(directory)
+    free = found.f_bavail * found.f_frsize
+    if free < file_bytes:
+        raise HostMemoryError(
+            f"needs {file_bytes >> 20} MiB of shared memory, {free >> 20} MiB are free",
+            subject=str(directory),
+            hint="Enlarge /dev/shm (docker: --shm-size, Kubernetes: a memory-medium emptyDir) "
+            "or set CKPTMGR_RUNTIME_DIR to a larger tmpfs.",
+        )
+
+
+def _read_header(fd: int, path: Path) -> Capacity:
+    found = os.fstat(fd)
+    if found.st_uid != os.getuid():
+        raise HostMemoryError("belongs to another user", subject=str(path))
+    page = os.pread(fd, PAGE_BYTES, 0)
+    if len(page) < PAGE_BYTES or page[:8] != MAGIC:
+        raise HostBufferDamagedError("is not a host buffer", subject=str(path))
+    _, version, slots, table_bytes, data_bytes, _, length = _HEADER.unpack_from(page)
+    if version != VERSION:
+        raise HostBufferDamagedError(f"has version {version}, not {VERSION}", subject=str(path))
+    binding = page[_BINDING_AT : _BINDING_AT + min(length, PAGE_BYTES)]
+    hashed = page[:_HEADER_HASH_AT] + binding
+    if xxhash.xxh3_128_digest(hashed) != page[_HEADER_HASH_AT : _HEADER_HASH_AT + 16]:
+        raise HostBufferDamagedError("has a damaged header", subject=str(path))
+    capacity = Capacity(slots, table_bytes, data_bytes)
+    if found.st_size != capacity.file_bytes:
+        raise HostBufferDamagedError("has the wrong size", subject=str(path))
+    return capacity
