@@ -1,30 +1,30 @@
 """Every error ckptmgr raises: what failed, on which object, and what to do next.
 
-    CkptmgrError                     exit 1
-    +- UsageError                    exit 2   a wrong argument, URL, key or configuration
-    |  +- StepOrderError                      steps must strictly increase within an attempt
-    +- StateError                    exit 1   the training state itself
-    |  +- UnsupportedLeafError                a leaf that can not be stored exactly, with its path
-    |  +- StateMismatchError                  the saved and the live state differ in leaves, shapes or dtypes
-    +- HostMemoryError               exit 1   shared host memory can not be had or is not ours
-    |  +- HostBufferDamagedError              a host buffer whose own description does not hold
-    |  +- TornSnapshotError                   a leaf changed while it was being copied
-    +- DaemonError                   exit 1   the sidecar can not be reached or answered with a fault
-    |  +- DaemonUnreachableError
-    |  +- ControlProtocolError                a control frame that is too long, cut or of unknown type
-    +- DamageError                   exit 3   stored bytes are not what was written
-    |  +- RecordDamagedError                  a small record: bad magic, length or digest
-    |  +- ChunkDamagedError                   a chunk: bad hash, frame or length
-    |  +- MissingObjectError                  an object that a commit names is gone
-    |  +- UnsupportedFormatError              written by a newer ckptmgr, or not by ckptmgr
-    +- NothingToRestoreError         exit 4   the store holds no committed step (or not the one asked for)
-    +- StoreError                    exit 1   a store operation failed
-    |  +- StoreUnreachableError      exit 5   it may work later: timeout, ESTALE, connection lost
-    |  +- StoreFullError             exit 5   ENOSPC or EDQUOT
-    |  +- StorePermissionError       exit 5   EACCES, EPERM, EROFS
-    |  +- ObjectNotFoundError                 `get` of a key that does not exist
-    +- SupersededError               exit 6   a newer attempt of the job is active
-    +- RegisterConflictError         exit 1   a register holds what no correct writer puts there
+CkptmgrError                     exit 1
++- UsageError                    exit 2   a wrong argument, URL, key or configuration
+|  +- StepOrderError                      steps must strictly increase within an attempt
++- StateError                    exit 1   the training state itself
+|  +- UnsupportedLeafError                a leaf that can not be stored exactly, with its path
+|  +- StateMismatchError                  saved and live leaves, shapes or dtypes differ
++- HostMemoryError               exit 1   shared host memory can not be had or is not ours
+|  +- HostBufferDamagedError              a host buffer whose own description does not hold
+|  +- TornSnapshotError                   a leaf changed while it was being copied
++- DaemonError                   exit 1   the sidecar can not be reached or answered with a fault
+|  +- DaemonUnreachableError
+|  +- ControlProtocolError                a control frame that is too long, cut or of unknown type
++- DamageError                   exit 3   stored bytes are not what was written
+|  +- RecordDamagedError                  a small record: bad magic, length or digest
+|  +- ChunkDamagedError                   a chunk: bad hash, frame or length
+|  +- MissingObjectError                  an object that a commit names is gone
+|  +- UnsupportedFormatError              written by a newer ckptmgr, or not by ckptmgr
++- NothingToRestoreError         exit 4   no committed step, or not the one asked for
++- StoreError                    exit 1   a store operation failed
+|  +- StoreUnreachableError      exit 5   it may work later: timeout, ESTALE, connection lost
+|  +- StoreFullError             exit 5   ENOSPC or EDQUOT
+|  +- StorePermissionError       exit 5   EACCES, EPERM, EROFS
+|  +- ObjectNotFoundError                 `get` of a key that does not exist
++- SupersededError               exit 6   a newer attempt of the job is active
++- RegisterConflictError         exit 1   a register holds what no correct writer puts there
 """
 
 from __future__ import annotations

@@ -1,0 +1,50 @@
+# `make demo` and `make test` each work first, on a fresh clone with only python3 and its venv module.
+#
+#   PYTHON       interpreter that makes .venv
+#   VENV_ARGS    for example --system-site-packages, to use the torch that is already installed
+#   CONSTRAINTS  pip constraints; set it to /dev/null to take the newest releases
+#   PIP_ARGS     more arguments for pip, for example the index of a torch build
+#   PYTEST_ARGS  more arguments for pytest
+
+PYTHON ?= python3
+VENV_ARGS ?=
+CONSTRAINTS ?= tests/constraints.txt
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+SOAK_SECONDS ?= 3600
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: demo test lint bench soak reliability clean
+
+demo: $(STAMP)
+	@$(BIN)/ckptmgr demo
+
+test: lint
+	@$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy --strict ckptmgr
+
+bench: $(STAMP)
+	@$(BIN)/ckptmgr bench
+
+# The counts that docs/reliability.md reports; hours, not minutes.
+reliability: $(STAMP)
+	@CKPTMGR_RELIABILITY=1 $(BIN)/python -m pytest -n 2 -m reliability --timeout 14400 $(PYTEST_ARGS)
+
+soak: $(STAMP)
+	@CKPTMGR_SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/python -m pytest -m soak --timeout 0 $(PYTEST_ARGS)
+
+# A changed pyproject.toml or pin installs again; source changes do not (editable install).
+$(STAMP): pyproject.toml tests/constraints.txt
+	$(PYTHON) -m venv $(VENV_ARGS) .venv
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c $(CONSTRAINTS) -e ".[torch,dev]"
+	@touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	find ckptmgr tests -name __pycache__ -type d -prune -exec rm -rf {} +
