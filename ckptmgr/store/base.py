@@ -10,9 +10,8 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from enum import Enum
-from typing import ClassVar
 
-from ckptmgr.errors import UsageError
+from ckptmgr.errors import StoreError, UsageError
 
 Buffers = Sequence[memoryview]
 """Contiguous byte views that are written one after the other."""
@@ -39,18 +38,55 @@ def check_key(key: str) -> str:
     return key
 
 
+def check_prefix(prefix: str) -> str:
+    """Return `prefix` if `list` takes it: '' or a valid key followed by one '/'.
+
+    Raises:
+        UsageError: anything else.
+    """
+    if prefix and not prefix.endswith("/"):
+        raise UsageError("is not a prefix: it must be '' or end with '/'", subject=repr(prefix))
+    if prefix:
+        check_key(prefix[:-1])
+    return prefix
+
+
+def range_length(
+    key: str, size: int, offset: int, length: int | None, into: memoryview | None
+) -> int:
+    """Bytes that `get` returns from an object of `size` bytes.
+
+    Raises:
+        UsageError: a negative offset or length.
+        StoreError: the object "is too short".
+    """
+    wanted = len(into) if into is not None else length
+    if offset < 0 or (wanted is not None and wanted < 0):
+        raise UsageError("can not be read at a negative offset or length", subject=key)
+    if wanted is None:
+        wanted = max(size - offset, 0)
+    if offset + wanted > size:
+        raise StoreError(
+            f"is too short: {size} bytes, bytes {offset} to {offset + wanted} are wanted",
+            subject=key,
+        )
+    return wanted
+
+
 class Store(ABC):
     """Named, immutable objects.
 
     Errors of every method: `StoreUnreachableError` (or a subclass) where a retry may help,
-    `StoreError` where it will not. Cancelling a call leaves its outcome unknown.
+    `StoreError` where it will not; `UsageError` for a bad key or prefix. Cancelling a call leaves
+    its outcome unknown, but once a call has ended in any way `into` is not written any more, and
+    bytes that `buffers` get afterwards never become part of an object.
     """
 
-    durable_on_return: ClassVar[bool] = True
+    durable_on_return: bool = True
     """Whether an object that `get` or `list` shows is already on stable storage, whoever wrote
     it. Where False, `make_durable` must be called before relying on another writer's object."""
 
-    visibility_lag_seconds: ClassVar[float] = 0.0
+    visibility_lag_seconds: float = 0.0
     """Longest time after `put_new` returned during which `get` or `list` may not show it."""
 
     @property

@@ -1,0 +1,336 @@
+"""file:// objects as files of any POSIX file system, written so that a power cut loses none."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Self, TypeVar
+from urllib.parse import quote
+
+from ckptmgr.config import MIB
+from ckptmgr.errors import (
+    ObjectNotFoundError,
+    StoreError,
+    StoreUnreachableError,
+    UsageError,
+)
+from ckptmgr.store.base import (
+    Buffers,
+    PutResult,
+    Store,
+    check_key,
+    check_prefix,
+    range_length,
+)
+from ckptmgr.store.posix import (
+    is_direct,
+    is_page_aligned,
+    is_regular,
+    opened,
+    start_direct,
+    store_error,
+    write_all,
+)
+from ckptmgr.store.tree import Tree, walk
+
+THREADS = 8
+"""Blocking calls at a time: more than one disk can use, few enough to lose when a mount hangs."""
+
+DIRECT_BYTES_MIN = 1 * MIB
+"""Smallest object written with O_DIRECT; below, the page cache is as fast and spares the call."""
+
+READ_BYTES = 1 * MIB
+"""Bytes read at once for `into`. They pass through a buffer that stays in the CPU's cache, so
+that a read that comes back after its call was cancelled can not write into memory that its
+owner has put to another use."""
+
+TEMPORARIES = ".tmp"
+"""Directory of unfinished objects; no key can name it, for its first character is a dot."""
+
+T = TypeVar("T")
+
+
+class _AbandonedError(Exception):
+    """The caller of a call that is still running was cancelled; nobody sees this."""
+
+
+class _Call:
+    """One blocking call in a thread: `with` it while it runs; `hung` holds it when given up."""
+
+    def __init__(self, hung: set[_Call]) -> None:
+        self._hung = hung
+        self._lock = threading.Lock()
+        self._abandoned = False
+        self._running = False
+
+    def __enter__(self) -> Self:
+        with self._lock:
+            self.check()
+            self._running = True
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        with self._lock:
+            self._running = False
+            self._hung.discard(self)
+
+    def abandon(self) -> None:
+        """After this returns, the call neither links an object nor writes into a buffer."""
+        with self._lock:
+            self._abandoned = True
+            if self._running:
+                self._hung.add(self)
+
+    def check(self) -> None:
+        """Give up if the caller has."""
+        if self._abandoned:
+            raise _AbandonedError
+
+    def deliver(self, source: memoryview, target: memoryview) -> None:
+        """Copy `source` into `target`, unless the caller has given up.
+
+        The lock is held meanwhile, so that `abandon` waits for this copy (at most READ_BYTES).
+        """
+        with self._lock:
+            self.check()
+            target[:] = source
+
+
+class LocalStore(Store):
+    """Objects as files below `root`, an absolute path; the root is made by the first `put_new`.
+
+    Exclusive and atomic by link(2), which every POSIX file system decides in one place. All
+    blocking calls run in THREADS threads. A thread that hangs in the kernel is given up with its
+    call; when all hang, calls fail at once with StoreUnreachableError.
+    """
+
+    durable_on_return = False
+    """Another process may have linked an object and not yet synced its directory."""
+
+    def __init__(self, root: str) -> None:
+        if not root.startswith("/"):
+            raise UsageError("is not an absolute path", subject=repr(root))
+        self._tree = Tree(root)
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="ckptmgr-store")
+        self._hung: set[_Call] = set()
+        self._bounce = threading.local()
+        self._direct = True
+
+    @property
+    def url(self) -> str:
+        """As `Store.url`."""
+        return "file://" + quote(self._tree.root)
+
+    async def put_new(self, key: str, buffers: Buffers) -> PutResult:
+        """As `Store.put_new`."""
+        parts = check_key(key).split("/")
+        return await self._run(key, lambda call: self._put(call, parts, buffers))
+
+    async def get(
+        self,
+        key: str,
+        offset: int = 0,
+        length: int | None = None,
+        into: memoryview | None = None,
+    ) -> memoryview:
+        """As `Store.get`."""
+        parts = check_key(key).split("/")
+
+        def read(call: _Call) -> memoryview:
+            with self._object(key, parts) as (_, descriptor):
+                size = os.fstat(descriptor).st_size
+                count = range_length(key, size, offset, length, into)
+                if into is None:
+                    into_own = memoryview(bytearray(count))
+                    _read(key, descriptor, offset, into_own)
+                    return into_own
+                self._read_into(key, descriptor, offset, into, call)
+                return into
+
+        return await self._run(key, read)
+
+    async def list(self, prefix: str) -> list[str]:
+        """As `Store.list`."""
+        parts = check_prefix(prefix).split("/")[:-1]
+        return await self._run(prefix, lambda call: _keys(self._tree, call, prefix, parts))
+
+    async def delete(self, key: str) -> None:
+        """As `Store.delete`. Directories that become empty stay: to remove one would race with a
+        writer that has just opened it, whose link would then fail.
+        """
+        parts = check_key(key).split("/")
+
+        def unlink(call: _Call) -> None:
+            with (
+                suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError),
+                self._tree.directory(parts[:-1], durable=False) as directory,
+            ):
+                call.check()
+                os.unlink(parts[-1], dir_fd=directory)
+
+        await self._run(key, unlink)
+
+    async def make_durable(self, key: str) -> None:
+        """As `Store.make_durable`."""
+        parts = check_key(key).split("/")
+
+        def sync(_call: _Call) -> None:
+            with self._object(key, parts, durable=True) as (directory, descriptor):
+                os.fsync(descriptor)
+                os.fsync(directory)
+
+        await self._run(key, sync)
+
+    async def sweep_temporaries(self, older_than_seconds: float) -> int:
+        """Delete unfinished objects that were last written so long ago; returns how many.
+
+        Safe at any time: a writer that is robbed of its file fails with StoreUnreachableError
+        and its caller writes the object again.
+        """
+        newest = time.time() - older_than_seconds
+        return await self._run(TEMPORARIES, lambda call: self._sweep(call, newest))
+
+    async def aclose(self) -> None:
+        """Calls that hang in the kernel are left to it."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _run(self, subject: str, work: Callable[[_Call], T]) -> T:
+        """Run `work` in a thread. The queue before the threads is as long as there are callers:
+        a cancelled call leaves it.
+        """
+        if len(self._hung) >= THREADS:
+            raise StoreUnreachableError(
+                f"{THREADS} earlier calls hang in the kernel", subject=subject
+            )
+        call = _Call(self._hung)
+        future = asyncio.get_running_loop().run_in_executor(
+            self._threads, _guarded, subject, work, call
+        )
+        try:
+            return await future
+        except asyncio.CancelledError:
+            call.abandon()
+            raise
+
+    def _put(self, call: _Call, parts: Sequence[str], buffers: Buffers) -> PutResult:
+        """The order of these steps is the promise; tests/crash cuts the power between them."""
+        name = secrets.token_hex(16)
+        with (
+            self._tree.directory(parts[:-1], durable=True, make=True) as directory,
+            self._tree.directory([TEMPORARIES], durable=False, make=True) as temporaries,
+        ):
+            try:
+                self._write(call, name, temporaries, buffers)
+                call.check()
+                if not _link(name, temporaries, parts[-1], directory):
+                    return PutResult.CONFLICT
+                os.fsync(directory)
+                return PutResult.OK
+            finally:
+                with suppress(OSError):  # a leftover harms nobody and is swept
+                    os.unlink(name, dir_fd=temporaries)
+
+    def _write(self, call: _Call, name: str, at: int, buffers: Buffers) -> None:
+        """Write a new file to stable storage. After any error, close too, it must be thrown away:
+        the kernel reports lost pages once, and a second fsync would say that all is well.
+        """
+        wants_direct = (
+            self._direct and sum(map(len, buffers)) >= DIRECT_BYTES_MIN and is_page_aligned(buffers)
+        )
+        with opened(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, at) as descriptor:
+            if wants_direct:
+                self._direct = start_direct(descriptor)
+            write_all(descriptor, buffers, call.check)
+            if wants_direct and not is_direct(descriptor):
+                self._direct = False
+            os.fsync(descriptor)
+
+    @contextmanager
+    def _object(
+        self, key: str, parts: Sequence[str], *, durable: bool = False
+    ) -> Iterator[tuple[int, int]]:
+        """Descriptors of the directory of an object and of the object."""
+        with ExitStack() as stack:
+            try:
+                directory = stack.enter_context(self._tree.directory(parts[:-1], durable=durable))
+                # Without O_NONBLOCK a pipe under the name of an object would wait for a writer.
+                flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+                descriptor = stack.enter_context(opened(parts[-1], flags, directory))
+            except (FileNotFoundError, NotADirectoryError):
+                raise _not_found(key) from None
+            if not is_regular(descriptor):
+                raise _not_found(key)
+            yield directory, descriptor
+
+    def _read_into(
+        self, key: str, descriptor: int, offset: int, into: memoryview, call: _Call
+    ) -> None:
+        """Fill `into` by way of a buffer of this thread (see READ_BYTES)."""
+        if not hasattr(self._bounce, "view"):
+            self._bounce.view = memoryview(bytearray(READ_BYTES))
+        for start in range(0, len(into), READ_BYTES):
+            piece = into[start : start + READ_BYTES]
+            bounce = self._bounce.view[: len(piece)]
+            _read(key, descriptor, offset + start, bounce)
+            call.deliver(bounce, piece)
+
+    def _sweep(self, call: _Call, newest: float) -> int:
+        swept = 0
+        with (
+            suppress(FileNotFoundError),
+            self._tree.directory([TEMPORARIES], durable=False) as temporaries,
+        ):
+            for name in os.listdir(temporaries):
+                call.check()
+                with suppress(FileNotFoundError, IsADirectoryError):  # its writer was faster
+                    if os.stat(name, dir_fd=temporaries, follow_symlinks=False).st_mtime <= newest:
+                        os.unlink(name, dir_fd=temporaries)
+                        swept += 1
+        return swept
+
+
+def _guarded(subject: str, work: Callable[[_Call], T], call: _Call) -> T:
+    with call:
+        try:
+            return work(call)
+        except OSError as error:
+            raise store_error(error, subject) from error
+
+
+def _keys(tree: Tree, call: _Call, prefix: str, parts: Sequence[str]) -> list[str]:
+    with ExitStack() as stack:
+        try:
+            directory = stack.enter_context(tree.directory(parts, durable=False))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(walk(directory, prefix, call.check))
+
+
+def _not_found(key: str) -> ObjectNotFoundError:
+    return ObjectNotFoundError("does not exist", subject=key)
+
+
+def _link(name: str, temporaries: int, target: str, directory: int) -> bool:
+    """Give the temporary file its key; False if the key is taken."""
+    try:
+        os.link(name, target, src_dir_fd=temporaries, dst_dir_fd=directory, follow_symlinks=False)
+    except FileExistsError:
+        # NFS may repeat a request that worked and answer EEXIST: a second name of the temporary
+        # file, which nobody else can know, shows that the first request made it.
+        return os.stat(name, dir_fd=temporaries, follow_symlinks=False).st_nlink > 1
+    return True
+
+
+def _read(key: str, descriptor: int, offset: int, into: memoryview) -> None:
+    done = 0
+    while done < len(into):
+        count = os.preadv(descriptor, [into[done:]], offset + done)
+        if count == 0:
+            raise StoreError("is too short: it was cut while it was read", subject=key)
+        done += count

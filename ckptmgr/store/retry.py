@@ -1,0 +1,181 @@
+"""Deadlines and retries around any store, and the read-back that settles an ambiguous put."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from ckptmgr.config import MIB, STORE_TIMEOUT_SECONDS
+from ckptmgr.errors import (
+    StoreError,
+    StoreFullError,
+    StorePermissionError,
+    StoreUnreachableError,
+)
+from ckptmgr.store.base import Buffers, PutResult, Store
+
+BACKOFF_SECONDS_MIN = 0.1
+BACKOFF_SECONDS_MAX = 10.0
+"""Longest pause is random in [0, this]: short enough that a store that is back is used at once,
+long enough that 10,000 daemons together ask a broken store 2,000 times a second."""
+
+BYTES_PER_SECOND_MIN = 1 * MIB
+"""A try gets one second more for each of these, so that a slow link is not taken for a dead one."""
+
+COMPARE_BYTES = 4 * MIB
+"""Most that is read at once when an object is compared with what was to be written."""
+
+T = TypeVar("T")
+
+OnFailure = Callable[[str, Exception], None]
+"""Told of each failed try: the name of the operation and its error."""
+
+
+def _ignore(_operation: str, _error: Exception) -> None:
+    pass
+
+
+def _backoff_seconds(failed: int) -> float:
+    """Longest pause after `failed` tries in a row."""
+    return min(BACKOFF_SECONDS_MIN * 2.0 ** min(failed - 1, 30), BACKOFF_SECONDS_MAX)
+
+
+def _silence(operation: str, subject: str, failed: int) -> StoreUnreachableError:
+    """What a timeout of the last try is to the caller."""
+    return StoreUnreachableError(
+        f"{operation} got no answer in time ({failed} tries)", subject=subject
+    )
+
+
+def _worth_retrying(error: Exception) -> bool:
+    """Full and refused do not pass by themselves: to wait for a person is the caller's choice."""
+    if isinstance(error, (StoreFullError, StorePermissionError)):
+        return False
+    return isinstance(error, (StoreUnreachableError, TimeoutError))
+
+
+class RetryingStore(Store):
+    """`inner` with a deadline on every operation.
+
+    Each try may take `timeout_seconds` (more for many bytes, see BYTES_PER_SECOND_MIN); tries
+    follow each other with exponential backoff and full jitter until `deadline_seconds` are over,
+    then the last error is raised. Only `StoreUnreachableError` and timeouts are retried, and not
+    its subclasses for a full store or refused access. `jitter()` gives numbers in [0, 1).
+    """
+
+    def __init__(
+        self,
+        inner: Store,
+        *,
+        timeout_seconds: float = STORE_TIMEOUT_SECONDS,
+        deadline_seconds: float = 4 * STORE_TIMEOUT_SECONDS,
+        jitter: Callable[[], float] = random.random,
+        on_failure: OnFailure = _ignore,
+    ) -> None:
+        self.durable_on_return = inner.durable_on_return
+        self.visibility_lag_seconds = inner.visibility_lag_seconds
+        self._inner = inner
+        self._timeout_seconds = timeout_seconds
+        self._deadline_seconds = deadline_seconds
+        self._jitter = jitter
+        self._on_failure = on_failure
+
+    @property
+    def url(self) -> str:
+        """As `Store.url`."""
+        return self._inner.url
+
+    async def put_new(self, key: str, buffers: Buffers) -> PutResult:
+        """As `Store.put_new`; a CONFLICT with an object that an earlier try of this very call
+        wrote is OK.
+        """
+        count = sum(map(len, buffers))
+        result, failed = await self._tries(
+            "put_new", key, lambda: self._inner.put_new(key, buffers), count
+        )
+        if result is PutResult.CONFLICT and failed and await self._is_ours(key, buffers):
+            await self.make_durable(key)
+            return PutResult.OK
+        return result
+
+    async def get(
+        self,
+        key: str,
+        offset: int = 0,
+        length: int | None = None,
+        into: memoryview | None = None,
+    ) -> memoryview:
+        """As `Store.get`."""
+        count = len(into) if into is not None else (length or 0)
+        found, _ = await self._tries(
+            "get", key, lambda: self._inner.get(key, offset, length, into), count
+        )
+        return found
+
+    async def list(self, prefix: str) -> list[str]:
+        """As `Store.list`."""
+        keys, _ = await self._tries("list", prefix, lambda: self._inner.list(prefix))
+        return keys
+
+    async def delete(self, key: str) -> None:
+        """As `Store.delete`."""
+        await self._tries("delete", key, lambda: self._inner.delete(key))
+
+    async def make_durable(self, key: str) -> None:
+        """As `Store.make_durable`."""
+        await self._tries("make_durable", key, lambda: self._inner.make_durable(key))
+
+    async def aclose(self) -> None:
+        """As `Store.aclose`."""
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                await self._inner.aclose()
+        except TimeoutError as error:
+            raise _silence("aclose", self.url, 1) from error
+
+    async def _tries(
+        self, operation: str, subject: str, work: Callable[[], Awaitable[T]], nbytes: int = 0
+    ) -> tuple[T, int]:
+        """The result of the first try that works, and how many failed before it."""
+        ends_at = time.monotonic() + self._deadline_seconds + nbytes / BYTES_PER_SECOND_MIN
+        failed = 0
+        while True:
+            left = max(ends_at - time.monotonic(), 0.0)
+            patience = min(self._timeout_seconds + nbytes / BYTES_PER_SECOND_MIN, left)
+            try:
+                async with asyncio.timeout(patience):
+                    return await work(), failed
+            except (StoreUnreachableError, TimeoutError) as error:
+                failed += 1
+                self._on_failure(operation, error)
+                pause = self._jitter() * _backoff_seconds(failed)
+                if not _worth_retrying(error) or time.monotonic() + pause >= ends_at:
+                    if isinstance(error, StoreError):
+                        raise
+                    raise _silence(operation, subject, failed) from error
+            await asyncio.sleep(pause)
+
+    async def _is_ours(self, key: str, buffers: Buffers) -> bool:
+        """Whether `key` holds exactly `buffers`; of an object that is gone again, False unless
+        `buffers` are empty.
+        """
+        offset = 0
+        for buffer in buffers:
+            for start in range(0, len(buffer), COMPARE_BYTES):
+                piece = bytes(buffer[start : start + COMPARE_BYTES])
+                if await self._bytes_at(key, offset, len(piece)) != piece:
+                    return False
+                offset += len(piece)
+        return await self._bytes_at(key, offset, 1) is None
+
+    async def _bytes_at(self, key: str, offset: int, length: int) -> bytes | None:
+        """None where the object ends before, or is not there."""
+        try:
+            return bytes(await self.get(key, offset, length))
+        except StoreUnreachableError:
+            raise
+        except StoreError:
+            return None

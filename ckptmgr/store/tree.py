@@ -1,0 +1,186 @@
+"""The directories of a store below its root: opened without links, made durable before use."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+
+from ckptmgr.errors import StoreError, StoreUnreachableError, UsageError
+from ckptmgr.store.base import check_key
+from ckptmgr.store.posix import DIRECTORY_FLAGS, is_link, opened
+
+Identity = tuple[int, int]
+"""(device, inode)."""
+
+_NO_MATTER = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL}
+"""A directory above the root that this user can not open or sync was not made by this user."""
+
+
+class Tree:
+    """Directories below `root`, for threads of one process.
+
+    The root is opened for each use, so that a file system that was mounted again works and an
+    unmounted one can be unmounted. The path of the root may lead through links; below it a link
+    is an error. Errors are OSError, save where a docstring says otherwise.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self._lock = threading.Lock()
+        self._root_identity: Identity | None = None
+        self._durable: dict[tuple[str, ...], Identity] = {}
+
+    @contextmanager
+    def directory(
+        self, parts: Sequence[str], *, durable: bool, make: bool = False
+    ) -> Iterator[int]:
+        """A descriptor of the directory `parts` below the root, by one component after the other.
+
+        With `make`, what is missing is made (0700). With `durable`, the names of the whole chain
+        are on stable storage before it is given out; each is synced once by this process.
+
+        Raises:
+            FileNotFoundError: it does not exist.
+            NotADirectoryError: a component is an object.
+            StoreError: a component is a link.
+            StoreUnreachableError: the root is not what it was.
+        """
+        with ExitStack() as stack:
+            here = stack.enter_context(self._open_root(durable=durable, make=make))
+            for depth, name in enumerate(parts, start=1):
+                parent = here
+                here = stack.enter_context(_subdirectory(name, parent, make=make))
+                if durable:
+                    self._sync_name_once(tuple(parts[:depth]), here, parent)
+            yield here
+
+    def _sync_name_once(self, path: tuple[str, ...], here: int, parent: int) -> None:
+        found = _identity(here)
+        if self._durable.get(path) == found:
+            return
+        os.fsync(parent)
+        self._durable[path] = found
+
+    @contextmanager
+    def _open_root(self, *, durable: bool, make: bool) -> Iterator[int]:
+        if make and self._root_identity is None:
+            os.makedirs(self.root, mode=0o700, exist_ok=True)
+        try:
+            descriptor = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            if self._root_identity is None:
+                raise
+            raise self._gone() from None
+        try:
+            self._recognise(_identity(descriptor))
+            if durable:
+                self._sync_root_once(_identity(descriptor))
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def _recognise(self, found: Identity) -> None:
+        """Refuse the empty directory that an unmounted file system leaves at its mount point.
+
+        The same inode on another device is the file system mounted again; another inode on the
+        same device is a root made anew. Either way nothing is known to be durable any more.
+        """
+        with self._lock:
+            known = self._root_identity
+            if known is not None and known[0] != found[0] and known[1] != found[1]:
+                raise self._gone()
+            if known != found:
+                self._durable.clear()
+            self._root_identity = found
+
+    def _gone(self) -> StoreUnreachableError:
+        return StoreUnreachableError(
+            "the directory of the store is gone",
+            subject=self.root,
+            hint="Mount its file system again; saves resume by themselves.",
+        )
+
+    def _sync_root_once(self, found: Identity) -> None:
+        """Make the name of the root durable, and those of its parents up to the mount point."""
+        if self._durable.get(()) == found:
+            return
+        path = os.path.realpath(self.root)
+        while not os.path.ismount(path):
+            path = os.path.dirname(path)
+            try:
+                with opened(path, os.O_RDONLY | os.O_DIRECTORY) as parent:
+                    os.fsync(parent)
+            except OSError as error:
+                if error.errno not in _NO_MATTER:
+                    raise
+        self._durable[()] = found
+
+
+def _identity(descriptor: int) -> Identity:
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino
+
+
+@contextmanager
+def _subdirectory(name: str, parent: int, *, make: bool) -> Iterator[int]:
+    try:
+        descriptor = _open_directory(name, parent, make=make)
+    except NotADirectoryError:
+        if is_link(name, parent):
+            raise StoreError("is a symbolic link; a store has none", subject=name) from None
+        raise
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _open_directory(name: str, parent: int, *, make: bool) -> int:
+    try:
+        return os.open(name, DIRECTORY_FLAGS, dir_fd=parent)
+    except FileNotFoundError:
+        if not make:
+            raise
+    with suppress(FileExistsError):  # another writer was faster: its directory is as good
+        os.mkdir(name, 0o700, dir_fd=parent)
+    return os.open(name, DIRECTORY_FLAGS, dir_fd=parent)
+
+
+def walk(directory: int, prefix: str, before_each: Callable[[], None]) -> Iterator[str]:
+    """The keys of all objects below `directory`, whose own keys start with `prefix`.
+
+    Whatever no key can name (temporary files, links, files of others) is passed over, and so is
+    what vanishes meanwhile. `before_each` is called per directory and may raise to give up.
+    """
+    before_each()
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            key = prefix + entry.name
+            if not _is_key(key):
+                continue
+            if entry.is_file(follow_symlinks=False):
+                yield key
+            elif entry.is_dir(follow_symlinks=False):
+                yield from _walk_below(entry.name, directory, key + "/", before_each)
+
+
+def _walk_below(
+    name: str, parent: int, prefix: str, before_each: Callable[[], None]
+) -> Iterator[str]:
+    with ExitStack() as stack:
+        try:
+            here = stack.enter_context(opened(name, DIRECTORY_FLAGS, parent))
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        yield from walk(here, prefix, before_each)
+
+
+def _is_key(key: str) -> bool:
+    try:
+        check_key(key)
+    except UsageError:
+        return False
+    return True
