@@ -20,8 +20,8 @@ CkptmgrError                     exit 1
 +- NothingToRestoreError         exit 4   no committed step, or not the one asked for
 +- StoreError                    exit 1   a store operation failed
 |  +- StoreUnreachableError      exit 5   it may work later: timeout, ESTALE, connection lost
-|  +- StoreFullError             exit 5   ENOSPC or EDQUOT
-|  +- StorePermissionError       exit 5   EACCES, EPERM, EROFS
+|  |  +- StoreFullError          exit 5   ENOSPC or EDQUOT
+|  |  +- StorePermissionError    exit 5   EACCES, EPERM, EROFS
 |  +- ObjectNotFoundError                 `get` of a key that does not exist
 +- SupersededError               exit 6   a newer attempt of the job is active
 +- RegisterConflictError         exit 1   a register holds what no correct writer puts there
