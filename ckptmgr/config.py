@@ -38,6 +38,9 @@ IDLE_SECONDS = 600.0
 """An auto-started daemon ends after this long without trainer, snapshot or request. Long enough
 that a job restarted by its scheduler still finds its host memory."""
 
+MEMORY_SECONDS = 3600.0
+"""Decided snapshots of a dead trainer stay in host memory this long for its next attempt."""
+
 START_SECONDS_MAX = 20.0
 """How long a rank waits for an auto-started daemon to answer (measured start: 0.3 s)."""
 
@@ -71,6 +74,7 @@ class DaemonSettings:
     budget_bytes: int = BUDGET_BYTES
     store_timeout_seconds: float = STORE_TIMEOUT_SECONDS
     metrics_port: int = 0
+    memory_seconds: float = MEMORY_SECONDS
 
     @classmethod
     def from_env(cls, *, auto: bool) -> DaemonSettings:
@@ -83,6 +87,7 @@ class DaemonSettings:
                 "CKPTMGR_STORE_TIMEOUT_SECONDS", STORE_TIMEOUT_SECONDS
             ),
             metrics_port=int(_env_float("CKPTMGR_METRICS_PORT", 0)),
+            memory_seconds=_env_float("CKPTMGR_MEMORY_SECONDS", MEMORY_SECONDS),
         )
 
 

@@ -24,11 +24,11 @@ import xxhash
 
 from ckptmgr.errors import HostBufferDamagedError, HostMemoryError, TornSnapshotError
 from ckptmgr.staging.sharedmap import SharedMap, memory_barrier
-from ckptmgr.types import PAGE_BYTES, Binding, Layout, Outcome, SlotState, Snapshot
+from ckptmgr.types import PAGE_BYTES, Binding, Layout, Outcome, SlotState, Snapshot, Tags
 
 MAGIC = b"CKPTHB\r\n"
 VERSION = 1
-SLOTS_MIN, SLOTS_MAX = 2, 3
+SLOTS_MIN, SLOTS_MAX = 1, 3  # one slot: a buffer lent to a reader, never written by a rank
 
 _HEADER = struct.Struct("<8sIIQQ16sI12x")
 _SEALED = struct.Struct("<QQQ16sIIQQQdd16s16s")
@@ -38,8 +38,12 @@ _SEALED_AT = 64
 _SEALED_HASH_AT = _SEALED_AT + _SEALED.size
 _VALUES_ALIGN = 64
 
+TAGS_BYTES_MAX = 64 << 10
+"""Bound of the encoded tags of a step; every table region has this much room for them."""
+
 _encode = msgspec.msgpack.Encoder().encode
 _decode_layout = msgspec.msgpack.Decoder(Layout).decode
+_decode_values = msgspec.msgpack.Decoder(tuple[Tags, bytes]).decode
 _decode_binding = msgspec.msgpack.Decoder(Binding).decode
 
 
@@ -49,7 +53,7 @@ def round_up(length: int, unit: int) -> int:
 
 
 def table_bytes_needed(layout_bytes: int, values_bytes: int) -> int:
-    """Bytes of a table region that holds a layout and values of these lengths."""
+    """Bytes of a table region that holds a layout, and values with tags, of these lengths."""
     return round_up(round_up(layout_bytes, _VALUES_ALIGN) + values_bytes, PAGE_BYTES)
 
 
@@ -79,6 +83,15 @@ def decode_layout(encoded: bytes | memoryview, *, subject: str) -> Layout:
         if leaf.offset < 0 or leaf.nbytes < 0 or leaf.offset + leaf.nbytes > end:
             raise HostBufferDamagedError(f"leaf {leaf.path} is out of bounds", subject=subject)
     return layout
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """What a slot says of itself: the encoded layout, the encoded values, and the tags."""
+
+    layout: bytes
+    values: bytes
+    tags: Tags
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +146,7 @@ class HostBuffer:
         if len(encoded) > PAGE_BYTES - _BINDING_AT:
             raise HostMemoryError("URL is too long for a host buffer", subject=binding.url)
         if not SLOTS_MIN <= capacity.slots <= SLOTS_MAX:
-            raise HostMemoryError(f"a host buffer has 2 or 3 slots, not {capacity.slots}")
+            raise HostMemoryError(f"a host buffer has 1 to 3 slots, not {capacity.slots}")
         _check_space(directory, capacity.file_bytes)
         buffer_id = secrets.token_bytes(16)
         head = _HEADER.pack(
@@ -310,8 +323,8 @@ class HostBuffer:
         memory_barrier()
         return self.state(snapshot.slot) == (SlotState.SEALED, snapshot.generation)
 
-    def table(self, snapshot: Snapshot) -> tuple[bytes, bytes]:
-        """Copies of a snapshot's encoded layout and values, checked against their hashes.
+    def table(self, snapshot: Snapshot) -> Table:
+        """Copies of a snapshot's layout, values and tags, checked against their hashes.
 
         Raises:
             TornSnapshotError: the slot was reused while it was read.
@@ -332,7 +345,13 @@ class HostBuffer:
             raise HostBufferDamagedError(
                 f"table of slot {snapshot.slot} does not hold", subject=str(self.path)
             )
-        return layout, values
+        try:
+            tags, plain = _decode_values(values)
+        except msgspec.MsgspecError as error:
+            raise HostBufferDamagedError(
+                f"values can not be read: {error}", subject=str(self.path)
+            ) from error
+        return Table(layout, plain, tags)
 
     def begin(self, slot: int) -> SlotWriter:
         """Start writing `slot`: from now on what it held does not exist any more."""
@@ -343,12 +362,12 @@ class HostBuffer:
 
     # -- words of the daemon ------------------------------------------------------------------
 
-    def settle(self, snapshot: Snapshot, outcome: Outcome) -> None:
+    def settle(self, slot: int, generation: int, outcome: Outcome) -> None:
         """Say what became of a snapshot; call it only when the register is durable."""
-        at = (_DAEMON_PAGE_AT + 64 + 64 * snapshot.slot) // 8
+        at = (_DAEMON_PAGE_AT + 64 + 64 * slot) // 8
         self._words[at + 1] = outcome
         memory_barrier()
-        self._words[at] = snapshot.generation
+        self._words[at] = generation
 
     def outcome(self, snapshot: Snapshot) -> Outcome:
         """What became of a snapshot, as far as this buffer knows."""
@@ -357,6 +376,15 @@ class HostBuffer:
             return Outcome.UNDECIDED
         memory_barrier()
         return Outcome(self._words[at + 1])
+
+    @property
+    def superseded_by(self) -> int:
+        """The newest active attempt the daemon has seen; an older writer must end."""
+        return self._words[_DAEMON_PAGE_AT // 8 + 1]
+
+    def supersede(self, attempt: int) -> None:
+        """Tell the writer that `attempt` is active."""
+        self._words[_DAEMON_PAGE_AT // 8 + 1] = attempt
 
     @property
     def progress_bytes(self) -> int:
@@ -392,6 +420,7 @@ class SlotWriter:
         layout: bytes,
         layout_hash: bytes,
         values: bytes,
+        tags: Tags,
         data_bytes: int,
         stall_seconds: float,
         sealed_at: float | None = None,
@@ -399,11 +428,13 @@ class SlotWriter:
         """Write the table, then publish the snapshot by one aligned 8-byte store.
 
         `layout_hash` is xxh3_128 of `layout`, which is constant and hashed once by the caller.
+        `tags` are at most TAGS_BYTES_MAX long when encoded.
 
         Raises:
             HostMemoryError: table or data do not fit into the slot.
         """
         buffer = self._buffer
+        values = _encode((tags, values))
         if not buffer.capacity.holds(table_bytes_needed(len(layout), len(values)), data_bytes):
             raise HostMemoryError("snapshot does not fit", subject=str(buffer.path))
         view = buffer._map.view

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+
+import numpy as np
 
 from ckptmgr.config import MIB
 from ckptmgr.errors import (
@@ -92,39 +93,14 @@ def is_link(name: str, at: int) -> bool:
         return False
 
 
-class _PyBuffer(ctypes.Structure):
-    """The C struct Py_buffer; only `buf` is read."""
-
-    _fields_ = (
-        ("buf", ctypes.c_void_p),
-        ("obj", ctypes.c_void_p),
-        ("len", ctypes.c_ssize_t),
-        ("itemsize", ctypes.c_ssize_t),
-        ("readonly", ctypes.c_int),
-        ("ndim", ctypes.c_int),
-        ("format", ctypes.c_char_p),
-        ("shape", ctypes.c_void_p),
-        ("strides", ctypes.c_void_p),
-        ("suboffsets", ctypes.c_void_p),
-        ("internal", ctypes.c_void_p),
-    )
-
-
 def address(view: memoryview) -> int:
-    """Memory address of the first byte of `view`, read-only views too (ctypes has no call)."""
-    described = _PyBuffer()
-    ctypes.pythonapi.PyObject_GetBuffer(
-        ctypes.py_object(view), ctypes.byref(described), ctypes.c_int(0)
-    )
-    try:
-        return int(described.buf or 0)
-    finally:
-        ctypes.pythonapi.PyBuffer_Release(ctypes.byref(described))
+    """Memory address of the first byte of `view`, read-only views too."""
+    return int(np.frombuffer(view, np.uint8).ctypes.data)
 
 
 def is_page_aligned(buffers: Sequence[memoryview]) -> bool:
     """Whether every buffer starts at a page and is whole pages long, as O_DIRECT wants it."""
-    return all(len(view) % PAGE_BYTES == 0 and address(view) % PAGE_BYTES == 0 for view in buffers)
+    return all((len(view) | address(view)) % PAGE_BYTES == 0 for view in buffers if len(view))
 
 
 def batches(buffers: Sequence[memoryview]) -> Iterator[list[memoryview]]:

@@ -66,14 +66,12 @@ class Tree:
 
     @contextmanager
     def _open_root(self, *, durable: bool, make: bool) -> Iterator[int]:
-        if make and self._root_identity is None:
-            os.makedirs(self.root, mode=0o700, exist_ok=True)
         try:
-            descriptor = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            descriptor = self._root_descriptor(make=make)
         except FileNotFoundError:
-            if self._root_identity is None:
-                raise
-            raise self._gone() from None
+            if self._is_unmounted():
+                raise self._gone() from None
+            raise
         try:
             self._recognise(_identity(descriptor))
             if durable:
@@ -81,6 +79,25 @@ class Tree:
             yield descriptor
         finally:
             os.close(descriptor)
+
+    def _root_descriptor(self, *, make: bool) -> int:
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        try:
+            return os.open(self.root, flags)
+        except FileNotFoundError:
+            if not make or self._is_unmounted():
+                raise
+        os.makedirs(self.root, mode=0o700, exist_ok=True)
+        return os.open(self.root, flags)
+
+    def _is_unmounted(self) -> bool:
+        """Whether a root that was there is missing with its file system, not just deleted."""
+        if self._root_identity is None:
+            return False
+        path = self.root
+        while not os.path.lexists(path):
+            path = os.path.dirname(path)
+        return os.stat(path).st_dev != self._root_identity[0]
 
     def _recognise(self, found: Identity) -> None:
         """Refuse the empty directory that an unmounted file system leaves at its mount point.

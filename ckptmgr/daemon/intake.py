@@ -1,0 +1,176 @@
+"""What host memory holds: buffers found on disk, and which sealed snapshot is written next."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ckptmgr.daemon.log import event, warning
+from ckptmgr.errors import HostMemoryError
+from ckptmgr.staging.hostbuffer import Capacity, HostBuffer
+from ckptmgr.staging.inbox import BUFFERS
+from ckptmgr.types import Binding, Outcome, Snapshot, StepId
+
+_RESULTS_MAX = 1000
+"""Decided steps remembered per buffer for `wait`; older ones are looked up in the store."""
+
+_WASTE_MAX = 1.5
+"""A buffer is adopted if the new layout fills it to 1/1.5 at least; else memory lies idle."""
+
+
+def pick(
+    snapshots: list[tuple[Snapshot, Outcome]], *, writer_alive: bool
+) -> Snapshot | None:
+    """The undecided snapshot to write next.
+
+    In order while the job runs. When its trainer is dead the newest goes first: it is what the
+    next attempt resumes from, and the host may be the next to go.
+    """
+    undecided = [snapshot for snapshot, outcome in snapshots if outcome is Outcome.UNDECIDED]
+    if not undecided:
+        return None
+    return (min if writer_alive else max)(undecided, key=lambda s: s.generation)
+
+
+@dataclass(slots=True)
+class Held:
+    """One host buffer in the daemon's care."""
+
+    buffer: HostBuffer
+    writer_alive: bool = False
+    orphaned_at: float = field(default_factory=time.monotonic)
+    free_when_decided: bool = False
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    decided: asyncio.Condition = field(default_factory=asyncio.Condition)
+    results: OrderedDict[StepId, tuple[Outcome, str]] = field(default_factory=OrderedDict)
+    last_failure: str = ""
+    writing: StepId | None = None
+
+    @property
+    def binding(self) -> Binding:
+        """Whose buffer it is."""
+        return self.buffer.binding
+
+    def snapshots(self) -> list[tuple[Snapshot, Outcome]]:
+        """The sealed snapshots with their outcomes, oldest first; damaged slots are left out."""
+        found = []
+        for slot in range(self.buffer.capacity.slots):
+            try:
+                snapshot = self.buffer.snapshot(slot)
+            except HostMemoryError as error:
+                warning("slot_damaged", buffer=self.buffer.id, slot=slot, why=error.message)
+                continue
+            if snapshot is not None:
+                found.append((snapshot, self.buffer.outcome(snapshot)))
+        return sorted(found, key=lambda pair: pair[0].generation)
+
+    def next(self) -> Snapshot | None:
+        """The snapshot to write next."""
+        return pick(self.snapshots(), writer_alive=self.writer_alive)
+
+    async def settle(self, snapshot: Snapshot, outcome: Outcome, why: str = "") -> None:
+        """Record what became of a snapshot, in the buffer and for those who wait."""
+        self.buffer.settle(snapshot.slot, snapshot.generation, outcome)
+        self.results[snapshot.id] = (outcome, why)
+        while len(self.results) > _RESULTS_MAX:
+            self.results.popitem(last=False)
+        await self.tell()
+
+    async def tell(self) -> None:
+        """Let those who wait look again."""
+        async with self.decided:
+            self.decided.notify_all()
+
+    async def wait_decided(self) -> None:
+        """Return when no snapshot of the buffer is undecided."""
+        async with self.decided:
+            await self.decided.wait_for(lambda: self.next() is None)
+
+
+class Intake:
+    """All host buffers below a runtime directory."""
+
+    def __init__(self, runtime: Path) -> None:
+        self._directory = runtime / BUFFERS
+        self.held: dict[str, Held] = {}
+
+    def adopt(self) -> list[Held]:
+        """Open every buffer that a daemon before this one left; returns the new ones."""
+        found = []
+        for path in sorted(self._directory.iterdir()):
+            if path.name.startswith("."):
+                path.unlink(missing_ok=True)  # a header that was never finished
+                continue
+            if path.stem in self.held:
+                continue
+            try:
+                held = Held(HostBuffer.open(path))
+            except HostMemoryError as error:
+                # Not deleted: it may hold the only copy of something a newer version understands.
+                warning("buffer_refused", path=path.name, why=error.message)
+                continue
+            held.writer_alive = held.buffer.has_live_writer()
+            self.held[held.buffer.id] = held
+            found.append(held)
+            event("adopted", buffer=held.buffer.id, snapshots=len(held.snapshots()))
+        return found
+
+    def place_for(
+        self, binding: Binding, capacity: Capacity, own: str = ""
+    ) -> tuple[Held, bool]:
+        """A buffer for a writer: its own, one of a dead writer of the same rank, or a new one.
+
+        `own` is the id of the buffer that a writer has kept over the death of a daemon. The flag
+        says whether the buffer is new.
+
+        Raises:
+            HostMemoryError: not enough shared memory.
+        """
+        if own in self.held:
+            return self.held[own], False
+        for held in self.held.values():
+            buffer = held.buffer
+            fits = buffer.capacity.slots == capacity.slots and buffer.capacity.holds(
+                capacity.table_bytes, capacity.data_bytes
+            )
+            same = (buffer.binding.url, buffer.binding.rank) == (binding.url, binding.rank)
+            tight = buffer.capacity.file_bytes <= capacity.file_bytes * _WASTE_MAX
+            same_options = (buffer.binding.codec, buffer.binding.keep) == (
+                binding.codec,
+                binding.keep,
+            )
+            if same and fits and tight and same_options and not buffer.has_live_writer():
+                return held, False
+        self._free_for(binding)
+        held = Held(HostBuffer.create(self._directory, binding, capacity))
+        self.held[held.buffer.id] = held
+        return held, True
+
+    def _free_for(self, binding: Binding) -> None:
+        """Let go of dead buffers of the same rank that do not fit any more and hold nothing new."""
+        for held in list(self.held.values()):
+            same = (held.binding.url, held.binding.rank) == (binding.url, binding.rank)
+            if same and not held.snapshots() and not held.buffer.has_live_writer():
+                self.release(held)
+
+    def of_job(self, url: str, rank: int) -> list[Held]:
+        """The buffers of one rank of a job."""
+        return [h for h in self.held.values() if (h.binding.url, h.binding.rank) == (url, rank)]
+
+    def undecided(self) -> int:
+        """Sealed snapshots that are not decided yet."""
+        return sum(
+            outcome is Outcome.UNDECIDED
+            for held in self.held.values()
+            for _, outcome in held.snapshots()
+        )
+
+    def release(self, held: Held) -> None:
+        """Free a buffer's memory."""
+        del self.held[held.buffer.id]
+        held.buffer.unlink()
+        held.buffer.close()
+        event("freed", buffer=held.buffer.id)

@@ -1,0 +1,83 @@
+"""One job: its store, its catalog, and what the daemon remembers of its commits."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+from ckptmgr.daemon.log import event, warning
+from ckptmgr.daemon.retain import collect
+from ckptmgr.errors import CkptmgrError
+from ckptmgr.metrics import Metrics
+from ckptmgr.repository.budget import BufferPool
+from ckptmgr.repository.catalog import Catalog
+from ckptmgr.repository.commit import Decision
+from ckptmgr.store.base import Store
+from ckptmgr.store.registry import open_store
+from ckptmgr.store.retry import RetryingStore
+from ckptmgr.types import StepId
+
+
+def label_of(url: str) -> str:
+    """Short name of a job in metrics: no path and no bucket name leaves the host."""
+    return blake2b(url.encode(), digest_size=4).hexdigest()
+
+
+@dataclass(slots=True)
+class Job:
+    """What all buffers and trainers of one store URL share."""
+
+    url: str
+    store: Store
+    catalog: Catalog
+    label: str
+    metrics: Metrics
+    pool: BufferPool
+    last_commit: StepId | None = None
+    resumed_from: set[StepId] = field(default_factory=set)
+    _retention: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @classmethod
+    def open(cls, url: str, metrics: Metrics, pool: BufferPool, timeout_seconds: float) -> Job:
+        """Open the job's store. Nothing is read yet.
+
+        Raises:
+            UsageError: the URL names no store.
+        """
+        label = label_of(url)
+
+        def failed(operation: str, error: Exception) -> None:
+            kind = type(error).__name__
+            metrics.failures.labels(label, kind).inc()
+            warning("store_failed", job=label, operation=operation, kind=kind, why=str(error))
+
+        store = RetryingStore(
+            open_store(url), timeout_seconds=timeout_seconds, on_failure=failed
+        )
+        return cls(url, store, Catalog(store), label, metrics, pool)
+
+    def committed(self, decision: Decision) -> None:
+        """Take note of a commit."""
+        self.metrics.commits.labels(self.label).inc()
+        if self.last_commit is None or decision.id > self.last_commit:
+            self.last_commit = decision.id
+            self.metrics.last_commit_step.labels(self.label).set(decision.step)
+            self.metrics.last_commit_timestamp.labels(self.label).set_to_current_time()
+        event(
+            "committed",
+            job=self.label,
+            step=str(decision.id),
+            raw_bytes=decision.raw_bytes,
+            stored_bytes=decision.stored_bytes,
+        )
+
+    async def retain(self, keep: int) -> None:
+        """Give old steps up. Failures are logged: the next commit tries again."""
+        if self._retention.locked():
+            return
+        async with self._retention:
+            try:
+                await collect(self.catalog, self.pool, keep, frozenset(self.resumed_from))
+            except CkptmgrError as error:
+                warning("retention_failed", job=self.label, why=str(error))

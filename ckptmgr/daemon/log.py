@@ -1,0 +1,53 @@
+"""Structured events: one JSON line each, or one human line where the output is a terminal."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from typing import Any, TextIO
+
+_LOGGER = logging.getLogger("ckptmgr")
+
+
+def event(name: str, level: int = logging.INFO, **fields: Any) -> None:
+    """Log the event `name` with its fields; names and fields are stable (docs/events.md)."""
+    _LOGGER.log(level, name, extra={"fields": fields})
+
+
+def warning(name: str, **fields: Any) -> None:
+    """An event that somebody should look at some day."""
+    event(name, logging.WARNING, **fields)
+
+
+class _JsonLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        fields = getattr(record, "fields", {})
+        line = {
+            "at": round(record.created, 3),
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+            **fields,
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+class _HumanLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+        fields = getattr(record, "fields", {})
+        text = " ".join(f"{name}={value}" for name, value in fields.items())
+        line = f"{clock} {record.getMessage():<18} {text}"
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+def configure(stream: TextIO = sys.stderr, *, debug: bool = False) -> None:
+    """Send the events of this process to `stream`."""
+    target = logging.StreamHandler(stream)
+    target.setFormatter(_HumanLines() if stream.isatty() else _JsonLines())
+    _LOGGER.handlers[:] = [target]
+    _LOGGER.setLevel(logging.DEBUG if debug else logging.INFO)
+    _LOGGER.propagate = False

@@ -1,0 +1,195 @@
+"""What the daemon does for one connection: one method per request of staging/control.py."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from typing import TYPE_CHECKING
+
+from ckptmgr.daemon.log import event
+from ckptmgr.daemon.reader import Session
+from ckptmgr.daemon.resume import claim_attempt, publish_have
+from ckptmgr.errors import CkptmgrError, ObjectNotFoundError, StoreError, UsageError
+from ckptmgr.staging import control
+from ckptmgr.staging.hostbuffer import SLOTS_MAX, Capacity
+from ckptmgr.store.registry import normalise_url
+from ckptmgr.types import Binding, Outcome, StepId
+
+if TYPE_CHECKING:
+    from ckptmgr.daemon.service import Service
+
+
+class Requests:
+    """Answers the requests of one connection, in order."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._session: Session | None = None
+
+    async def answer(self, request: control.Request) -> control.Reply:
+        """Carry a request out; every error of ckptmgr becomes a reply."""
+        try:
+            return await self._dispatch(request)
+        except CkptmgrError as error:
+            event("request_failed", request=type(request).__name__.lower(), why=str(error))
+            return control.failed(error)
+
+    async def _dispatch(self, request: control.Request) -> control.Reply:
+        match request:
+            case control.Attach():
+                return await self._attach(request)
+            case control.Restore():
+                return await self._restore(request)
+            case control.Load():
+                return await self._load(request)
+            case control.Release():
+                await self._released()
+                return control.Done()
+            case control.Wait():
+                return await self._wait(request)
+            case control.Detach():
+                return self._detach(request)
+            case control.Drain():
+                return control.Done(await self._service.drain(request.timeout_seconds))
+            case control.Status():
+                return control.Stated(self._service.state())
+            case control.Stop():
+                self._service.end()
+                return control.Done(self._service.intake.undecided())
+
+    async def close(self) -> None:
+        """The connection is over: whatever was lent is freed, the buffer is an orphan."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.release()
+            self._orphan(session)
+
+    def trainer_died(self) -> None:
+        """The process behind the connection is dead; its sealed snapshots are finished now."""
+        if self._session is not None and self._session.held is not None:
+            held = self._session.held
+            if held.writer_alive:
+                event("trainer_died", buffer=held.buffer.id, undecided=held.next() is not None)
+            self._orphan(self._session)
+
+    def _orphan(self, session: Session) -> None:
+        held = session.held
+        if held is not None and held.writer_alive and not held.buffer.has_live_writer():
+            held.writer_alive = False
+            held.orphaned_at = time.monotonic()
+            held.wake.set()
+
+    # -- attach -------------------------------------------------------------------------------
+
+    async def _attach(self, request: control.Attach) -> control.Reply:
+        if not 2 <= request.slots <= SLOTS_MAX or not 0 <= request.rank < request.world:
+            raise UsageError(f"slots={request.slots} rank={request.rank} world={request.world}")
+        url = normalise_url(request.url)
+        job = self._service.job(url)
+        attempt, nonce, is_new = request.attempt, request.nonce, not request.attempt
+        if is_new:
+            attempt, nonce = await claim_attempt(job.store, request.world, request.run_id)
+        binding = Binding(url, request.rank, request.world, request.codec, request.keep)
+        capacity = Capacity(request.slots, request.table_bytes, request.data_bytes)
+        session = Session(job, request.rank, attempt, nonce)
+        if is_new:
+            found = [s for h in self._service.intake.of_job(url, request.rank) for s in h.snapshots()]
+            await publish_have(job.store, attempt, [snapshot for snapshot, _ in found])
+        if self._session is not None:
+            await self._leave(self._session)
+        held, new_buffer = self._service.intake.place_for(
+            binding, capacity, request.buffer
+        )
+        held.writer_alive, held.free_when_decided = True, False
+        if new_buffer:
+            self._service.employ(held)
+        session.held = held
+        self._session = session
+        if is_new:
+            self._service.reader.start_prefetch(session)
+        event("attached", job=job.label, attempt=attempt, rank=request.rank, new=new_buffer)
+        return control.Attached(str(held.buffer.path), attempt, nonce)
+
+    async def _leave(self, session: Session) -> None:
+        """A trainer that asks for a larger buffer leaves its old one, which goes when decided."""
+        await session.release()
+        if session.held is not None:
+            session.held.writer_alive = False
+            session.held.free_when_decided = True
+            session.held.wake.set()
+
+    def _detach(self, request: control.Detach) -> control.Reply:
+        if self._session is not None and self._session.held is not None:
+            held = self._session.held
+            held.free_when_decided = request.clean
+            self._session.held = None
+            held.writer_alive = False
+            held.orphaned_at = time.monotonic()
+            held.wake.set()
+        return control.Done()
+
+    # -- restore ------------------------------------------------------------------------------
+
+    async def _restore(self, request: control.Restore) -> control.Reply:
+        session = self._attached()
+        rejected = frozenset(StepId(*one) for one in request.rejected)
+        return await self._service.reader.restore(
+            session, request.step, request.of_attempt, rejected
+        )
+
+    async def _load(self, request: control.Load) -> control.Reply:
+        job = self._service.job(normalise_url(request.url))
+        self._session = Session(job, request.rank)
+        return await self._service.reader.restore(
+            self._session, request.step, request.of_attempt, frozenset()
+        )
+
+    async def _released(self) -> None:
+        if self._session is not None:
+            await self._session.release()
+
+    def _attached(self) -> Session:
+        if self._session is None:
+            raise UsageError("attach first", subject="control socket")
+        return self._session
+
+    # -- wait ---------------------------------------------------------------------------------
+
+    async def _wait(self, request: control.Wait) -> control.Reply:
+        session = self._attached()
+        held, step = session.held, StepId(session.attempt, request.step)
+        if held is None:
+            raise UsageError("attach first", subject="control socket")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(request.timeout_seconds), held.decided:
+                await held.decided.wait_for(lambda: self._known(step))
+        for one in self._service.intake.of_job(session.job.url, session.rank):
+            if step in one.results:
+                outcome, why = one.results[step]
+                return control.Waited(int(outcome), why)
+        return await self._look_up(session, step)
+
+    def _known(self, step: StepId) -> bool:
+        """Whether there is nothing to wait for: decided, or in no slot of this host."""
+        session = self._attached()
+        buffers = self._service.intake.of_job(session.job.url, session.rank)
+        if any(step in one.results for one in buffers):
+            return True
+        pending = [s.id for one in buffers for s, o in one.snapshots() if o is Outcome.UNDECIDED]
+        return step not in pending and step not in [one.writing for one in buffers]
+
+    async def _look_up(self, session: Session, step: StepId) -> control.Reply:
+        """Ask the store about a step that this daemon does not remember."""
+        held = session.held
+        failure = held.last_failure if held is not None else ""
+        if not self._known(step):
+            return control.Waited(int(Outcome.UNDECIDED), failure or "still being written")
+        try:
+            decision = await session.job.catalog.decision(step)
+        except ObjectNotFoundError:
+            return control.Waited(int(Outcome.ABORTED), "superseded before it was stored")
+        except StoreError as error:
+            return control.Waited(int(Outcome.UNDECIDED), str(error))
+        outcome = Outcome.COMMITTED if decision.committed else Outcome.ABORTED
+        return control.Waited(int(outcome), decision.why)

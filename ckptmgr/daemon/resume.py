@@ -1,0 +1,120 @@
+"""Claiming an attempt, and deciding which step it resumes from."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass
+
+from ckptmgr.errors import DamageError, ObjectNotFoundError
+from ckptmgr.repository import keys
+from ckptmgr.repository.catalog import Catalog, list_steps
+from ckptmgr.repository.commit import (
+    FROM_SCRATCH,
+    Active,
+    Claim,
+    Have,
+    Resume,
+    check_format,
+    decide,
+    put_record,
+)
+from ckptmgr.repository.hold import host_name
+from ckptmgr.repository.record import Kind
+from ckptmgr.store.base import PutResult, Store
+from ckptmgr.types import Outcome, Snapshot, StepId
+
+Skipped = tuple[str, str]
+"""A step that could not be used, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A step that an attempt may resume from, and whether this host's memory holds it."""
+
+    id: StepId
+    in_memory: bool
+    in_store: bool
+
+
+def rank_candidates(
+    memory: list[StepId], standing: list[StepId], rejected: frozenset[StepId]
+) -> list[Candidate]:
+    """Newest first, by (attempt, step). `standing` may hold steps that turn out to be ABORT."""
+    found = (set(memory) | set(standing)) - rejected
+    return [
+        Candidate(step, step in set(memory), step in set(standing))
+        for step in sorted(found, reverse=True)
+    ]
+
+
+def usable_in_memory(snapshots: list[tuple[Snapshot, Outcome]]) -> list[StepId]:
+    """Sealed snapshots that may be resumed from: all but those whose step was given up."""
+    return [snapshot.id for snapshot, outcome in snapshots if outcome is not Outcome.ABORTED]
+
+
+async def claim_attempt(store: Store, world: int, run_id: str) -> tuple[int, str]:
+    """Claim the next attempt of a job; returns its number and nonce (32 hex digits).
+
+    Raises:
+        UnsupportedFormatError: the store was written by a newer ckptmgr.
+    """
+    await check_format(store, create=True)
+    nonce = secrets.token_hex(16)
+    while True:
+        taken = [keys.parse_attempt(key) or 0 for key in await store.list("attempts/")]
+        attempt = 1 + max(taken, default=0)
+        claim = Claim(attempt, nonce, world, host_name(), run_id, time.time())
+        result = await put_record(store, Kind.CLAIM, keys.claim(attempt), claim)
+        if result is PutResult.OK:
+            return attempt, nonce
+
+
+async def publish_have(store: Store, attempt: int, found: list[Snapshot]) -> None:
+    """Say which sealed snapshots this host's memory holds, once per attempt."""
+    host = host_name()
+    record = Have(host, tuple((s.attempt, s.step, s.rank) for s in found))
+    await put_record(store, Kind.HAVE, keys.have(attempt, host), record)
+
+
+async def newest_active(store: Store) -> int:
+    """The newest attempt that has put a snapshot; 0 if none has."""
+    active = [key for key in await store.list("attempts/") if key.endswith("/active")]
+    return max((keys.parse_attempt(key) or 0 for key in active), default=0)
+
+
+async def put_active(store: Store, attempt: int, nonce: str) -> int:
+    """Mark the attempt as active; returns the newest active attempt, which may be a newer one."""
+    newest = await newest_active(store)
+    if newest < attempt:
+        await decide(store, Kind.ACTIVE, keys.active(attempt), Active(attempt, nonce))
+        newest = await newest_active(store)
+    return newest
+
+
+async def decide_resume(store: Store, attempt: int, k: int, choice: StepId) -> StepId:
+    """Put `choice` as the k-th resume decision, or return what was decided."""
+    record = Resume(choice.attempt, choice.step)
+    return (await decide(store, Kind.RESUME, keys.resume(attempt, k), record)).id
+
+
+async def committed_choices(catalog: Catalog, step: int, of_attempt: int | None) -> list[StepId]:
+    """Standing commits of step number `step` (of one attempt), newest attempt first."""
+    return [
+        found
+        for found in (await list_steps(catalog.store)).standing()
+        if found.step == step and of_attempt in (None, found.attempt)
+    ]
+
+
+async def parent_of(catalog: Catalog, step: StepId) -> StepId:
+    """The commit before `step`: the newest one that stands and is older."""
+    for found in (await list_steps(catalog.store)).standing():
+        if found >= step:
+            continue
+        try:
+            if (await catalog.decision(found)).committed:
+                return found
+        except (DamageError, ObjectNotFoundError):
+            continue
+    return FROM_SCRATCH

@@ -1,0 +1,169 @@
+"""Retention: which steps are given up (a pure function), and how (retired, holds, then data)."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from ckptmgr.daemon.log import event, warning
+from ckptmgr.errors import DamageError, ObjectNotFoundError
+from ckptmgr.repository import keys
+from ckptmgr.repository.budget import BufferPool
+from ckptmgr.repository.catalog import Catalog, Listing, Retired, Verified, list_steps
+from ckptmgr.repository.commit import Decision, abort_step, put_record
+from ckptmgr.repository.hold import left_behind
+from ckptmgr.repository.record import Kind
+from ckptmgr.restore.verify import verify_step
+from ckptmgr.store.base import Store
+from ckptmgr.types import StepId
+
+NEWER_MIN = 2
+"""A step is given up only behind this many newer commits, whatever `keep` says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What a collection did (or, as a dry run, would do) with one step, and why."""
+
+    step: StepId
+    action: str
+    why: str
+
+
+def victims(commits: list[StepId], held: frozenset[StepId], keep: int) -> list[StepId]:
+    """Commits to give up, oldest first. `commits` are those that stand, in any order."""
+    newest_first = sorted(commits, reverse=True)
+    return [s for s in reversed(newest_first[max(keep, NEWER_MIN) :]) if s not in held]
+
+
+def garbage(listing: Listing, stored: frozenset[StepId], live: StepId | None) -> list[StepId]:
+    """Undecided steps that nobody will finish: older than the newest commit or attempt `live`."""
+    undecided = (stored | frozenset(listing.manifests)) - listing.decided
+    return sorted(step for step in undecided if live is not None and step < live)
+
+
+async def collect(
+    catalog: Catalog,
+    pool: BufferPool,
+    keep: int,
+    protected: frozenset[StepId] = frozenset(),
+    *,
+    dry_run: bool = False,
+) -> list[Given]:
+    """Give up what retention and garbage rules allow; returns what was done.
+
+    Never touches one of the newest two commits, a held step, or one of `protected` (what a
+    running attempt resumed from).
+
+    Raises:
+        StoreError: the store failed; what was done so far stays true.
+    """
+    if not dry_run:
+        await _drop_dead_holds(catalog.store)
+    listing = await list_steps(catalog.store)
+    commits = await _commits(catalog, listing)
+    held = frozenset(listing.holds) | protected
+    done: list[Given] = []
+    for step in victims([c.id for c in commits], held, keep):
+        newer = [c for c in commits if c.id > step]
+        if not dry_run and not await _one_verified(catalog, newer, listing, pool):
+            warning("retention_blocked", step=str(step), why="no newer commit could be verified")
+            break
+        done.append(Given(step, "retire", f"{len(newer)} newer commits, keep={keep}"))
+        if not dry_run:
+            await retire(catalog.store, step, f"keep={keep}")
+    done += await _sweep(catalog, listing, commits, dry_run=dry_run)
+    return done
+
+
+async def _drop_dead_holds(store: Store) -> None:
+    """A reader of this host that was killed can not release its hold any more."""
+    for key in await store.list("holds/"):
+        if left_behind(key.rsplit("/", 1)[1]):
+            await store.delete(key)
+
+
+async def _commits(catalog: Catalog, listing: Listing) -> list[Decision]:
+    found = []
+    for step in listing.standing():
+        try:
+            decision = await catalog.decision(step)
+        except (DamageError, ObjectNotFoundError):
+            continue  # a damaged register is not counted as a commit, and nothing of it is deleted
+        if decision.committed:
+            found.append(decision)
+    return found
+
+
+async def _one_verified(
+    catalog: Catalog, newer: list[Decision], listing: Listing, pool: BufferPool
+) -> bool:
+    """Whether one of `newer` is verified; if none is, read the newest back that holds."""
+    if any(decision.id in listing.verified for decision in newer):
+        return True
+    for decision in newer:
+        damage = await verify_step(catalog, decision, pool)
+        if not damage:
+            await mark_verified(catalog.store, decision.id)
+            return True
+        warning("damaged", step=str(decision.id), key=damage[0].key, what=damage[0].what)
+    return False
+
+
+async def mark_verified(store: Store, step: StepId) -> None:
+    """Record that a step was read back whole."""
+    record = Verified(step.attempt, step.step)
+    await put_record(store, Kind.VERIFIED, keys.verified(step), record)
+    event("verified", step=str(step))
+
+
+async def retire(store: Store, step: StepId, why: str) -> bool:
+    """Give a committed step up; False if somebody holds it, and then its data stays."""
+    await put_record(
+        store, Kind.RETIRED, keys.retired(step), Retired(step.attempt, step.step, why)
+    )
+    await store.make_durable(keys.retired(step))
+    # A reader puts its hold and then looks for `retired`; we do the reverse. Whatever the order,
+    # one of us sees the other. The lag covers stores that show new keys late.
+    if store.visibility_lag_seconds:
+        await asyncio.sleep(store.visibility_lag_seconds)
+    if await store.list(keys.holds(step)):
+        return False
+    await _delete(store, step)
+    event("retired", step=str(step), why=why)
+    return True
+
+
+async def _delete(store: Store, step: StepId) -> None:
+    for prefix in (keys.packs(step), keys.manifests(step)):
+        for key in await store.list(prefix):
+            await store.delete(key)
+
+
+async def _sweep(
+    catalog: Catalog, listing: Listing, commits: list[Decision], *, dry_run: bool
+) -> list[Given]:
+    """Delete what undecided, aborted and half-deleted retired steps left behind."""
+    store = catalog.store
+    packs = {keys.parse_step(key) for key in await store.list("data/")}
+    stored = frozenset(step for step in packs if step is not None)
+    newest = commits[0].id if commits else None
+    done = []
+    for step in garbage(listing, stored, newest):
+        done.append(Given(step, "abort", f"undecided, and {newest} is committed"))
+        if not dry_run and not (await abort_step(store, step, "superseded")).committed:
+            await _delete(store, step)
+    for step in sorted((stored | frozenset(listing.manifests)) & listing.decided):
+        gone = step in listing.retired and step not in listing.holds
+        if gone or (step not in listing.retired and await _aborted(catalog, step)):
+            done.append(Given(step, "delete", "retired" if gone else "aborted"))
+            if not dry_run:
+                await _delete(store, step)
+    return done
+
+
+async def _aborted(catalog: Catalog, step: StepId) -> bool:
+    try:
+        return not (await catalog.decision(step)).committed
+    except (DamageError, ObjectNotFoundError):
+        return False

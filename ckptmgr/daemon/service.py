@@ -1,0 +1,331 @@
+"""The daemon's life: start, adopt, serve requests, drain, end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import select
+import shutil
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from ckptmgr.config import DRAIN_SECONDS, DaemonSettings
+from ckptmgr.daemon.http import MetricsServer
+from ckptmgr.daemon.intake import Held, Intake
+from ckptmgr.daemon.job import Job
+from ckptmgr.daemon.log import event, warning
+from ckptmgr.daemon.pipeline import Pipeline
+from ckptmgr.daemon.reader import Reader
+from ckptmgr.daemon.requests import Requests
+from ckptmgr.daemon.writer import Writer
+from ckptmgr.errors import CkptmgrError, DaemonError
+from ckptmgr.metrics import Metrics
+from ckptmgr.repository.budget import BufferPool
+from ckptmgr.staging import control
+from ckptmgr.staging.inbox import LOCK, SOCKET, InboxWatch, prepare, take_tickets
+
+FETCHED = "fetched"
+_SIGTERM_DRAIN_SECONDS = 60.0
+
+
+class Service:
+    """One daemon: one runtime directory, one user, any number of jobs."""
+
+    def __init__(self, settings: DaemonSettings) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.pool = BufferPool(settings.budget_bytes)
+        self.intake = Intake(settings.runtime_dir)
+        self.reader = Reader(self.intake, settings.runtime_dir / FETCHED)
+        self.jobs: dict[str, Job] = {}
+        self.metrics_port = -1
+        self._pipeline = Pipeline(self.pool)
+        self._writers: dict[str, asyncio.Task[None]] = {}
+        self._connections: set[asyncio.Task[None]] = set()
+        self._ending = asyncio.Event()
+        self._fault: BaseException | None = None
+        self._last_activity = time.monotonic()
+
+    # -- life ---------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Serve until SIGTERM, SIGINT, Stop or idleness; then drain and end.
+
+        Raises:
+            DaemonError: another daemon has this runtime directory.
+            HostMemoryError: the runtime directory is not ours.
+        """
+        runtime = self.settings.runtime_dir
+        prepare(runtime)
+        with _only_one(runtime / LOCK):
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, self._ending.set)
+            shutil.rmtree(runtime / FETCHED, ignore_errors=True)
+            (runtime / FETCHED).mkdir(mode=0o700)
+            metrics = self._serve_metrics()
+            watch = InboxWatch(runtime, lambda: loop.call_soon_threadsafe(self._ticket))
+            server = await control.listen(runtime / SOCKET, self._connected)
+            event("started", pid=os.getpid(), runtime=str(runtime), metrics_port=self.metrics_port)
+            try:
+                for held in self.intake.adopt():
+                    self._employ(held)
+                await self._until_ended()
+            finally:
+                await self._close(server, watch, metrics)
+            if self._fault is not None:
+                raise self._fault
+
+    def _serve_metrics(self) -> MetricsServer | None:
+        if self.settings.metrics_port < 0:
+            return None
+        try:
+            server = MetricsServer(self.metrics, self.settings.metrics_port)
+        except OSError as error:
+            warning("metrics_off", port=self.settings.metrics_port, why=str(error))
+            return None
+        self.metrics_port = server.port
+        return server
+
+    async def _until_ended(self) -> None:
+        while not self._ending.is_set():
+            await self._wait_for_change()
+            self._free_orphans()
+            if self._idle_for() > self.settings.idle_seconds > 0:
+                event("idle", seconds=self.settings.idle_seconds)
+                return
+        event("draining", undecided=self.intake.undecided())
+        left = await self.drain(_SIGTERM_DRAIN_SECONDS)
+        event("drained" if not left else "drain_incomplete", left=left)
+
+    async def _wait_for_change(self) -> None:
+        """Sleep until the daemon ends, or until it is time to look at idleness again."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._ending.wait(), max(0.05, self.settings.idle_seconds / 10))
+
+    def _idle_for(self) -> float:
+        if self._connections or self.intake.undecided():
+            self._last_activity = time.monotonic()
+        return time.monotonic() - self._last_activity
+
+    def _free_orphans(self) -> None:
+        """Free buffers whose trainer is gone for good and whose snapshots are all decided."""
+        for held in list(self.intake.held.values()):
+            if held.writer_alive or held.next() is not None or held.writing:
+                continue
+            gone_for = time.monotonic() - held.orphaned_at
+            if held.free_when_decided or gone_for > self.settings.memory_seconds:
+                self.free(held)
+
+    async def _close(
+        self, server: asyncio.Server, watch: InboxWatch, metrics: MetricsServer | None
+    ) -> None:
+        server.close()
+        tasks = [*self._connections, *self._writers.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        watch.close()
+        if metrics is not None:
+            metrics.close()
+        (self.settings.runtime_dir / SOCKET).unlink(missing_ok=True)
+        for held in list(self.intake.held.values()):
+            if not held.writer_alive and held.next() is None:
+                self.intake.release(held)
+        for job in self.jobs.values():
+            await job.store.aclose()
+        event("ended", undecided=self.intake.undecided())
+
+    # -- buffers and jobs ---------------------------------------------------------------------
+
+    def job(self, url: str) -> Job:
+        """The job of a store URL, opened when first needed.
+
+        Raises:
+            UsageError: the URL names no store.
+        """
+        if url not in self.jobs:
+            self.jobs[url] = Job.open(
+                url, self.metrics, self.pool, self.settings.store_timeout_seconds
+            )
+        return self.jobs[url]
+
+    def employ(self, held: Held) -> None:
+        """Start the worker of a new buffer."""
+        self._employ(held)
+
+    def _employ(self, held: Held) -> None:
+        try:
+            job = self.job(held.binding.url)
+        except CkptmgrError as error:
+            warning("buffer_stranded", buffer=held.buffer.id, why=str(error))
+            return
+        writer = Writer(held, job, self._pipeline, self._count_queue)
+        task = asyncio.create_task(writer.run(), name=f"writer {held.buffer.id[:8]}")
+        task.add_done_callback(self._writer_ended)
+        self._writers[held.buffer.id] = task
+        held.wake.set()
+
+    def _writer_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            # A fault of ours: end loudly. The snapshots stay in host memory for the next daemon.
+            warning("writer_failed", why=repr(task.exception()))
+            self._fault = task.exception()
+            self._ending.set()
+
+    def free(self, held: Held) -> None:
+        """Stop the worker of a buffer and free its memory."""
+        task = self._writers.pop(held.buffer.id, None)
+        if task is not None:
+            task.cancel()
+        self.intake.release(held)
+
+    def _count_queue(self) -> None:
+        queued: dict[str, int] = dict.fromkeys((job.label for job in self.jobs.values()), 0)
+        for held in self.intake.held.values():
+            job = self.jobs.get(held.binding.url)
+            if job is not None and held.next() is not None:
+                queued[job.label] += 1
+        for label, count in queued.items():
+            self.metrics.queue.labels(label).set(count)
+
+    def _ticket(self) -> None:
+        """Something was sealed. The tickets only say where to look first."""
+        self._last_activity = time.monotonic()
+        for buffer_id in take_tickets(self.settings.runtime_dir):
+            held = self.intake.held.get(buffer_id)
+            if held is not None:
+                held.wake.set()
+
+    # -- connections --------------------------------------------------------------------------
+
+    async def _connected(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._connections.add(task)
+        sock: socket.socket = writer.get_extra_info("socket")
+        requests = Requests(self)
+        try:
+            pid = control.check_peer(sock)
+            with self._watch_death(pid, requests):
+                while (request := await control.read_request(reader)) is not None:
+                    await control.send_reply(writer, await requests.answer(request))
+        except (CkptmgrError, ConnectionError) as error:
+            warning("connection_refused", why=str(error))
+        finally:
+            self._connections.discard(task)
+            self._last_activity = time.monotonic()
+            await requests.close()
+            writer.close()
+
+    @contextlib.contextmanager
+    def _watch_death(self, pid: int, requests: Requests) -> Any:
+        """Tell `requests` when process `pid` dies.
+
+        The end of the connection is not enough: data loader workers inherit the socket and may
+        outlive the trainer. `pid` is 0 when the peer is in a pid namespace that we can not see.
+        """
+        try:
+            pidfd = os.pidfd_open(pid) if pid else -1
+        except OSError:
+            pidfd = -1
+        loop = asyncio.get_running_loop()
+        if pidfd >= 0:
+            loop.add_reader(pidfd, requests.trainer_died)
+        try:
+            yield
+        finally:
+            if pidfd >= 0:
+                loop.remove_reader(pidfd)
+                if select.select([pidfd], [], [], 0)[0]:
+                    requests.trainer_died()
+                os.close(pidfd)
+
+    # -- requests of more than one session ----------------------------------------------------
+
+    async def drain(self, timeout_seconds: float = DRAIN_SECONDS) -> int:
+        """Wait until nothing is undecided; returns how many snapshots still are at the end."""
+        for held in self.intake.held.values():
+            held.wake.set()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_seconds):
+                for held in list(self.intake.held.values()):
+                    await held.wait_decided()
+        return self.intake.undecided()
+
+    def end(self) -> None:
+        """Drain and end."""
+        self._ending.set()
+
+    def state(self) -> dict[str, Any]:
+        """What `ckptmgr status --json` prints (docs/cli-json.md)."""
+        return {
+            "pid": os.getpid(),
+            "runtime_dir": str(self.settings.runtime_dir),
+            "metrics_port": self.metrics_port,
+            "undecided": self.intake.undecided(),
+            "trainers": sum(held.writer_alive for held in self.intake.held.values()),
+            "jobs": [
+                {
+                    "url": job.url,
+                    "last_commit": str(job.last_commit) if job.last_commit else None,
+                    "buffers": [
+                        _buffer_state(h)
+                        for h in self.intake.held.values()
+                        if h.binding.url == job.url
+                    ],
+                }
+                for job in self.jobs.values()
+            ],
+        }
+
+
+def _buffer_state(held: Held) -> dict[str, Any]:
+    return {
+        "id": held.buffer.id,
+        "rank": held.binding.rank,
+        "world": held.binding.world,
+        "bytes": held.buffer.capacity.file_bytes,
+        "trainer_alive": held.writer_alive,
+        "writing": str(held.writing) if held.writing else None,
+        "last_failure": held.last_failure,
+        "snapshots": [
+            {
+                "step": str(snapshot.id),
+                "outcome": outcome.name.lower(),
+                "bytes": snapshot.data_bytes,
+                "sealed_at": snapshot.sealed_at,
+                "stall_seconds": snapshot.stall_seconds,
+            }
+            for snapshot, outcome in held.snapshots()
+        ],
+    }
+
+
+@contextlib.contextmanager
+def _only_one(path: Path) -> Any:
+    """Hold the lock of a runtime directory; the kernel drops it when this process dies.
+
+    Raises:
+        DaemonError: another daemon has it.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DaemonError(
+                "another daemon serves this runtime directory",
+                subject=str(path.parent),
+                hint="Use that one (`ckptmgr status`), or set another CKPTMGR_RUNTIME_DIR.",
+            ) from None
+        yield
+    finally:
+        os.close(fd)

@@ -1,0 +1,128 @@
+"""Brings the sealed snapshots of one host buffer into the store, one after the other."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from ckptmgr.daemon.intake import Held
+from ckptmgr.daemon.job import Job
+from ckptmgr.daemon.log import event, warning
+from ckptmgr.daemon.pipeline import Pipeline, Source
+from ckptmgr.daemon.resume import parent_of, put_active
+from ckptmgr.errors import CkptmgrError, StoreError, SupersededError, TornSnapshotError
+from ckptmgr.repository import keys
+from ckptmgr.repository.commit import Decision, abort_step, commit_step
+from ckptmgr.repository.hold import host_name
+from ckptmgr.types import Outcome, Snapshot, StepId
+
+RETRY_SECONDS_MIN, RETRY_SECONDS_MAX = 1.0, 30.0
+"""Pause after a failed write: doubled each time, so that a dead store costs nothing."""
+
+
+class Writer:
+    """The worker of one buffer. `run` ends only by cancellation."""
+
+    def __init__(self, held: Held, job: Job, pipeline: Pipeline, idle: Callable[[], None]) -> None:
+        self._held = held
+        self._job = job
+        self._pipeline = pipeline
+        self._idle = idle
+
+    async def run(self) -> None:
+        """Write whatever is sealed and undecided; sleep until woken when there is nothing."""
+        pause = RETRY_SECONDS_MIN
+        while True:
+            self._held.wake.clear()
+            snapshot = self._held.next()
+            if snapshot is None:
+                self._idle()
+                await self._held.wake.wait()
+                continue
+            try:
+                await self._write(snapshot)
+                pause = RETRY_SECONDS_MIN
+            except StoreError as error:
+                self._held.last_failure = str(error)
+                warning("write_failed", step=str(snapshot.id), why=str(error), retry_in=pause)
+                await self._pause(pause)
+                pause = min(2 * pause, RETRY_SECONDS_MAX)
+
+    async def _pause(self, seconds: float) -> None:
+        try:
+            await asyncio.wait_for(self._held.wake.wait(), seconds)
+        except TimeoutError:
+            return
+
+    async def _write(self, snapshot: Snapshot) -> None:
+        self._held.writing = snapshot.id
+        try:
+            decision = await self._commit(snapshot)
+        except TornSnapshotError:
+            event("superseded", step=str(snapshot.id), why="its slot holds a newer step")
+            await self._give_up(snapshot.id, "superseded by a newer snapshot")
+        except StoreError:
+            raise
+        except CkptmgrError as error:
+            kind = type(error).__name__
+            self._job.metrics.failures.labels(self._job.label, kind).inc()
+            warning("given_up", step=str(snapshot.id), kind=kind, why=str(error))
+            await self._give_up(snapshot.id, f"{kind}: {error.message}")
+            await self._held.settle(snapshot, Outcome.ABORTED, str(error))
+        else:
+            await self._settle(snapshot, decision)
+        finally:
+            self._held.writing = None
+            await self._held.tell()
+
+    async def _commit(self, snapshot: Snapshot) -> Decision:
+        """Write and decide one snapshot: active, packs, manifest, register."""
+        start = time.monotonic()
+        await self._check_active(snapshot)
+        source = Source(self._held.buffer, snapshot, self._job.store, host_name())
+        event("writing", job=self._job.label, step=str(snapshot.id), bytes=snapshot.data_bytes)
+        manifest = await self._pipeline.write(source, self._held.binding.codec, self._stored)
+        parent = await parent_of(self._job.catalog, snapshot.id)
+        decision = await commit_step(self._job.store, [manifest], parent)
+        metrics = self._job.metrics
+        metrics.commit_duration.labels(self._job.label).observe(time.monotonic() - start)
+        metrics.stall.labels(self._job.label).observe(snapshot.stall_seconds)
+        return decision
+
+    def _stored(self, raw_bytes: int, stored_bytes: int) -> None:
+        self._held.buffer.add_progress(raw_bytes)
+        self._job.metrics.raw_bytes.labels(self._job.label).inc(raw_bytes)
+        self._job.metrics.stored_bytes.labels(self._job.label).inc(stored_bytes)
+
+    async def _check_active(self, snapshot: Snapshot) -> None:
+        """Mark the attempt active before its first manifest; stop it if a newer one is."""
+        newest = await put_active(self._job.store, snapshot.attempt, snapshot.nonce)
+        if newest > snapshot.attempt:
+            self._held.buffer.supersede(newest)
+            if self._held.writer_alive:
+                raise SupersededError(f"attempt {newest} is active", subject=str(snapshot.id))
+            # The snapshot of a dead trainer is finished all the same: it can do no harm, since
+            # every commit of the newer attempt comes before it in the order of steps.
+
+    async def _settle(self, snapshot: Snapshot, decision: Decision) -> None:
+        if decision.committed:
+            self._job.committed(decision)
+            self._held.last_failure = ""
+            await self._held.settle(snapshot, Outcome.COMMITTED)
+            await self._job.retain(self._held.binding.keep)
+        else:
+            self._job.metrics.aborts.labels(self._job.label).inc()
+            await self._held.settle(snapshot, Outcome.ABORTED, decision.why)
+
+    async def _give_up(self, step: StepId, why: str) -> None:
+        """ABORT first, and only if it wins delete; what fails here is left to collection."""
+        store = self._job.store
+        try:
+            if (await abort_step(store, step, why)).committed:
+                return
+            for prefix in (keys.packs(step), keys.manifests(step)):
+                for key in await store.list(prefix):
+                    await store.delete(key)
+        except CkptmgrError as error:
+            warning("give_up_failed", step=str(step), why=str(error))

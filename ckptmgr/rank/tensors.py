@@ -1,0 +1,127 @@
+"""Which tensors can be leaves, which part of them this rank holds, and how their bytes are seen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import Parameter, UninitializedTensorMixin
+
+from ckptmgr.staging.paths import Trail
+from ckptmgr.staging.values import refuse
+
+LEAF_TYPES: frozenset[type] = frozenset({Tensor, Parameter})
+"""Exact types whose instances may be leaves; every other subclass of Tensor is refused."""
+
+REQUIRES_GRAD, IS_PARAMETER = 1, 2
+"""Flags of a leaf in the tree (staging/values.py, tag 23)."""
+
+_DTYPES = {
+    name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LocalPart:
+    """What this rank holds of a tensor, and where it lies in the whole (None: it is the whole)."""
+
+    tensor: Tensor
+    global_shape: tuple[int, ...] | None = None
+    global_offset: tuple[int, ...] | None = None
+
+
+def local_part(tensor: Tensor) -> LocalPart:
+    """The part of a leaf in this process. The one place that knows of distributed tensors."""
+    return LocalPart(tensor)
+
+
+def is_leaf(item: Tensor) -> bool:
+    """Whether a tensor of one of LEAF_TYPES is stored as plain bytes."""
+    return item.layout == torch.strided and not item.is_quantized and not item.is_nested
+
+
+def admit(tensor: Tensor, trail: Trail) -> None:
+    """Check that the bytes of a leaf can be read.
+
+    Raises:
+        UnsupportedLeafError: it has no bytes (meta), or none that can be copied.
+    """
+    if tensor.is_meta:
+        raise refuse(trail, "is a meta tensor: it has a shape but no values")
+    if tensor.dim() > _DIMENSIONS_MAX:
+        raise refuse(trail, f"has {tensor.dim()} dimensions, more than {_DIMENSIONS_MAX}")
+    if tensor.numel() and tensor.data_ptr() == 0:
+        raise refuse(trail, "has no storage (it was freed, or is not materialised yet)")
+
+
+_DIMENSIONS_MAX = 64
+"""PyTorch's own limit for most operations."""
+
+
+def why_not(tensor: Tensor) -> str:
+    """Why a tensor that is neither a leaf nor decomposed is refused."""
+    if isinstance(tensor, UninitializedTensorMixin):
+        return "is not initialised; run one batch through the lazy module first"
+    if tensor.is_nested:
+        return "is a nested (jagged) tensor"
+    if type(tensor) not in LEAF_TYPES:
+        return f"is of the tensor subclass {type(tensor).__module__}.{type(tensor).__qualname__}"
+    return f"is a tensor of layout {tensor.layout}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype in a layout: `float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype with this name.
+
+    Raises:
+        ValueError: this torch has no such dtype.
+    """
+    if name not in _DTYPES:
+        raise ValueError(f"torch {torch.__version__} has no dtype {name!r}")
+    return _DTYPES[name]
+
+
+def element_kind(dtype: torch.dtype) -> tuple[int, bool]:
+    """Bytes and kind of the numbers in a dtype; a complex number is two floats."""
+    size = dtype.itemsize
+    return (size // 2, True) if dtype.is_complex else (size, dtype.is_floating_point)
+
+
+def carrier(dtype: torch.dtype) -> torch.dtype:
+    """A dtype of the same size that every copy kernel knows, to copy `dtype` bit by bit."""
+    if dtype == torch.complex32:
+        return torch.int32
+    if dtype.is_complex or dtype in _COPIED_AS_THEMSELVES:
+        return dtype
+    return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+
+
+_COPIED_AS_THEMSELVES = frozenset(
+    {
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+    }
+)
+
+
+def carried(tensor: Tensor) -> Tensor:
+    """`tensor` seen in its carrier dtype; its logical values, conjugation resolved."""
+    dtype = carrier(tensor.dtype)
+    if dtype == tensor.dtype:
+        return tensor
+    if tensor.is_conj() or tensor.is_neg():
+        tensor = tensor.resolve_conj().resolve_neg()
+    return tensor.view(dtype)

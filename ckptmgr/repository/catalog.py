@@ -1,0 +1,194 @@
+"""What a store holds: steps and their states, newest first, and the last consistent one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import msgspec
+
+from ckptmgr.errors import MissingObjectError, ObjectNotFoundError, RecordDamagedError
+from ckptmgr.repository import keys
+from ckptmgr.repository.commit import Decision, get_record
+from ckptmgr.repository.manifest import SealedManifest, read_manifest
+from ckptmgr.repository.record import Kind
+from ckptmgr.store.base import Store
+from ckptmgr.types import StepId, StepState
+
+_READS_AT_ONCE = 16
+
+
+class Hold(msgspec.Struct, frozen=True):
+    """Somebody needs a step: retention leaves it alone."""
+
+    attempt: int
+    step: int
+    id: str
+    why: str = ""
+
+
+class Retired(msgspec.Struct, frozen=True):
+    """Retention gave a step up; its data may be gone."""
+
+    attempt: int
+    step: int
+    why: str = ""
+
+
+class Verified(msgspec.Struct, frozen=True):
+    """A step was read back whole; `commit` is the digest of its commit record, in hex."""
+
+    attempt: int
+    step: int
+    at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepEntry:
+    """One step of the catalog. `decision` is None while undecided, or where it is damaged."""
+
+    id: StepId
+    state: StepState
+    decision: Decision | None
+    holds: tuple[str, ...] = ()
+    ranks_present: int = 0
+    damage: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The keys of a store that tell the states of its steps, taken by five listings."""
+
+    decided: frozenset[StepId]
+    retired: frozenset[StepId]
+    verified: frozenset[StepId]
+    holds: dict[StepId, tuple[str, ...]]
+    manifests: dict[StepId, int]
+
+    def standing(self) -> list[StepId]:
+        """Decided steps that are not retired, newest first. Some may be ABORT."""
+        return sorted(self.decided - self.retired, reverse=True)
+
+
+async def list_steps(store: Store) -> Listing:
+    """Take a listing. Steps appear as undecided before they appear as decided, never the reverse."""
+    manifests = _count(await store.list("man/"))
+    decided = frozenset(_count(await store.list("commit/")))
+    verified = frozenset(_count(await store.list("verified/")))
+    holds: dict[StepId, tuple[str, ...]] = {}
+    for key in await store.list("holds/"):
+        step = keys.parse_step(key)
+        if step is not None:
+            holds[step] = (*holds.get(step, ()), key.rsplit("/", 1)[1])
+    # Last: a step retired during the listing must not look as if it still stood.
+    retired = frozenset(_count(await store.list("retired/")))
+    return Listing(decided, retired, verified, holds, manifests)
+
+
+def _count(found: list[str]) -> dict[StepId, int]:
+    counts: dict[StepId, int] = {}
+    for key in found:
+        step = keys.parse_step(key)
+        if step is not None:
+            counts[step] = counts.get(step, 0) + 1
+    return counts
+
+
+@dataclass(slots=True)
+class Catalog:
+    """Reads a store's steps; decisions are immutable, so each is read only once."""
+
+    store: Store
+    _decisions: dict[StepId, Decision] = field(default_factory=dict)
+
+    async def decision(self, step: StepId) -> Decision:
+        """The register of a step.
+
+        Raises:
+            ObjectNotFoundError: undecided.
+            DamageError: the register is damaged.
+        """
+        found = self._decisions.get(step)
+        if found is None:
+            found = await get_record(self.store, Kind.COMMIT, keys.commit(step), Decision)
+            if found.id != step:
+                raise RecordDamagedError("decides another step", subject=keys.commit(step))
+            self._decisions[step] = found
+        return found
+
+    async def entries(self) -> list[StepEntry]:
+        """All steps, newest first; damaged registers are entries too, with `damage` set."""
+        listing = await list_steps(self.store)
+        steps = sorted(listing.decided | set(listing.manifests) | listing.retired, reverse=True)
+        gate = asyncio.Semaphore(_READS_AT_ONCE)
+
+        async def entry(step: StepId) -> StepEntry:
+            async with gate:
+                return await self._entry(step, listing)
+
+        return list(await asyncio.gather(*(entry(step) for step in steps)))
+
+    async def _entry(self, step: StepId, listing: Listing) -> StepEntry:
+        decision, damage = None, ""
+        if step in listing.decided:
+            try:
+                decision = await self.decision(step)
+            except (RecordDamagedError, ObjectNotFoundError) as error:
+                damage = error.message
+        return StepEntry(
+            id=step,
+            state=_state(step, decision, listing),
+            decision=decision,
+            holds=listing.holds.get(step, ()),
+            ranks_present=listing.manifests.get(step, 0),
+            damage=damage,
+        )
+
+    async def committed(self) -> AsyncIterator[Decision]:
+        """Commits that stand, newest first. A damaged register is raised when it is reached.
+
+        Raises:
+            DamageError: the next register is damaged; iterate `list_steps().standing()` and call
+                `decision` yourself to go on behind it.
+        """
+        for step in (await list_steps(self.store)).standing():
+            decision = await self.decision(step)
+            if decision.committed:
+                yield decision
+
+    async def latest(self) -> StepId | None:
+        """The newest committed step that is not retired: the last consistent step."""
+        async for decision in self.committed():
+            return decision.id
+        return None
+
+    async def manifests(self, decision: Decision) -> list[SealedManifest]:
+        """All manifests of a commit, in rank order, checked against the commit's digests.
+
+        Raises:
+            DamageError: one is missing, damaged, or not the one that was committed.
+        """
+        return [await self.manifest(decision, rank) for rank in range(decision.world)]
+
+    async def manifest(self, decision: Decision, rank: int) -> SealedManifest:
+        """One rank's manifest of a commit; errors as `manifests`."""
+        key = keys.manifest(decision.id, rank)
+        try:
+            record = await self.store.get(key)
+        except ObjectNotFoundError as error:
+            raise MissingObjectError("is gone", subject=key) from error
+        sealed = read_manifest(decision.id, rank, record)
+        if sealed.digest.hex() != decision.manifests[rank]:
+            raise RecordDamagedError("is not the manifest that was committed", subject=key)
+        return sealed
+
+
+def _state(step: StepId, decision: Decision | None, listing: Listing) -> StepState:
+    if step in listing.retired:
+        return StepState.RETIRED
+    if decision is None:
+        return StepState.UNDECIDED
+    if not decision.committed:
+        return StepState.ABORTED
+    return StepState.VERIFIED if step in listing.verified else StepState.COMMITTED

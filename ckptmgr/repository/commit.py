@@ -1,0 +1,180 @@
+"""Decide-once registers: claims, resume decisions, and COMMIT or ABORT of a step.
+
+A register is decided by `put_new`: one winner, for ever. Whoever loses reads what won, makes it
+durable (visible is not durable) and obeys it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from ckptmgr.errors import ObjectNotFoundError, RegisterConflictError, UnsupportedFormatError
+from ckptmgr.repository import keys
+from ckptmgr.repository.manifest import SealedManifest
+from ckptmgr.repository.record import VERSION, Kind, seal, unseal
+from ckptmgr.store.base import PutResult, Store
+from ckptmgr.types import StepId, Tags
+
+T = TypeVar("T")
+
+FROM_SCRATCH = StepId(0, 0)
+"""What an attempt resumes from when the job has no step yet."""
+
+
+class Format(msgspec.Struct, frozen=True):
+    """The store's format version."""
+
+    version: int
+
+
+class Claim(msgspec.Struct, frozen=True):
+    """Who took an attempt; `at` is Unix time, for people only."""
+
+    attempt: int
+    nonce: str
+    world: int
+    host: str
+    run_id: str
+    at: float
+
+
+class Active(msgspec.Struct, frozen=True):
+    """An attempt that has put its first snapshot: older attempts end themselves."""
+
+    attempt: int
+    nonce: str
+
+
+class Have(msgspec.Struct, frozen=True):
+    """Sealed (attempt, step, rank) snapshots in one host's memory: candidates, never decisions."""
+
+    host: str
+    snapshots: tuple[tuple[int, int, int], ...]
+
+
+class Resume(msgspec.Struct, frozen=True):
+    """What an attempt resumes from."""
+
+    attempt: int
+    step: int
+
+    @property
+    def id(self) -> StepId:
+        """The (attempt, step) to resume from; FROM_SCRATCH for none."""
+        return StepId(self.attempt, self.step)
+
+
+class Decision(msgspec.Struct, frozen=True):
+    """The register of a step: COMMIT with the digest (hex) of every rank's manifest, or ABORT."""
+
+    decision: Literal["COMMIT", "ABORT"]
+    attempt: int
+    step: int
+    nonce: str = ""
+    world: int = 0
+    parent: tuple[int, int] = (0, 0)
+    manifests: tuple[str, ...] = ()
+    raw_bytes: int = 0
+    stored_bytes: int = 0
+    sealed_at: float = 0.0
+    tags: Tags = {}
+    why: str = ""
+
+    @property
+    def id(self) -> StepId:
+        """The (attempt, step) it decides."""
+        return StepId(self.attempt, self.step)
+
+    @property
+    def committed(self) -> bool:
+        """Whether the step is a checkpoint."""
+        return self.decision == "COMMIT"
+
+
+async def put_record(store: Store, kind: Kind, key: str, payload: Any) -> PutResult:
+    """Put a record; CONFLICT if the key exists, whatever it holds."""
+    return await store.put_new(key, [memoryview(seal(kind, key, payload))])
+
+
+async def get_record(store: Store, kind: Kind, key: str, type_: type[T]) -> T:
+    """Read and check a record.
+
+    Raises:
+        ObjectNotFoundError: no such key.
+        DamageError: it does not hold.
+    """
+    return unseal(kind, key, await store.get(key), type_)
+
+
+async def decide(store: Store, kind: Kind, key: str, payload: T) -> T:
+    """Put `payload` into a register, or return what somebody else decided, made durable."""
+    if await put_record(store, kind, key, payload) is PutResult.OK:
+        return payload
+    decided = await get_record(store, kind, key, type(payload))
+    await store.make_durable(key)
+    return decided
+
+
+async def check_format(store: Store, *, create: bool) -> bool:
+    """Check that the store is of our format version; `create` marks an empty one.
+
+    Returns False where there is no mark (and none was to be made).
+
+    Raises:
+        UnsupportedFormatError: it was written by a newer ckptmgr.
+    """
+    try:
+        found = await get_record(store, Kind.FORMAT, keys.FORMAT, Format)
+    except ObjectNotFoundError:
+        if not create:
+            return False
+        found = await decide(store, Kind.FORMAT, keys.FORMAT, Format(VERSION))
+    if found.version != VERSION:
+        raise UnsupportedFormatError(f"store has format {found.version}", subject=store.url)
+    return True
+
+
+def commit_of(manifests: Sequence[SealedManifest], parent: StepId) -> Decision:
+    """The COMMIT of a step: a pure function of its manifests, so that racing writers agree.
+
+    Raises:
+        RegisterConflictError: the manifests are not one of each rank, of one step and nonce.
+    """
+    ordered = sorted((m.manifest for m in manifests), key=lambda m: m.rank)
+    first = ordered[0]
+    same = all((m.id, m.nonce, m.world) == (first.id, first.nonce, first.world) for m in ordered)
+    if not same or [m.rank for m in ordered] != list(range(first.world)):
+        raise RegisterConflictError(
+            "manifests of different incarnations or ranks", subject=keys.manifests(first.id)
+        )
+    by_rank = sorted(manifests, key=lambda m: m.manifest.rank)
+    return Decision(
+        decision="COMMIT",
+        attempt=first.attempt,
+        step=first.step,
+        nonce=first.nonce,
+        world=first.world,
+        parent=(parent.attempt, parent.step),
+        manifests=tuple(m.digest.hex() for m in by_rank),
+        raw_bytes=sum(m.raw_bytes for m in ordered),
+        stored_bytes=sum(m.stored_bytes for m in ordered),
+        sealed_at=first.sealed_at,
+        tags=first.tags,
+    )
+
+
+async def commit_step(
+    store: Store, manifests: Sequence[SealedManifest], parent: StepId
+) -> Decision:
+    """Decide a step whose manifests are all durable; returns what the register holds."""
+    commit = commit_of(manifests, parent)
+    return await decide(store, Kind.COMMIT, keys.commit(commit.id), commit)
+
+
+async def abort_step(store: Store, step: StepId, why: str) -> Decision:
+    """Give a step up, unless it is committed already; returns what the register holds."""
+    abort = Decision(decision="ABORT", attempt=step.attempt, step=step.step, why=why)
+    return await decide(store, Kind.COMMIT, keys.commit(step), abort)

@@ -1,0 +1,85 @@
+"""Holds: a reader, or a person, keeps retention away from a step."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from ckptmgr.errors import DamageError, ObjectNotFoundError, StorePermissionError
+from ckptmgr.repository import keys
+from ckptmgr.repository.catalog import Hold
+from ckptmgr.repository.commit import put_record
+from ckptmgr.repository.record import Kind
+from ckptmgr.store.base import Store
+from ckptmgr.types import StepId
+
+_READER = re.compile(r"reader\.(?P<host>[A-Za-z0-9._-]*)\.(?P<pid>\d+)\.[0-9a-f]{16}")
+
+
+def host_name() -> str:
+    """This host's name as a key segment."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname()).lstrip("._-")[:64] or "host"
+
+
+def left_behind(hold_id: str) -> bool:
+    """Whether a hold belongs to a reading process of this host that is dead."""
+    match = _READER.fullmatch(hold_id)
+    if match is None or match["host"] != host_name():
+        return False
+    try:
+        os.kill(int(match["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+async def put_hold(store: Store, step: StepId, hold_id: str, why: str) -> None:
+    """Hold a step until `release_hold`.
+
+    Raises:
+        DamageError: the step is retired already; its data may be going away.
+    """
+    key = keys.hold(step, hold_id)
+    await put_record(store, Kind.HOLD, key, Hold(step.attempt, step.step, hold_id, why))
+    if await _exists(store, keys.retired(step)):
+        await store.delete(key)
+        raise DamageError("is retired", subject=str(step))
+
+
+async def release_hold(store: Store, step: StepId, hold_id: str) -> None:
+    """Release a hold; one that is not there is no error."""
+    await store.delete(keys.hold(step, hold_id))
+
+
+@asynccontextmanager
+async def held_step(store: Store, step: StepId) -> AsyncIterator[None]:
+    """Keep retention away from a step while it is read.
+
+    Raises:
+        DamageError: the step is retired already.
+    """
+    hold_id = f"reader.{host_name()}.{os.getpid()}.{secrets.token_hex(8)}"
+    try:
+        await put_hold(store, step, hold_id, "being read")
+    except StorePermissionError:
+        # A read-only store: without a hold, a step that is retired meanwhile reads as damage.
+        yield
+        return
+    try:
+        yield
+    finally:
+        await release_hold(store, step, hold_id)
+
+
+async def _exists(store: Store, key: str) -> bool:
+    try:
+        await store.get(key, length=1)
+    except ObjectNotFoundError:
+        return False
+    return True

@@ -1,0 +1,97 @@
+"""Names of the objects in a store (docs/format.md section 2)."""
+
+from __future__ import annotations
+
+import re
+import secrets
+
+from ckptmgr.types import StepId
+
+FORMAT = "format"
+
+_STEP_KEY = re.compile(r"[a-z]+/(\d{8})/(\d{12})(?:/.+)?")
+
+
+def _attempt(attempt: int) -> str:
+    return f"{attempt:08d}"
+
+
+def _step(step: StepId) -> str:
+    return f"{step.attempt:08d}/{step.step:012d}"
+
+
+def claim(attempt: int) -> str:
+    """Claim of an attempt."""
+    return f"attempts/{_attempt(attempt)}/claim"
+
+
+def active(attempt: int) -> str:
+    """Mark of an attempt that has put its first snapshot."""
+    return f"attempts/{_attempt(attempt)}/active"
+
+
+def have(attempt: int, host: str) -> str:
+    """What the memory of `host` held when it joined the attempt."""
+    return f"attempts/{_attempt(attempt)}/have/{host}"
+
+
+def resume(attempt: int, k: int) -> str:
+    """The k-th decision of what the attempt resumes from."""
+    return f"attempts/{_attempt(attempt)}/resume/{k:04d}"
+
+
+def new_pack(step: StepId, rank: int) -> str:
+    """A fresh name for a pack; 80 random bits, so that no two writers ever meet."""
+    return f"{packs(step, rank)}{secrets.token_hex(10)}.pack"
+
+
+def packs(step: StepId, rank: int | None = None) -> str:
+    """Prefix of the packs of a step (of one rank)."""
+    return f"data/{_step(step)}/" + (f"{rank:06d}/" if rank is not None else "")
+
+
+def manifest(step: StepId, rank: int) -> str:
+    """Manifest of one rank."""
+    return f"{manifests(step)}{rank:06d}"
+
+
+def manifests(step: StepId) -> str:
+    """Prefix of the manifests of a step."""
+    return f"man/{_step(step)}/"
+
+
+def commit(step: StepId) -> str:
+    """The decide-once register of a step."""
+    return f"commit/{_step(step)}"
+
+
+def retired(step: StepId) -> str:
+    """Mark of a step given up by retention."""
+    return f"retired/{_step(step)}"
+
+
+def holds(step: StepId) -> str:
+    """Prefix of the holds of a step."""
+    return f"holds/{_step(step)}/"
+
+
+def hold(step: StepId, hold_id: str) -> str:
+    """One hold of a step."""
+    return f"{holds(step)}{hold_id}"
+
+
+def verified(step: StepId) -> str:
+    """Proof that a step was read back."""
+    return f"verified/{_step(step)}"
+
+
+def parse_step(key: str) -> StepId | None:
+    """The step that a key of data/, man/, commit/, retired/, holds/ or verified/ belongs to."""
+    match = _STEP_KEY.fullmatch(key)
+    return StepId(int(match[1]), int(match[2])) if match else None
+
+
+def parse_attempt(key: str) -> int | None:
+    """The attempt that a key of attempts/ belongs to."""
+    parts = key.split("/")
+    return int(parts[1]) if parts[0] == "attempts" and len(parts) > 2 and parts[1].isdigit() else None

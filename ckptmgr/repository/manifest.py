@@ -1,0 +1,93 @@
+"""Manifest: all that one rank wrote for one step; written after its packs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+from ckptmgr.errors import HostBufferDamagedError, RecordDamagedError
+from ckptmgr.repository import keys
+from ckptmgr.repository.chunk import Chunk, check_cover
+from ckptmgr.repository.pack import padded
+from ckptmgr.repository.record import Kind, digest_of, seal, unseal
+from ckptmgr.staging.hostbuffer import decode_layout
+from ckptmgr.types import PAGE_BYTES, Layout, StepId, Tags
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """The payload of a manifest record; `layout` and `values` are as in the slot."""
+
+    attempt: int
+    step: int
+    nonce: str
+    rank: int
+    world: int
+    host: str
+    layout: bytes
+    values: bytes
+    packs: tuple[tuple[str, int], ...]
+    chunks: tuple[Chunk, ...]
+    raw_bytes: int
+    stored_bytes: int
+    sealed_at: float
+    tags: Tags = {}
+
+    @property
+    def id(self) -> StepId:
+        """The (attempt, step) it belongs to."""
+        return StepId(self.attempt, self.step)
+
+    def read_layout(self) -> Layout:
+        """The decoded layout; `read_manifest` has checked that it holds."""
+        return decode_layout(self.layout, subject=keys.manifest(self.id, self.rank))
+
+
+@dataclass(frozen=True, slots=True)
+class SealedManifest:
+    """A manifest with its key, record bytes and digest."""
+
+    key: str
+    manifest: Manifest
+    record: bytes
+    digest: bytes
+
+
+def seal_manifest(manifest: Manifest) -> SealedManifest:
+    """The record of a manifest."""
+    key = keys.manifest(manifest.id, manifest.rank)
+    record = seal(Kind.MANIFEST, key, manifest)
+    return SealedManifest(key, manifest, record, digest_of(record))
+
+
+def read_manifest(step: StepId, rank: int, record: bytes | memoryview) -> SealedManifest:
+    """Check a manifest record, and everything in it that a reader relies on.
+
+    Raises:
+        DamageError: the record, its identity, its layout or its chunk table does not hold.
+    """
+    key = keys.manifest(step, rank)
+    manifest = unseal(Kind.MANIFEST, key, record, Manifest)
+    if (manifest.id, manifest.rank) != (step, rank):
+        raise RecordDamagedError("belongs to another step or rank", subject=key)
+    try:
+        layout = manifest.read_layout()
+    except HostBufferDamagedError as error:
+        raise RecordDamagedError(error.message, subject=key) from error
+    check_cover(manifest.chunks, layout.data_bytes, subject=key)
+    _check_packs(manifest, key)
+    return SealedManifest(key, manifest, bytes(record), digest_of(record))
+
+
+def _check_packs(manifest: Manifest, key: str) -> None:
+    # Every byte of every pack belongs to exactly one chunk, its padding, or the header page.
+    ends = [PAGE_BYTES] * len(manifest.packs)
+    for chunk in manifest.chunks:
+        if not 0 <= chunk.pack < len(ends) or chunk.pack_offset != ends[chunk.pack]:
+            raise RecordDamagedError("has chunks that overlap in a pack", subject=key)
+        ends[chunk.pack] += padded(chunk.stored_bytes)
+    if any(end != nbytes for end, (_, nbytes) in zip(ends, manifest.packs, strict=True)):
+        raise RecordDamagedError("has a pack of another length", subject=key)
+    prefix = keys.packs(manifest.id, manifest.rank)
+    if not all(name.startswith(prefix) for name, _ in manifest.packs):
+        raise RecordDamagedError("names a pack of another step", subject=key)

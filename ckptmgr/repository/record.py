@@ -1,0 +1,110 @@
+"""The frame of every small object: magic, kind, version, lengths and a digest that covers its key."""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum
+from hashlib import blake2b
+from typing import Any, TypeVar
+
+import msgspec
+import zstandard
+
+from ckptmgr.errors import RecordDamagedError, UnsupportedFormatError
+
+MAGIC = b"\x89CKPT\r\n\x1a"
+VERSION = 1
+PAYLOAD_BYTES_MAX = 256 << 20
+"""Bound of a payload before any memory is taken for it; a manifest of 1 M leaves is 100 MiB."""
+
+_HEAD = struct.Struct("<8sBBHIQQ")
+_DIGEST_BYTES = 32
+HEADER_BYTES = _HEAD.size + _DIGEST_BYTES
+_FLAG_ZSTD = 1
+_ZSTD_LEVEL = 1  # manifests are hashes and offsets: higher levels gain nothing
+
+T = TypeVar("T")
+
+
+class Kind(IntEnum):
+    """What a record is."""
+
+    FORMAT = 1
+    CLAIM = 2
+    ACTIVE = 3
+    HAVE = 4
+    RESUME = 5
+    MANIFEST = 6
+    COMMIT = 7
+    RETIRED = 8
+    HOLD = 9
+    VERIFIED = 10
+    TAGS = 11
+    PACK = 12
+
+
+def _digest(head: bytes, key: str, stored: bytes | memoryview) -> bytes:
+    state = blake2b(head, digest_size=_DIGEST_BYTES)
+    state.update(key.encode())
+    state.update(stored)
+    return state.digest()
+
+
+def seal(kind: Kind, key: str, payload: Any) -> bytes:
+    """The bytes of a record under `key`; equal inputs give equal bytes."""
+    packed = kind is Kind.MANIFEST
+    raw = msgspec.msgpack.encode(payload) if packed else msgspec.json.encode(payload)
+    stored = zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(raw) if packed else raw
+    head = _HEAD.pack(
+        MAGIC, kind, VERSION, _FLAG_ZSTD if packed else 0, 0, len(raw), len(stored)
+    )
+    return head + _digest(head, key, stored) + stored
+
+
+def digest_of(record: bytes | memoryview) -> bytes:
+    """The digest in the header of a record."""
+    return bytes(record[_HEAD.size : HEADER_BYTES])
+
+
+def unseal(kind: Kind, key: str, record: bytes | memoryview, type_: type[T]) -> T:
+    """Check a record that was read from `key` and decode its payload as `type_`.
+
+    Raises:
+        UnsupportedFormatError: not a record of ours, or of a newer version.
+        RecordDamagedError: wrong kind, length, digest or payload.
+    """
+    if len(record) < HEADER_BYTES:
+        raise RecordDamagedError(f"is cut off at {len(record)} bytes", subject=key)
+    magic, found, version, flags, zero, raw_length, length = _HEAD.unpack_from(record)
+    if magic != MAGIC:
+        raise RecordDamagedError("does not start with the magic of a record", subject=key)
+    stored = memoryview(record)[HEADER_BYTES:]
+    if _digest(bytes(record[: _HEAD.size]), key, stored) != digest_of(record):
+        raise RecordDamagedError("does not have the recorded digest", subject=key)
+    if version != VERSION or zero or flags & ~_FLAG_ZSTD:
+        raise UnsupportedFormatError(f"has version {version}, not {VERSION}", subject=key)
+    if found != kind or length != len(stored) or raw_length > PAYLOAD_BYTES_MAX:
+        raise RecordDamagedError(f"is not a {kind.name.lower()} record", subject=key)
+    return _decode(key, _unpack(key, stored, raw_length, flags), type_, packed=bool(flags))
+
+
+def _unpack(key: str, stored: memoryview, raw_length: int, flags: int) -> bytes | memoryview:
+    if not flags:
+        return stored
+    try:
+        frame = zstandard.get_frame_parameters(stored)
+        if frame.content_size != raw_length:
+            raise RecordDamagedError("declares another size than its frame", subject=key)
+        # content_size was checked above, so the output is bounded by PAYLOAD_BYTES_MAX.
+        return zstandard.ZstdDecompressor().decompress(stored)
+    except zstandard.ZstdError as error:
+        raise RecordDamagedError(f"can not be decompressed: {error}", subject=key) from error
+
+
+def _decode(key: str, raw: bytes | memoryview, type_: type[T], *, packed: bool) -> T:
+    try:
+        if packed:
+            return msgspec.msgpack.decode(raw, type=type_)
+        return msgspec.json.decode(raw, type=type_)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise RecordDamagedError(f"has a malformed payload: {error}", subject=key) from error

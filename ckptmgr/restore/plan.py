@@ -1,0 +1,89 @@
+"""Plan: the reads that serve the bytes one reader wants; a pure function of the chunk table."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ckptmgr.repository.chunk import Chunk
+from ckptmgr.repository.manifest import Manifest
+from ckptmgr.types import Leaf
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Bytes wanted: `nbytes` from `source` in the saved data region to `target` in the reader's."""
+
+    source: int
+    target: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """One chunk to read from pack `key`, and where its raw bytes go.
+
+    A move's `source` counts from the start of the chunk.
+    """
+
+    key: str
+    chunk: Chunk
+    moves: tuple[Move, ...]
+
+    @property
+    def direct(self) -> bool:
+        """Whether the whole chunk goes to one place, so that it needs no copy."""
+        move = self.moves[0]
+        return len(self.moves) == 1 and move.source == 0 and move.nbytes == self.chunk.raw_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Reads in the order of the packs, each chunk at most once."""
+
+    reads: tuple[Read, ...]
+    target_bytes: int
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that will be read from the store."""
+        return sum(read.chunk.stored_bytes for read in self.reads)
+
+
+def plan_moves(manifest: Manifest, moves: Iterable[Move], target_bytes: int) -> Plan:
+    """The reads that serve `moves`, which must lie inside the manifest's data region."""
+    starts = [chunk.raw_offset for chunk in manifest.chunks]
+    wanted: dict[int, list[Move]] = {}
+    for move in moves:
+        at, end = move.source, move.source + move.nbytes
+        index = bisect_right(starts, at) - 1
+        while at < end:
+            chunk = manifest.chunks[index]
+            length = min(end, chunk.end) - at
+            piece = Move(at - chunk.raw_offset, move.target + at - move.source, length)
+            wanted.setdefault(index, []).append(piece)
+            at += length
+            index += 1
+    reads = (
+        Read(manifest.packs[manifest.chunks[i].pack][0], manifest.chunks[i], tuple(wanted[i]))
+        for i in sorted(wanted)
+    )
+    return Plan(tuple(reads), target_bytes)
+
+
+def plan_whole(manifest: Manifest) -> Plan:
+    """Everything, to the same offsets: the way into a slot of the same layout."""
+    nbytes = manifest.chunks[-1].end if manifest.chunks else 0
+    return plan_moves(manifest, [Move(0, 0, nbytes)] if nbytes else [], nbytes)
+
+
+def plan_leaves(manifest: Manifest, leaves: Iterable[Leaf]) -> Plan:
+    """The given leaves, back to back in the given order without gaps (as safetensors wants them)."""
+    moves: list[Move] = []
+    at = 0
+    for leaf in leaves:
+        if leaf.nbytes:
+            moves.append(Move(leaf.offset, at, leaf.nbytes))
+        at += leaf.nbytes
+    return plan_moves(manifest, moves, at)

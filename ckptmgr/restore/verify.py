@@ -1,0 +1,147 @@
+"""Bytes against hashes: of one chunk on the way back, and of a whole step for `verify`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ckptmgr.errors import (
+    ChunkDamagedError,
+    DamageError,
+    MissingObjectError,
+    ObjectNotFoundError,
+    StoreError,
+    StoreUnreachableError,
+)
+from ckptmgr.repository.budget import BufferPool
+from ckptmgr.repository.catalog import Catalog
+from ckptmgr.repository.chunk import Chunk, hash_of
+from ckptmgr.repository.codec import Codec, decode
+from ckptmgr.repository.commit import Decision
+from ckptmgr.repository.manifest import Manifest
+from ckptmgr.repository.pack import check_padding, pack_header, padded
+from ckptmgr.store.base import Store
+from ckptmgr.types import PAGE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """One place where a step does not hold: the object, the offset in it, and what is wrong."""
+
+    key: str
+    offset: int
+    what: str
+
+
+def subject_of(key: str, chunk: Chunk) -> str:
+    """How an error names a chunk."""
+    return f"{key} chunk at {chunk.pack_offset}"
+
+
+def check_stored(chunk: Chunk, stored: memoryview, *, subject: str) -> None:
+    """Refuse stored bytes before they reach a decompressor."""
+    if hash_of(stored) != (chunk.stored_hash or chunk.raw_hash):
+        raise ChunkDamagedError("does not have the recorded hash", subject=subject)
+
+
+def check_raw(chunk: Chunk, raw: memoryview, *, subject: str) -> None:
+    """Refuse raw bytes that are not the bytes that were saved."""
+    if hash_of(raw) != chunk.raw_hash:
+        raise ChunkDamagedError("does not decode to the recorded hash", subject=subject)
+
+
+def unpack(chunk: Chunk, stored: memoryview, raw: memoryview, *, subject: str) -> None:
+    """Check `stored`, decode it into `raw` (of the chunk's raw length) and check that too."""
+    check_stored(chunk, stored, subject=subject)
+    if chunk.codec == Codec.NONE:
+        if len(stored) != len(raw):
+            raise ChunkDamagedError("has another length than its chunk", subject=subject)
+        raw[:] = stored
+        return
+    decode(chunk.codec, stored, raw, subject=subject)
+    check_raw(chunk, raw, subject=subject)
+
+
+async def verify_step(
+    catalog: Catalog,
+    decision: Decision,
+    pool: BufferPool,
+    *,
+    quick: bool = False,
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[Damage]:
+    """Read a committed step back and list everything in it that does not hold.
+
+    `quick` looks at existence and lengths only. `progress` is told the bytes read.
+
+    Raises:
+        StoreUnreachableError: the store can not be read now; this is not damage.
+    """
+    found: list[Damage] = []
+    for rank in range(decision.world):
+        try:
+            manifest = (await catalog.manifest(decision, rank)).manifest
+        except DamageError as error:
+            found.append(Damage(error.subject, 0, error.message))
+            continue
+        for index in range(len(manifest.packs)):
+            found += await _verify_pack(catalog.store, manifest, index, pool, quick, progress)
+    return found
+
+
+async def _verify_pack(
+    store: Store,
+    manifest: Manifest,
+    index: int,
+    pool: BufferPool,
+    quick: bool,
+    progress: Callable[[int], None],
+) -> list[Damage]:
+    key, nbytes = manifest.packs[index]
+    async with pool.lease() as lease:
+        try:
+            if quick:
+                await store.get(key, nbytes - 1, into=lease[:1])
+                return await _verify_end(store, key, nbytes)
+            await store.get(key, into=lease[:nbytes])
+            damage = await _verify_end(store, key, nbytes)
+        except (ObjectNotFoundError, MissingObjectError):
+            return [Damage(key, 0, "is gone")]
+        except StoreUnreachableError:
+            raise
+        except StoreError as error:
+            return [Damage(key, 0, error.message)]
+        progress(nbytes)
+        return damage + await asyncio.to_thread(_check_pack, manifest, index, lease[:nbytes])
+
+
+async def _verify_end(store: Store, key: str, nbytes: int) -> list[Damage]:
+    try:
+        await store.get(key, nbytes, length=1)
+    except StoreUnreachableError:
+        raise
+    except StoreError:
+        return []
+    return [Damage(key, nbytes, "is longer than it was written")]
+
+
+def _check_pack(manifest: Manifest, index: int, view: memoryview) -> list[Damage]:
+    key, _ = manifest.packs[index]
+    found = []
+    if view[:PAGE_BYTES] != pack_header(key, manifest.id, manifest.rank, manifest.nonce):
+        found.append(Damage(key, 0, "does not have the header it was written with"))
+    raw = memoryview(bytearray(max((c.raw_bytes for c in manifest.chunks), default=0)))
+    for chunk in manifest.chunks:
+        if chunk.pack != index:
+            continue
+        stored_end = chunk.pack_offset + chunk.stored_bytes
+        page_end = chunk.pack_offset + padded(chunk.stored_bytes)
+        subject = subject_of(key, chunk)
+        try:
+            stored = view[chunk.pack_offset : stored_end]
+            unpack(chunk, stored, raw[: chunk.raw_bytes], subject=subject)
+            check_padding(view[stored_end:page_end], subject=subject)
+        except DamageError as error:
+            found.append(Damage(key, chunk.pack_offset, error.message))
+    return found

@@ -1,0 +1,298 @@
+"""Requests over a Unix socket: attach, restore, wait, drain, status. Never on the save path.
+
+A frame is 4 bytes of length (little-endian) and a MessagePack map with the field `op`. The daemon
+answers every request with one frame, in order. Both sides check that the peer is the same user.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import msgspec
+
+from ckptmgr import errors
+from ckptmgr.config import CONTROL_FRAME_BYTES_MAX, CONTROL_TIMEOUT_SECONDS
+from ckptmgr.errors import ControlProtocolError, DaemonError, DaemonUnreachableError
+
+_LENGTH = struct.Struct("<I")
+_UCRED = struct.Struct("3i")
+
+
+class Message(msgspec.Struct, frozen=True, tag_field="op", tag=str.lower):
+    """Base of all requests and replies."""
+
+
+class Attach(Message, frozen=True):
+    """Take part in a job: claim an attempt (rank 0) and get a host buffer.
+
+    `attempt` and `nonce` are given when the attempt was claimed before: by rank 0, or by the
+    same trainer through a daemon that died meanwhile, which then also names its `buffer`.
+    """
+
+    url: str
+    rank: int
+    world: int
+    slots: int
+    table_bytes: int
+    data_bytes: int
+    codec: str
+    keep: int
+    attempt: int = 0
+    nonce: str = ""
+    buffer: str = ""
+    run_id: str = ""
+
+
+class Attached(Message, frozen=True):
+    """The buffer to use and the attempt to write under."""
+
+    path: str
+    attempt: int
+    nonce: str
+
+
+class Restore(Message, frozen=True):
+    """Put the agreed step (or, with `step`, a chosen one) where the rank can copy it from.
+
+    `rejected` lists steps that this rank found unusable; they are not offered again.
+    """
+
+    step: int | None = None
+    of_attempt: int | None = None
+    rejected: tuple[tuple[int, int], ...] = ()
+
+
+class Load(Message, frozen=True):
+    """As Restore, for reading only: nothing is claimed, the memory is freed on Release."""
+
+    url: str
+    rank: int = 0
+    step: int | None = None
+    of_attempt: int | None = None
+
+
+class Restored(Message, frozen=True):
+    """Where the restored snapshot is; `attempt` 0 means that the job has no step yet.
+
+    `skipped` names newer steps that could not be used, and why.
+    """
+
+    attempt: int
+    step: int
+    source: str = ""
+    path: str = ""
+    slot: int = 0
+    generation: int = 0
+    skipped: tuple[tuple[str, str], ...] = ()
+
+
+class Release(Message, frozen=True):
+    """The rank has copied what it restored or loaded; its memory may be reused."""
+
+
+class Wait(Message, frozen=True):
+    """Wait until a step of this attempt is decided, at most `timeout_seconds`."""
+
+    step: int
+    timeout_seconds: float
+
+
+class Waited(Message, frozen=True):
+    """How the step stands; `why` is the last failure where it is not committed."""
+
+    outcome: int
+    why: str = ""
+
+
+class Detach(Message, frozen=True):
+    """The trainer leaves; `clean` frees its host memory when everything is decided."""
+
+    clean: bool
+
+
+class Drain(Message, frozen=True):
+    """Wait until no snapshot on this host is undecided, at most `timeout_seconds`."""
+
+    timeout_seconds: float
+
+
+class Status(Message, frozen=True):
+    """Ask for the state of the daemon."""
+
+
+class Stop(Message, frozen=True):
+    """End the daemon; undecided snapshots stay in host memory for the next one."""
+
+
+class Done(Message, frozen=True):
+    """A request was carried out; `left` counts snapshots that are still undecided."""
+
+    left: int = 0
+
+
+class Stated(Message, frozen=True):
+    """State of the daemon; the fields are a documented contract (docs/cli-json.md)."""
+
+    state: dict[str, Any]
+
+
+class Failed(Message, frozen=True):
+    """A request failed with the named error of ckptmgr.errors."""
+
+    error: str
+    message: str
+    subject: str
+    hint: str
+
+
+Request = Attach | Restore | Load | Release | Wait | Detach | Drain | Status | Stop
+Reply = Attached | Restored | Waited | Done | Stated | Failed
+
+_encode = msgspec.msgpack.Encoder().encode
+_requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+_replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+
+R = TypeVar("R", bound=Message)
+
+
+def failed(error: errors.CkptmgrError) -> Failed:
+    """The reply that carries an error."""
+    return Failed(type(error).__name__, error.message, error.subject, error.hint)
+
+
+def _raise(reply: Failed) -> None:
+    kind = getattr(errors, reply.error, DaemonError)
+    if not (isinstance(kind, type) and issubclass(kind, errors.CkptmgrError)):
+        kind = DaemonError
+    raise kind(reply.message, subject=reply.subject, hint=reply.hint)
+
+
+def check_peer(sock: socket.socket) -> int:
+    """Refuse a peer of another user; returns its process id (0 from another pid namespace).
+
+    Raises:
+        ControlProtocolError: the peer is another user.
+    """
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    pid, uid, _ = _UCRED.unpack(raw)
+    if uid != os.getuid():
+        raise ControlProtocolError(f"peer is user {uid}", subject="control socket")
+    return int(pid)
+
+
+class Client:
+    """A blocking connection to the daemon; one request at a time, one thread at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._socket.settimeout(CONTROL_TIMEOUT_SECONDS)
+            self._socket.connect(str(path))
+            check_peer(self._socket)
+        except OSError as error:
+            self._socket.close()
+            raise DaemonUnreachableError(
+                f"no daemon answers: {error.strerror or error}", subject=str(path)
+            ) from error
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def ask(
+        self, request: Message, expect: type[R], timeout_seconds: float = CONTROL_TIMEOUT_SECONDS
+    ) -> R:
+        """Send a request and wait for its reply.
+
+        Raises:
+            DaemonUnreachableError: the connection broke or the time is over.
+            CkptmgrError: whatever the daemon answered with.
+        """
+        frame = _encode(request)
+        try:
+            self._socket.settimeout(timeout_seconds)
+            self._socket.sendall(_LENGTH.pack(len(frame)) + frame)
+            length = _LENGTH.unpack(self._receive(_LENGTH.size))[0]
+            if length > CONTROL_FRAME_BYTES_MAX:
+                raise ControlProtocolError(f"frame of {length} bytes", subject=str(self.path))
+            reply = _replies.decode(self._receive(length))
+        except OSError as error:
+            raise DaemonUnreachableError(
+                f"does not answer: {error.strerror or error}", subject=str(self.path)
+            ) from error
+        except msgspec.MsgspecError as error:
+            raise ControlProtocolError(f"malformed reply: {error}") from error
+        if isinstance(reply, Failed):
+            _raise(reply)
+        if not isinstance(reply, expect):
+            raise ControlProtocolError(f"unexpected reply {type(reply).__name__}")
+        return reply
+
+    def _receive(self, length: int) -> bytes:
+        received = bytearray()
+        while len(received) < length:
+            piece = self._socket.recv(length - len(received))
+            if not piece:
+                raise DaemonUnreachableError("closed the connection", subject=str(self.path))
+            received += piece
+        return bytes(received)
+
+    def close(self) -> None:
+        """Close the connection; the daemon takes this as the trainer's death or detachment."""
+        self._socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+async def read_request(reader: asyncio.StreamReader) -> Request | None:
+    """The next request of a connection, or None when the peer has closed it.
+
+    Raises:
+        ControlProtocolError: a frame that is too long, cut or malformed.
+    """
+    try:
+        length = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))[0]
+        if length > CONTROL_FRAME_BYTES_MAX:
+            raise ControlProtocolError(f"frame of {length} bytes", subject="control socket")
+        return _requests.decode(await reader.readexactly(length))
+    except (asyncio.IncompleteReadError, ConnectionError):
+        return None
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise ControlProtocolError(f"malformed request: {error}") from error
+
+
+async def send_reply(writer: asyncio.StreamWriter, reply: Reply) -> None:
+    """Send one reply."""
+    frame = _encode(reply)
+    writer.write(_LENGTH.pack(len(frame)) + frame)
+    await writer.drain()
+
+
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+async def listen(path: Path, serve: Serve) -> asyncio.Server:
+    """Listen on `path` (mode 0600). The caller holds the daemon's lock, so a socket file that is
+    already there belongs to a dead daemon."""
+    path.unlink(missing_ok=True)
+    old = os.umask(0o177)
+    try:
+        return await asyncio.start_unix_server(serve, str(path), limit=CONTROL_FRAME_BYTES_MAX)
+    finally:
+        os.umask(old)

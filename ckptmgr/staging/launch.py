@@ -1,0 +1,83 @@
+"""Starting a daemon on demand, so that the first run needs no set-up."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import ckptmgr
+from ckptmgr.config import START_SECONDS_MAX
+from ckptmgr.errors import DaemonUnreachableError
+from ckptmgr.staging.control import Client
+from ckptmgr.staging.inbox import LOG, SOCKET, prepare
+
+_LOOK_SECONDS = 0.02  # how often a starting daemon's socket is tried; it needs about 0.3 s
+
+
+def connect(runtime: Path) -> Client:
+    """Connect to the daemon of a runtime directory.
+
+    Raises:
+        DaemonUnreachableError: none answers.
+    """
+    return Client(runtime / SOCKET)
+
+
+def connect_or_start(runtime: Path) -> Client:
+    """Connect to the daemon, starting one (detached, ending when idle) if none answers.
+
+    Raises:
+        DaemonUnreachableError: it did not come up; the message has the end of its log.
+        HostMemoryError: the runtime directory is not ours.
+    """
+    prepare(runtime)
+    try:
+        return connect(runtime)
+    except DaemonUnreachableError:
+        started = _start(runtime)
+    deadline = time.monotonic() + START_SECONDS_MAX
+    never = threading.Event()
+    while time.monotonic() < deadline:
+        try:
+            return connect(runtime)
+        except DaemonUnreachableError:
+            # Exit 0 means that another process started one a moment earlier: go on looking.
+            if started.poll() not in (None, 0):
+                break
+            never.wait(_LOOK_SECONDS)
+    raise DaemonUnreachableError(
+        f"a daemon was started but does not answer: {_end_of_log(runtime)}", subject=str(runtime)
+    )
+
+
+def _start(runtime: Path) -> subprocess.Popen[bytes]:
+    package_root = str(Path(ckptmgr.__file__).parent.parent)
+    path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
+    environ = {**os.environ, "PYTHONPATH": path, "CKPTMGR_RUNTIME_DIR": str(runtime)}
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+    log = os.open(runtime / LOG, flags, 0o600)
+    try:
+        # A session of its own: Ctrl-C and a scheduler's signals to the job do not reach it.
+        return subprocess.Popen(
+            [sys.executable, "-m", "ckptmgr.cli", "daemon", "--auto"],
+            cwd="/",
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    finally:
+        os.close(log)
+
+
+def _end_of_log(runtime: Path) -> str:
+    try:
+        lines = (runtime / LOG).read_text(errors="replace").splitlines()
+    except OSError:
+        return "it left no log"
+    return " | ".join(lines[-3:])
