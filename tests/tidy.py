@@ -169,8 +169,8 @@ def imported_modules(source: Source) -> Iterator[tuple[ast.AST, str]]:
 
 
 def is_dynamic_import(call: ast.Call) -> bool:
-    """Whether it is import_module(...), find_spec(...) or __import__(...)."""
-    return dotted(call.func).split(".")[-1] in {"import_module", "find_spec", "__import__"}
+    """Whether it is import_module(...) or __import__(...)."""
+    return dotted(call.func).split(".")[-1] in {"import_module", "__import__"}
 
 
 def dynamically_imported(source: Source, call: ast.Call) -> Iterator[tuple[ast.AST, str]]:
