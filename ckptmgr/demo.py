@@ -78,7 +78,8 @@ class Run:
     restored: dict[str, Any] = field(default_factory=dict)
     stall: dict[str, Any] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
-    seconds: float = 0.0
+    state_bytes: int = 0
+    step_seconds: float = 0.0
 
     @property
     def last(self) -> int:
@@ -97,7 +98,7 @@ class Run:
             case "stall":
                 self.stall = event
             case "done":
-                self.digests = event["digests"]
+                self.digests, self.state_bytes = event["digests"], event["state_bytes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,19 +311,20 @@ class Demonstration:
         """Run the trainer once; SIGKILL it at a random instant after step `kill_at`."""
         pause = random.Random(f"{self.seed} {kill_at}").uniform(0, PAUSE_SECONDS_MAX)  # noqa: S311
         given = (f"--steps={self.steps}", f"--seed={self.seed % (1 << 31)}", *arguments)
-        run, begin = Run(), time.perf_counter()
+        run, begin = Run(), 0.0
         with (
             self.show.steps(self.steps) as told,
             TrainingProcess(self.place, *given) as process,
         ):
             for event in process.events():
+                begin = begin or time.perf_counter()
                 run.note(event)
                 told(run.last)
                 if kill_at and run.last == kill_at:
                     process.pause(pause)
                     process.kill()
             process.check_end(killed=bool(kill_at))
-        run.seconds = time.perf_counter() - begin
+        run.step_seconds = (time.perf_counter() - begin) / max(1, len(run.losses))
         return run
 
     def play(self) -> dict[str, Any]:
@@ -364,8 +366,9 @@ class Demonstration:
             "killed_after_steps": [first.last, second.last],
             "restored": [second.restored, third.restored],
             "stall": third.stall,
+            "state_bytes": reference.state_bytes,
             "store_bytes": tree_bytes(self.place.root / "store"),
-            "reference_seconds": reference.seconds,
+            "step_seconds": reference.step_seconds,
             "url": self.place.url,
         }
 
@@ -384,6 +387,17 @@ def tell(report: dict[str, Any], show: Show) -> None:
         show.line(
             f"   {'ok    ' if check['holds'] else 'FAILED'} {check['what']}: {check['detail']}"
         )
+    stall, mib = report["stall"], 1 << 20
+    show.line()
+    show.line(
+        f"   A snapshot of {report['state_bytes'] / mib:.1f} MiB stopped training for "
+        f"{stall.get('mean_seconds', 0) * 1e3:.1f} ms (a step takes "
+        f"{report['step_seconds'] * 1e3:.0f} ms)."
+    )
+    show.line(
+        f"   The store holds {report['store_bytes'] / mib:.1f} MiB. "
+        f"All of this took {report['seconds']:.0f} s."
+    )
     show.line()
     if report["ok"]:
         show.line(

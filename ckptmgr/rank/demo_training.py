@@ -1,7 +1,7 @@
 """The training script of `ckptmgr demo`: a character GPT on the sources of Python's own library.
 
-Writes one JSON object per line to stdout: `ready`, `restored`, one `step` per step, and `done`
-with digests of the final state. Run by ckptmgr/demo.py, which kills it; see there.
+Writes one JSON object per line to stdout: `ready`, `restored`, one `step` per step, `stall`, and
+`done` with digests of the final state. Run by ckptmgr/demo.py, which kills it; see there.
 """
 
 from __future__ import annotations
@@ -242,8 +242,9 @@ def train_with_ckptmgr(training: Training, arguments: argparse.Namespace) -> Non
         say("restored", step=step, source=source, seconds=seconds)
         for done, loss in train(training, step + 1, arguments.steps):
             ckpt.step(done, tags={"loss": loss})
-        begin = time.perf_counter()
-    say("drained", seconds=time.perf_counter() - begin)
+        stats = ckpt.stats
+    mean = stats.stall_seconds / max(1, stats.snapshots)
+    say("stall", snapshots=stats.snapshots, delayed=stats.delayed, mean_seconds=mean)
 
 
 def main() -> None:
@@ -261,7 +262,8 @@ def main() -> None:
     else:
         for _ in train(training, 1, arguments.steps):
             pass
-    say("done", digests=training.digests())
+    state = (training.model.state_dict(), training.optimizer.state_dict())
+    say("done", digests=training.digests(), state_bytes=sum(map(len, pieces(state))))
 
 
 if __name__ == "__main__":
