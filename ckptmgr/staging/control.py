@@ -244,6 +244,14 @@ class Client:
             received += piece
         return bytes(received)
 
+    def fileno(self) -> int:
+        """The socket's descriptor: readable when the daemon is gone."""
+        return self._socket.fileno()
+
+    def shutdown(self) -> None:
+        """End the connection, waking a thread that waits for its end."""
+        self._socket.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         """Close the connection; the daemon takes this as the trainer's death or detachment."""
         self._socket.close()

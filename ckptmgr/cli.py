@@ -1,0 +1,365 @@
+"""The command line: the daemon, and everything a person asks of a store or of a daemon."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from ckptmgr import __version__, present
+from ckptmgr.config import BUDGET_BYTES, DRAIN_SECONDS, DaemonSettings, runtime_dir
+from ckptmgr.errors import (
+    EXIT_FELL_BACK,
+    EXIT_OK,
+    CkptmgrError,
+    DamageError,
+    DaemonError,
+    NothingToRestoreError,
+    UsageError,
+)
+
+STATUS = """EXIT STATUS: 0 done, 1 error, 2 usage, 3 damage found, 4 nothing to restore,
+5 store unreachable, 6 superseded by a newer attempt, 7 fell back to an older step."""
+
+app = typer.Typer(
+    name="ckptmgr",
+    help="Fault-tolerant checkpoint manager for PyTorch training.",
+    epilog=STATUS,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Url = Annotated[str, typer.Argument(help="Where the job's steps are: file:///data/run7, or a path.")]
+Step = Annotated[str | None, typer.Argument(help="1200, or 3.1200 for attempt 3; the newest if left out.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+T = TypeVar("T")
+
+
+def command(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Register a command; every help text ends with the exit statuses."""
+    return app.command(epilog=STATUS)(function)
+
+
+def _out(document: Any, as_json: bool, human: Callable[[], None]) -> None:
+    if as_json:
+        typer.echo(json.dumps(document, indent=2))
+    else:
+        human()
+
+
+def _with_store(url: str, use: Callable[[Any], Awaitable[T]]) -> T:
+    """Run `use` on a catalog of the store at `url`; nothing is created."""
+    from ckptmgr.repository.catalog import Catalog
+    from ckptmgr.repository.commit import check_format
+    from ckptmgr.store.registry import open_store
+    from ckptmgr.store.retry import RetryingStore
+
+    async def run() -> T:
+        store = RetryingStore(open_store(url))
+        try:
+            if not await check_format(store, create=False):
+                raise NothingToRestoreError("is not a ckptmgr store", subject=store.url)
+            return await use(Catalog(store))
+        finally:
+            await store.aclose()
+
+    return asyncio.run(run())
+
+
+# -- the daemon -----------------------------------------------------------------------------------
+
+
+@command
+def daemon(
+    auto: Annotated[bool, typer.Option("--auto", hidden=True)] = False,
+    idle_seconds: Annotated[
+        float | None, typer.Option(help="End after this long without work; 0 never.")
+    ] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(help="Prometheus port on 127.0.0.1; 0 any, -1 off.")
+    ] = None,
+) -> None:
+    """Run the daemon of this user on this host in the foreground."""
+    from dataclasses import replace
+
+    from ckptmgr.daemon import log
+    from ckptmgr.daemon.service import Service
+
+    settings = DaemonSettings.from_env(auto=auto)
+    if idle_seconds is not None:
+        settings = replace(settings, idle_seconds=idle_seconds)
+    if metrics_port is not None:
+        settings = replace(settings, metrics_port=metrics_port)
+    log.configure()
+    try:
+        asyncio.run(Service(settings).run())
+    except DaemonError:
+        if not auto:  # two ranks may start one at the same moment: one of the two is enough
+            raise
+
+
+@command
+def status(as_json: Json = False) -> None:
+    """Show what the daemon on this host holds and does."""
+    from ckptmgr.staging.control import Stated, Status
+    from ckptmgr.staging.launch import connect
+
+    with connect(runtime_dir()) as client:
+        state = client.ask(Status(), Stated).state
+    _out(state, as_json, lambda: present.status(state))
+
+
+@command
+def drain(
+    timeout: Annotated[float, typer.Option(help="Seconds to wait.")] = DRAIN_SECONDS,
+    stop: Annotated[bool, typer.Option("--stop", help="End the daemon afterwards.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Wait until every sealed snapshot on this host is committed."""
+    from ckptmgr.staging.control import Done, Drain, Stop
+    from ckptmgr.staging.launch import connect
+
+    with connect(runtime_dir()) as client, present.waiting("draining"):
+        left = client.ask(Drain(timeout), Done, timeout + 10).left
+        if stop:
+            client.ask(Stop(), Done)
+    _out({"undecided": left}, as_json, lambda: typer.echo(f"{left} snapshots undecided"))
+    if left:
+        raise CkptmgrError(
+            f"{left} snapshots are not committed after {timeout} s",
+            hint="Look at `ckptmgr status` for the failure; the daemon goes on trying.",
+        )
+
+
+# -- reading a store ------------------------------------------------------------------------------
+
+
+@command
+def ls(url: Url, as_json: Json = False) -> None:
+    """List the steps of a job, newest first."""
+    entries = _with_store(url, lambda catalog: catalog.entries())
+    rows = [present.entry_json(entry) for entry in entries]
+    _out(rows, as_json, lambda: present.entries(entries))
+
+
+@command
+def show(
+    url: Url,
+    step: Step = None,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every leaf.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show one committed step: ranks, bytes, packs, tags, leaves."""
+    from ckptmgr.restore.choose import find
+
+    async def use(catalog: Any) -> dict[str, Any]:
+        decision = await find(catalog, step)
+        manifests = await catalog.manifests(decision)
+        return present.step_json(decision, [m.manifest for m in manifests], tensors=tensors)
+
+    document = _with_store(url, use)
+    _out(document, as_json, lambda: present.step(document))
+
+
+@command
+def verify(
+    url: Url,
+    step: Step = None,
+    every: Annotated[bool, typer.Option("--all", help="All committed steps.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Existence and lengths only.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Read committed steps back and name everything in them that does not hold."""
+    from ckptmgr.restore.check import verify_store
+
+    if every and step is not None:
+        raise UsageError("give a step or --all, not both")
+
+    async def use(catalog: Any) -> list[dict[str, Any]]:
+        with present.progress("verifying") as advance:
+            return await verify_store(catalog, step, every=every, quick=quick, progress=advance)
+
+    reports = _with_store(url, use)
+    _out(reports, as_json, lambda: present.reports(reports))
+    if any(report["damage"] for report in reports):
+        raise typer.Exit(DamageError.exit_status)
+    if not reports:
+        raise NothingToRestoreError("holds no committed step", subject=url)
+
+
+@command
+def restore(
+    url: Url,
+    step: Step = None,
+    to: Annotated[Path, typer.Option("--to", help="Directory to make.")] = Path("restored"),
+    form: Annotated[
+        str, typer.Option("--format", help="safetensors, torch or dcp.")
+    ] = "safetensors",
+    as_json: Json = False,
+) -> None:
+    """Write a committed step as files. Needs no daemon."""
+    from ckptmgr.restore.check import restore_files
+    from ckptmgr.restore.files import new_directory
+
+    if form not in ("safetensors", "torch", "dcp"):
+        raise UsageError(f"{form!r} is not a format", hint="Choose safetensors, torch or dcp.")
+
+    async def use(catalog: Any) -> dict[str, Any]:
+        with new_directory(to) as directory, present.progress("restoring") as advance:
+            document = await restore_files(catalog, step, form, directory, advance)
+            if form != "safetensors":
+                _export(Path(document.pop("buffer")), form, directory)
+            files = sorted(str(p.relative_to(directory)) for p in directory.rglob("*"))
+            return {**document, "to": str(to), "files": files}
+
+    document = _with_store(url, use)
+    _out(document, as_json, lambda: present.restored(document))
+    raise typer.Exit(EXIT_FELL_BACK if document["skipped"] else EXIT_OK)
+
+
+def _export(buffer: Path, form: str, directory: Path) -> None:
+    """Only a process of its own imports torch: this one must work without it."""
+    module = "ckptmgr.rank.export"
+    done = subprocess.run(
+        [sys.executable, "-m", module, str(buffer), form, str(directory)],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    buffer.unlink()
+    if done.returncode:
+        raise CkptmgrError(
+            f"torch could not write the files: {done.stderr.strip().splitlines()[-1:]}",
+            subject=form,
+            hint="Install torch (`pip install 'ckptmgr[torch]'`), or use --format safetensors.",
+        )
+
+
+# -- changing a store -----------------------------------------------------------------------------
+
+
+@command
+def gc(
+    url: Url,
+    keep: Annotated[int, typer.Option(help="Committed steps to keep, at least 2.")] = 3,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Give up old steps and delete what unfinished ones left behind."""
+    from ckptmgr.daemon.retain import collect
+    from ckptmgr.repository.budget import BufferPool
+
+    if keep < 1:
+        raise UsageError(f"{keep} is not allowed", subject="--keep")
+
+    async def use(catalog: Any) -> list[dict[str, str]]:
+        done = await collect(catalog, BufferPool(BUDGET_BYTES), keep, dry_run=dry_run)
+        return [{"step": str(g.step), "action": g.action, "why": g.why} for g in done]
+
+    done = _with_store(url, use)
+    _out(done, as_json, lambda: present.collected(done, dry_run=dry_run))
+
+
+@command
+def hold(
+    url: Url,
+    step: Annotated[str, typer.Argument(help="1200, or 3.1200 for attempt 3.")],
+    why: Annotated[str, typer.Option(help="A note for people.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Keep retention away from a step; prints the id to release it by."""
+    import secrets
+
+    from ckptmgr.repository.hold import put_hold
+    from ckptmgr.restore.choose import find
+
+    async def use(catalog: Any) -> dict[str, str]:
+        decision = await find(catalog, step)
+        hold_id = secrets.token_hex(8)
+        await put_hold(catalog.store, decision.id, hold_id, why)
+        return {"step": str(decision.id), "hold": hold_id}
+
+    document = _with_store(url, use)
+    _out(document, as_json, lambda: typer.echo(document["hold"]))
+
+
+@command
+def release(
+    url: Url,
+    step: Annotated[str, typer.Argument(help="1200, or 3.1200 for attempt 3.")],
+    hold_id: Annotated[str, typer.Argument(help="As printed by hold.")],
+    as_json: Json = False,
+) -> None:
+    """Release a hold."""
+    from ckptmgr.repository.catalog import list_steps
+    from ckptmgr.repository.hold import release_hold
+    from ckptmgr.restore.choose import find
+
+    async def use(catalog: Any) -> dict[str, str]:
+        decision = await find(catalog, step)
+        if hold_id not in (await list_steps(catalog.store)).holds.get(decision.id, ()):
+            raise UsageError(f"has no hold {hold_id}", subject=f"step {decision.id}")
+        await release_hold(catalog.store, decision.id, hold_id)
+        return {"step": str(decision.id), "released": hold_id}
+
+    document = _with_store(url, use)
+    _out(document, as_json, lambda: typer.echo(f"released {hold_id}"))
+
+
+# -- trying it ------------------------------------------------------------------------------------
+
+
+@command
+def demo(
+    as_json: Json = False,
+    keep_files: Annotated[bool, typer.Option("--keep-files", help="Leave the files.")] = False,
+) -> None:
+    """Train a small model, kill it, restore it, and prove that nothing was lost."""
+    from ckptmgr.demo import run_demo
+
+    raise typer.Exit(run_demo(as_json=as_json, keep_files=keep_files))
+
+
+@command
+def bench(
+    arguments: Annotated[list[str] | None, typer.Argument(help="See --help of the bench.")] = None,
+) -> None:
+    """Measure stall, commit and restore against bare copies, writes and reads on this machine."""
+    module = "ckptmgr.rank.bench"
+    raise typer.Exit(
+        subprocess.run([sys.executable, "-m", module, *(arguments or [])], check=False).returncode
+    )
+
+
+@app.callback(invoke_without_command=True)
+def _top(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+    present.debug = debug
+
+
+def main() -> None:
+    """Run a command; an error is one line and a hint, a traceback only with --debug."""
+    try:
+        app(standalone_mode=True)
+    except CkptmgrError as error:
+        if present.debug:
+            raise
+        typer.echo(f"ckptmgr: {error}", err=True)
+        sys.exit(error.exit_status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""How the command line shows things: rich tables for people, plain dicts for --json."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
+
+from ckptmgr.repository.catalog import StepEntry
+from ckptmgr.repository.commit import Decision
+from ckptmgr.repository.manifest import Manifest
+
+debug = False
+"""Whether errors show their traceback; set by --debug."""
+
+_console = Console()
+
+
+def size(length: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if length < 1024:
+            return f"{length:.0f} {unit}" if unit == "B" else f"{length:.1f} {unit}"
+        length /= 1024
+    return f"{length:.1f} TiB"
+
+
+def age(then: float) -> str:
+    """Time since a Unix time, for people."""
+    seconds = max(0.0, time.time() - then)
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int], None]]:
+    """A running count of bytes on a terminal; silent elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda length: bar.advance(task, length)
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """A spinner on a terminal; silent elsewhere."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    with Console(stderr=True).status(what):
+        yield
+
+
+def entry_json(entry: StepEntry) -> dict[str, Any]:
+    """One step as `ls --json` prints it (docs/cli-json.md)."""
+    decision = entry.decision
+    return {
+        "step": entry.id.step,
+        "attempt": entry.id.attempt,
+        "id": str(entry.id),
+        "state": entry.state.value,
+        "world": decision.world if decision else None,
+        "ranks_present": entry.ranks_present,
+        "raw_bytes": decision.raw_bytes if decision else None,
+        "stored_bytes": decision.stored_bytes if decision else None,
+        "sealed_at": decision.sealed_at if decision and decision.committed else None,
+        "parent": ".".join(map(str, decision.parent)) if decision and decision.committed else None,
+        "tags": decision.tags if decision else {},
+        "holds": list(entry.holds),
+        "why": decision.why if decision else "",
+        "damage": entry.damage,
+    }
+
+
+def entries(found: list[StepEntry]) -> None:
+    """The table of `ls`."""
+    table = Table("step", "state", "age", "raw", "stored", "ranks", "held", "tags", box=None)
+    for entry in found:
+        decision = entry.decision
+        done = decision is not None and decision.committed
+        table.add_row(
+            str(entry.id),
+            f"{entry.state.value} (damaged)" if entry.damage else entry.state.value,
+            age(decision.sealed_at) if decision and done else "",
+            size(decision.raw_bytes) if decision and done else "",
+            size(decision.stored_bytes) if decision and done else "",
+            f"{entry.ranks_present}/{decision.world if decision and done else '?'}",
+            str(len(entry.holds) or ""),
+            " ".join(f"{k}={v}" for k, v in (decision.tags if decision else {}).items()),
+        )
+    _console.print(table)
+
+
+def step_json(decision: Decision, manifests: list[Manifest], *, tensors: bool) -> dict[str, Any]:
+    """One step as `show --json` prints it (docs/cli-json.md)."""
+    document: dict[str, Any] = {
+        "id": str(decision.id),
+        "attempt": decision.attempt,
+        "step": decision.step,
+        "nonce": decision.nonce,
+        "parent": ".".join(map(str, decision.parent)),
+        "world": decision.world,
+        "raw_bytes": decision.raw_bytes,
+        "stored_bytes": decision.stored_bytes,
+        "sealed_at": decision.sealed_at,
+        "tags": decision.tags,
+        "ranks": [],
+    }
+    for manifest, digest in zip(manifests, decision.manifests, strict=True):
+        leaves = manifest.read_layout().leaves
+        rank: dict[str, Any] = {
+            "rank": manifest.rank,
+            "host": manifest.host,
+            "digest": digest,
+            "raw_bytes": manifest.raw_bytes,
+            "stored_bytes": manifest.stored_bytes,
+            "packs": len(manifest.packs),
+            "chunks": len(manifest.chunks),
+            "leaves": len(leaves),
+        }
+        if tensors:
+            rank["tensors"] = [
+                {"path": f.path, "dtype": f.dtype, "shape": list(f.shape), "bytes": f.nbytes}
+                for f in leaves
+            ]
+        document["ranks"].append(rank)
+    return document
+
+
+def step(document: dict[str, Any]) -> None:
+    """The tables of `show`."""
+    for name in ("id", "parent", "nonce", "world", "tags"):
+        _console.print(f"{name:<8} {document[name]}")
+    _console.print(f"{'raw':<8} {size(document['raw_bytes'])}")
+    _console.print(f"{'stored':<8} {size(document['stored_bytes'])}")
+    table = Table("rank", "host", "leaves", "chunks", "packs", "raw", "stored", box=None)
+    for rank in document["ranks"]:
+        counts = (str(rank[name]) for name in ("leaves", "chunks", "packs"))
+        sizes = (size(rank["raw_bytes"]), size(rank["stored_bytes"]))
+        table.add_row(str(rank["rank"]), rank["host"], *counts, *sizes)
+    _console.print(table)
+    for rank in document["ranks"]:
+        for tensor in rank.get("tensors", ()):
+            _console.print(f"{tensor['path']} {tensor['dtype']} {tensor['shape']}", markup=False)
+
+
+def reports(found: list[dict[str, Any]]) -> None:
+    """The lines of `verify`."""
+    for report in found:
+        if not report["damage"]:
+            _console.print(f"{report['step']} holds", markup=False)
+        for damage in report["damage"]:
+            where = f"{damage['key']} at {damage['offset']}"
+            _console.print(f"{report['step']} DAMAGED {where}: {damage['what']}", markup=False)
+
+
+def restored(document: dict[str, Any]) -> None:
+    """The lines of `restore`."""
+    for skipped in document["skipped"]:
+        _console.print(f"skipped {skipped['step']}: {skipped['why']}", markup=False)
+    _console.print(
+        f"step {document['step']} ({size(document['bytes'])}) is in {document['to']}: "
+        + ", ".join(document["files"]),
+        markup=False,
+    )
+
+
+def collected(done: list[dict[str, str]], *, dry_run: bool) -> None:
+    """The lines of `gc`."""
+    for one in done:
+        verb = f"would {one['action']}" if dry_run else one["action"]
+        _console.print(f"{one['step']} {verb}: {one['why']}", markup=False)
+    if not done:
+        _console.print("nothing to do")
+
+
+def status(state: dict[str, Any]) -> None:
+    """The lines of `status`."""
+    _console.print(
+        f"daemon {state['pid']}, metrics on 127.0.0.1:{state['metrics_port']}, "
+        f"{state['trainers']} trainers, {state['undecided']} snapshots undecided",
+        markup=False,
+    )
+    for job in state["jobs"]:
+        _console.print(f"{job['url']}: last commit {job['last_commit'] or '-'}", markup=False)
+        for buffer in job["buffers"]:
+            alive = "alive" if buffer["trainer_alive"] else "gone"
+            line = f"  rank {buffer['rank']} {size(buffer['bytes'])}, trainer {alive}"
+            if buffer["writing"]:
+                line += f", writing {buffer['writing']}"
+            _console.print(line, markup=False)
+            for snapshot in buffer["snapshots"]:
+                _console.print(
+                    f"    {snapshot['step']} {snapshot['outcome']}, {size(snapshot['bytes'])}, "
+                    f"sealed {age(snapshot['sealed_at'])} ago",
+                    markup=False,
+                )
+            if buffer["last_failure"]:
+                _console.print(f"    failing: {buffer['last_failure']}", markup=False)

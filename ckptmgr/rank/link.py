@@ -1,0 +1,217 @@
+"""The rank's link to the daemon: attach, keep a daemon alive, ask. Never on the save path."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import threading
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from ckptmgr.config import CONTROL_TIMEOUT_SECONDS, STORE_TIMEOUT_SECONDS
+from ckptmgr.errors import CkptmgrError, DaemonUnreachableError, HostMemoryError
+from ckptmgr.staging.control import Attach, Attached, Client, Detach, Done, Message
+from ckptmgr.staging.hostbuffer import HostBuffer
+from ckptmgr.staging.inbox import drop_ticket
+from ckptmgr.staging.launch import connect, connect_or_start
+
+ATTACH_SECONDS_MAX = 4 * STORE_TIMEOUT_SECONDS
+"""Attaching claims an attempt in the store: a few operations, each with its own deadline."""
+
+_RESPAWN_PAUSE_SECONDS = 1.0
+
+R = TypeVar("R", bound=Message)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a rank asks for: the fields of `Attach` that do not change, and room for a snapshot."""
+
+    url: str
+    rank: int
+    world: int
+    slots: int
+    codec: str
+    keep: int
+    table_bytes: int
+    data_bytes: int
+    run_id: str = ""
+
+
+class Link:
+    """A host buffer, the attempt it is written under, and the connection to the daemon.
+
+    A thread of its own hears the daemon's death at once, starts another daemon and attaches the
+    same buffer to it: the snapshots in it are adopted, the trainer notices nothing.
+    """
+
+    def __init__(self, runtime: Path, wanted: Wanted) -> None:
+        self._runtime = runtime
+        self._wanted = wanted
+        self._asking = threading.Lock()
+        self._ended = threading.Event()
+        self._client = connect_or_start(runtime)
+        try:
+            attached = self._attach(self._client)
+            self.attempt, self.nonce = attached.attempt, attached.nonce
+            self.buffer = _open_locked(attached)
+        except BaseException:
+            self._client.close()
+            raise
+        self._stop_populating = threading.Event()
+        self._populating = self._populate()
+        self._liveness = connect(runtime)
+        self._watch = threading.Thread(target=self._watch_daemon, name="ckptmgr", daemon=True)
+        self._watch.start()
+
+    # -- host memory --------------------------------------------------------------------------
+
+    def _populate(self) -> threading.Thread:
+        """Fault the buffer in, in the background, so that the first snapshot is fast too."""
+        self._populate_error: HostMemoryError | None = None
+        buffer, stop = self.buffer, self._stop_populating
+
+        def populate() -> None:
+            try:
+                buffer.populate(stop)
+            except HostMemoryError as error:
+                self._populate_error = error
+
+        thread = threading.Thread(target=populate, name="ckptmgr populate", daemon=True)
+        thread.start()
+        return thread
+
+    def wait_populated(self) -> None:
+        """Wait until every page of the buffer is there.
+
+        Raises:
+            HostMemoryError: there is not enough shared memory.
+        """
+        self._populating.join()
+        if self._populate_error is not None:
+            raise self._populate_error
+
+    def _release_buffer(self) -> None:
+        self._stop_populating.set()
+        self._populating.join()
+        self.buffer.close()
+
+    def grow(self, table_bytes: int, data_bytes: int) -> None:
+        """Change to a buffer that holds a snapshot of this size; the daemon finishes the old one.
+
+        No view of the old buffer may be in use. If it raises, the old buffer stays.
+
+        Raises:
+            HostMemoryError: not enough shared memory.
+            DaemonUnreachableError: no daemon answers.
+        """
+        wanted = replace(
+            self._wanted,
+            table_bytes=max(table_bytes, self._wanted.table_bytes),
+            data_bytes=max(data_bytes, self._wanted.data_bytes),
+        )
+        with self._asking:
+            old, self._wanted = self._wanted, wanted
+            try:
+                attached = self._attach(self._client, same_buffer=False)
+                buffer = _open_locked(attached)
+            except CkptmgrError:
+                self._wanted = old
+                raise
+            self._release_buffer()
+            self.buffer = buffer
+            self._stop_populating = threading.Event()
+            self._populating = self._populate()
+
+    # -- requests -----------------------------------------------------------------------------
+
+    def _attach(self, client: Client, *, same_buffer: bool = True) -> Attached:
+        wanted = self._wanted
+        known = hasattr(self, "attempt")
+        request = Attach(
+            url=wanted.url,
+            rank=wanted.rank,
+            world=wanted.world,
+            slots=wanted.slots,
+            table_bytes=wanted.table_bytes,
+            data_bytes=wanted.data_bytes,
+            codec=wanted.codec,
+            keep=wanted.keep,
+            attempt=self.attempt if known else 0,
+            nonce=self.nonce if known else "",
+            buffer=self.buffer.id if known and same_buffer else "",
+            run_id=wanted.run_id,
+        )
+        return client.ask(request, Attached, ATTACH_SECONDS_MAX)
+
+    def ask(
+        self, request: Message, expect: type[R], timeout_seconds: float = CONTROL_TIMEOUT_SECONDS
+    ) -> R:
+        """Ask the daemon; once more, of a new daemon, if it died over the question.
+
+        Raises:
+            DaemonUnreachableError: no daemon answers, or not in time.
+            CkptmgrError: whatever the daemon answered with.
+        """
+        with self._asking:
+            try:
+                return self._client.ask(request, expect, timeout_seconds)
+            except DaemonUnreachableError:
+                self._reconnect()
+                return self._client.ask(request, expect, timeout_seconds)
+
+    def _reconnect(self) -> None:
+        """Attach the buffer we have to whichever daemon there is now."""
+        self._client.close()
+        self._client = connect_or_start(self._runtime)
+        self._attach(self._client)
+
+    def sealed(self) -> None:
+        """Wake the daemon. A ticket that can not be dropped loses nothing: see inbox.py."""
+        with contextlib.suppress(HostMemoryError):
+            drop_ticket(self._runtime, self.buffer.id)
+
+    # -- the daemon's life --------------------------------------------------------------------
+
+    def _watch_daemon(self) -> None:
+        """Wait for the end of the connection; nothing is ever sent on it."""
+        while not self._ended.is_set():
+            with contextlib.suppress(OSError):
+                select.select([self._liveness.fileno()], [], [])
+            if self._ended.is_set():
+                return
+            self._liveness.close()
+            self._liveness = self._revive()
+
+    def _revive(self) -> Client:
+        while True:
+            try:
+                with self._asking:
+                    self._reconnect()
+                return connect(self._runtime)
+            except (CkptmgrError, OSError) as error:
+                warnings.warn(f"ckptmgr: no daemon yet: {error}", RuntimeWarning, stacklevel=1)
+                if self._ended.wait(_RESPAWN_PAUSE_SECONDS):
+                    return self._client
+
+    def close(self, *, clean: bool) -> None:
+        """Leave the job; `clean` lets the daemon free the memory once everything is decided."""
+        self._ended.set()
+        with contextlib.suppress(OSError):
+            self._liveness.shutdown()
+        self._watch.join(timeout=CONTROL_TIMEOUT_SECONDS)
+        self._liveness.close()
+        self._release_buffer()
+        with contextlib.suppress(CkptmgrError), self._asking:
+            self._client.ask(Detach(clean), Done)
+        self._client.close()
+
+
+def _open_locked(attached: Attached) -> HostBuffer:
+    buffer = HostBuffer.open(Path(attached.path))
+    if not buffer.lock_for_writing():
+        buffer.close()
+        raise HostMemoryError("has another writer", subject=attached.path)
+    return buffer

@@ -1,0 +1,187 @@
+"""A committed step as files for other programs: safetensors, and a host buffer for torch."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ckptmgr.errors import UnsupportedLeafError, UsageError
+from ckptmgr.repository.budget import BufferPool
+from ckptmgr.repository.manifest import Manifest
+from ckptmgr.restore.fetch import fetch
+from ckptmgr.restore.plan import plan_leaves, plan_whole
+from ckptmgr.staging.hostbuffer import (
+    TAGS_BYTES_MAX,
+    Capacity,
+    HostBuffer,
+    round_up,
+    table_bytes_needed,
+)
+from ckptmgr.staging.revive import decode_tree, decode_values
+from ckptmgr.store.base import Store
+from ckptmgr.types import PAGE_BYTES, Binding, Leaf
+
+SAFETENSORS_DTYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "float8_e8m0fnu": "F8_E8M0",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint64": "U64",
+    "uint32": "U32",
+    "uint16": "U16",
+    "uint8": "U8",
+    "bool": "BOOL",
+    "complex64": "C64",
+}
+"""Our dtype names and those of the safetensors format; what is missing there is refused."""
+
+Progress = Callable[[int], None]
+
+
+@contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """A temporary directory that becomes `target` when the block ends without an error.
+
+    Raises:
+        UsageError: `target` exists and is not an empty directory.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UsageError("exists and is not an empty directory", subject=str(target))
+    parent = target.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
+    try:
+        yield temporary
+        for path in temporary.rglob("*"):
+            _sync(path)
+        _sync(temporary)
+        os.rename(temporary, target)  # replaces an empty directory, never a full one
+        _sync(parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def safetensors_header(leaves: tuple[Leaf, ...], notes: dict[str, str]) -> bytes:
+    """The header of a safetensors file with `leaves` back to back: 8 bytes of length, then JSON.
+
+    Raises:
+        UnsupportedLeafError: a dtype that the format does not have, or the shard of a tensor.
+    """
+    entries: dict[str, Any] = {"__metadata__": notes}
+    at = 0
+    for leaf in leaves:
+        if leaf.dtype not in SAFETENSORS_DTYPES or leaf.global_shape is not None:
+            raise UnsupportedLeafError(
+                f"safetensors has no {leaf.dtype}", subject=leaf.path, hint="Use --format torch."
+            )
+        entries[leaf.path] = {
+            "dtype": SAFETENSORS_DTYPES[leaf.dtype],
+            "shape": list(leaf.shape),
+            "data_offsets": [at, at + leaf.nbytes],
+        }
+        at += leaf.nbytes
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    return len(text).to_bytes(8, "little") + text
+
+
+async def write_safetensors(
+    store: Store, manifest: Manifest, directory: Path, pool: BufferPool, progress: Progress
+) -> list[Path]:
+    """Write `state.safetensors` with all tensors and `values.json` with everything else.
+
+    Bytes go from the store to the file through the memory budget, whatever the state's size.
+    """
+    leaves = manifest.read_layout().leaves
+    notes = {"step": str(manifest.id), "format": "ckptmgr"}
+    header = safetensors_header(leaves, notes)
+    plan = plan_leaves(manifest, leaves)
+    path = directory / "state.safetensors"
+    with path.open("xb") as file:
+        os.ftruncate(file.fileno(), len(header) + plan.target_bytes)
+        with mmap.mmap(file.fileno(), 0) as mapped, memoryview(mapped) as view:
+            view[: len(header)] = header
+            with view[len(header) :] as target:
+                await fetch(store, plan, target, pool, progress)
+            mapped.flush()
+    values = directory / "values.json"
+    values.write_text(json.dumps(readable_values(manifest), indent=1))
+    return [path, values]
+
+
+def readable_values(manifest: Manifest) -> Any:
+    """The saved containers as JSON, with tensors as their paths and odd values as their repr."""
+    leaves = manifest.read_layout().leaves
+    tree = decode_tree(
+        manifest.read_layout().tree,
+        decode_values(manifest.values),
+        lambda index, _flags: {"tensor": leaves[index].path},
+    )
+    return _as_json(tree)
+
+
+def _as_json(item: Any) -> Any:
+    if isinstance(item, dict):
+        return {str(key): _as_json(value) for key, value in item.items()}
+    if isinstance(item, (list, tuple)):
+        return [_as_json(value) for value in item]
+    if item is None or isinstance(item, (bool, int, float, str)):
+        return item
+    return repr(item)
+
+
+async def write_hostbuffer(
+    store: Store, manifest: Manifest, directory: Path, pool: BufferPool, progress: Progress
+) -> Path:
+    """Write the step as a host buffer file in `directory`, for a process that has torch."""
+    layout = manifest.read_layout()
+    capacity = Capacity(
+        1,
+        table_bytes_needed(len(manifest.layout), len(manifest.values) + TAGS_BYTES_MAX),
+        round_up(layout.data_bytes, PAGE_BYTES),
+    )
+    binding = Binding(store.url, manifest.rank, manifest.world)
+    with HostBuffer.create(directory, binding, capacity) as buffer:
+        writer = buffer.begin(0)
+        with writer.data as data:
+            await fetch(store, plan_whole(manifest), data, pool, progress)
+        writer.seal(
+            attempt=manifest.attempt,
+            nonce=manifest.nonce,
+            rank=manifest.rank,
+            world=manifest.world,
+            step=manifest.step,
+            layout=manifest.layout,
+            layout_hash=xxhash.xxh3_128_digest(manifest.layout),
+            values=manifest.values,
+            tags=manifest.tags,
+            data_bytes=layout.data_bytes,
+            stall_seconds=0.0,
+            sealed_at=manifest.sealed_at,
+        )
+        return buffer.path
