@@ -122,7 +122,7 @@ async def write_safetensors(
     header = safetensors_header(leaves, notes)
     plan = plan_leaves(manifest, leaves)
     path = directory / "state.safetensors"
-    with path.open("xb") as file:
+    with path.open("x+b") as file:
         os.ftruncate(file.fileno(), len(header) + plan.target_bytes)
         with mmap.mmap(file.fileno(), 0) as mapped, memoryview(mapped) as view:
             view[: len(header)] = header
