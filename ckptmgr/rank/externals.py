@@ -150,10 +150,10 @@ def _python_generator(item: Any, trail: Trail) -> External | None:
     if type(item) is np.random.RandomState:
         return External("numpy.RandomState", _listed(item.get_state(legacy=False)), {})
     if type(item) is np.random.Generator:
-        bits = item.bit_generator
-        if _BIT_GENERATORS.get(type(bits).__name__) is not type(bits):
-            raise refuse(trail, f"has the bit generator {type(bits).__name__}")
-        return External("numpy.Generator", [type(bits).__name__, _listed(bits.state)], {})
+        name = type(item.bit_generator).__name__
+        if name not in _BIT_GENERATORS:
+            raise refuse(trail, f"has the bit generator {name}")
+        return External("numpy.Generator", [name, _listed(item.bit_generator.state)], {})
     return None
 
 
@@ -244,7 +244,7 @@ def _assemble_per_channel(attributes: Any, children: Any) -> Tensor:
 
 def _filled(empty: Tensor, whole: Tensor) -> Tensor:
     """A quantized tensor with exactly these integers, whatever its dtype."""
-    storage = torch.empty(0, dtype=whole.dtype).set_(  # type: ignore[call-overload]
+    storage = torch.empty(0, dtype=whole.dtype).set_(
         empty.untyped_storage(), 0, whole.shape, whole.stride()
     )
     storage.copy_(whole)
@@ -281,27 +281,36 @@ def _assemble_random_state(attributes: Any, _: Any) -> np.random.RandomState:
 
 
 def _assemble_numpy_generator(attributes: Any, _: Any) -> np.random.Generator:
-    name, _state = attributes
+    name, state = attributes
     generator = np.random.Generator(_BIT_GENERATORS[name]())
-    restore_generator(generator, attributes)
+    dtype = np.uint32 if name == "MT19937" else np.uint64
+    generator.bit_generator.state = _unlisted(state, dtype)
     return generator
 
 
-def restore_generator(live: Any, attributes: Any) -> None:
-    """Put a saved state into a live `random` or NumPy generator.
+GENERATORS = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
+"""Types whose live objects take over a saved state instead of being replaced."""
 
-    Raises:
-        ValueError, TypeError, KeyError: it is not a state of this kind of generator.
-    """
-    if isinstance(live, random.Random):
-        live.setstate(attributes)
-    elif isinstance(live, np.random.RandomState):
-        live.set_state(_unlisted(attributes, np.uint32))
+
+def same_generator(live: Any, saved: Any) -> bool:
+    """Whether `saved` is a generator whose state `live` can take over."""
+    if type(live) is not type(saved):
+        return False
+    if isinstance(live, torch.Generator):
+        return bool(live.device == saved.device)
+    if isinstance(live, np.random.Generator):
+        return isinstance(saved.bit_generator, type(live.bit_generator))
+    return True
+
+
+def take_over(live: Any, saved: Any) -> None:
+    """Give a live generator the state of a saved one; see `same_generator`."""
+    if isinstance(live, np.random.Generator):
+        live.bit_generator.state = saved.bit_generator.state
+    elif isinstance(live, random.Random):
+        live.setstate(saved.getstate())
     else:
-        name, state = attributes
-        live.bit_generator.state = _unlisted(
-            state, np.uint32 if name == "MT19937" else np.uint64
-        )
+        live.set_state(saved.get_state())
 
 
 _Build = Callable[[Any, Any], Any]

@@ -76,9 +76,7 @@ def make_frame(flat: Flat, seams: Seams, *, with_meta: bool = False) -> Frame:
         key=lambda at: (element_kind(tensors[at].dtype), at),
     )
     index = {at: leaf for leaf, at in enumerate(order)}
-    items = [
-        (index[first], _flags(leaf)) for first, leaf in zip(owner, flat.leaves, strict=True)
-    ]
+    items = [(index[first], _flags(leaf)) for first, leaf in zip(owner, flat.leaves, strict=True)]
     tree = encode_tree(flat, items, seams.externalize)
     layout = lay_out([parts[at] for at in order], _paths(flat, order), tree)
     encoded = encode_layout(layout)
@@ -122,16 +120,19 @@ def _first_mentions(pointers: list[int]) -> list[int]:
 
 
 def _owners(tensors: Sequence[Tensor], pointers: list[int]) -> list[int]:
-    """For each mention, the first mention of the very same tensor (memory, shape, stride, dtype)."""
+    """For each mention, the first one of the very same tensor (memory, shape, stride, dtype)."""
     seen: dict[Any, int] = {}
     owners = []
     for at, (tensor, pointer) in enumerate(zip(tensors, pointers, strict=True)):
         # An empty tensor has no memory to tell it by; the same object is the same tensor.
         place = pointer or ("object", id(tensor))
-        bits = tensor.is_conj(), tensor.is_neg()
-        key = (place, tensor.device, tensor.dtype, tensor.shape, tensor.stride(), bits)
+        key = (place, tensor.device, tensor.dtype, tensor.shape, _view(tensor))
         owners.append(seen.setdefault(key, at))
     return owners
+
+
+def _view(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.stride(), tensor.is_conj(), tensor.is_neg()
 
 
 def lay_out(parts: Sequence[LocalPart], paths: Sequence[str], tree: bytes) -> Layout:
@@ -192,7 +193,7 @@ def sources_again(frame: Frame, state: Any, seams: Seams) -> tuple[list[Tensor],
         if pointer != before and not (is_leaf(tensor) and _has_bytes(tensor)):
             raise StructureChangedError
     for first, at in frame.shared:
-        if tensors[first].stride() != tensors[at].stride():
+        if _view(tensors[first]) != _view(tensors[at]):
             raise StructureChangedError
     return [tensors[at] for at in frame.order], values
 

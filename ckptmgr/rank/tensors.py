@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import Parameter, UninitializedTensorMixin
+from torch.nn.parameter import Parameter, is_lazy
 
 from ckptmgr.staging.paths import Trail
 from ckptmgr.staging.values import refuse
@@ -17,9 +17,7 @@ LEAF_TYPES: frozenset[type] = frozenset({Tensor, Parameter})
 REQUIRES_GRAD, IS_PARAMETER = 1, 2
 """Flags of a leaf in the tree (staging/values.py, tag 23)."""
 
-_DTYPES = {
-    name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)
-}
+_DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +59,7 @@ _DIMENSIONS_MAX = 64
 
 def why_not(tensor: Tensor) -> str:
     """Why a tensor that is neither a leaf nor decomposed is refused."""
-    if isinstance(tensor, UninitializedTensorMixin):
+    if is_lazy(tensor):
         return "is not initialised; run one batch through the lazy module first"
     if tensor.is_nested:
         return "is a nested (jagged) tensor"

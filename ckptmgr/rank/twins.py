@@ -1,0 +1,68 @@
+"""What an optimizer will hold after its first step, learned from a twin of one element."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+FALLBACK_NAMES = ("exp_avg", "exp_avg_sq")
+"""State assumed of an optimizer whose twin can not be stepped: as much as Adam has."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateTensor:
+    """One tensor of the state of a parameter; `like_parameter` if it has its shape."""
+
+    name: str
+    dtype: torch.dtype
+    like_parameter: bool
+
+
+def predicted_state_dict(optimizer: Optimizer) -> dict[str, Any]:
+    """The state_dict after the first step, with meta tensors in place of those still missing."""
+    now = optimizer.state_dict()
+    state = dict(now["state"])
+    learned: dict[Any, list[StateTensor]] = {}
+    number = 0
+    for at, group in enumerate(optimizer.param_groups):
+        for param in group["params"]:
+            if not state.get(number) and param.requires_grad:
+                key = at, param.dtype, param.dim(), param.device
+                if key not in learned:
+                    learned[key] = learn(optimizer, group, param)
+                state[number] = {item.name: _meta(item, param) for item in learned[key]}
+            number += 1
+    return {**now, "state": state}
+
+
+def _meta(item: StateTensor, param: Tensor) -> Tensor:
+    shape = param.shape if item.like_parameter else torch.Size()
+    return torch.empty(shape, dtype=item.dtype, device="meta")
+
+
+def learn(optimizer: Optimizer, group: dict[str, Any], param: Tensor) -> list[StateTensor]:
+    """State tensors that one step makes for a parameter like `param`."""
+    fallback = [StateTensor(name, param.dtype, like_parameter=True) for name in FALLBACK_NAMES]
+    options = {name: item for name, item in group.items() if name not in ("params", "param_names")}
+    try:
+        twin = torch.nn.Parameter(
+            torch.zeros((1,) * param.dim(), dtype=param.dtype, device=param.device)
+        )
+        twin.grad = torch.zeros_like(twin)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made: Any = type(optimizer)([{**options, "params": [twin]}], **optimizer.defaults)
+            made.step()
+        state = dict(made.state[twin])
+    except Exception:  # noqa: BLE001 - any optimizer, any signature: this is only a forecast
+        return fallback
+    return [
+        StateTensor(str(name), item.dtype, item.shape == twin.shape and param.dim() > 0)
+        for name, item in state.items()
+        if isinstance(item, Tensor)
+    ]
