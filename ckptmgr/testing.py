@@ -39,6 +39,7 @@ def _with_store(test: Test) -> Callable[[StoreSuite], None]:
             store = suite.make_store()
             try:
                 await test(suite, store)
+                await suite._clean(store)
             finally:
                 await store.aclose()
 
@@ -68,10 +69,22 @@ class StoreSuite:
         """A new handle on the place under test."""
         raise NotImplementedError
 
+    def _key(self) -> str:
+        """A key that no other test uses, of two segments."""
+        top = f"suite-{secrets.token_hex(8)}"
+        self._tops = [*getattr(self, "_tops", []), top]
+        return f"{top}/x"
+
+    async def _clean(self, store: Store) -> None:
+        """Delete what a test that passed has put."""
+        for top in getattr(self, "_tops", []):
+            for key in await store.list(f"{top}/"):
+                await store.delete(key)
+
     @_with_store
     async def test_what_was_put_is_got(self, store: Store) -> None:
         """Any bytes, in any number of buffers, come back."""
-        key = _key()
+        key = self._key()
         for size in (0, 1, 13, 4095, 4096, 4097, 3 * MIB + 5):
             content = os.urandom(size)
             views = [memoryview(content)[:5], memoryview(b""), memoryview(content)[5:]]
@@ -81,7 +94,7 @@ class StoreSuite:
     @_with_store
     async def test_no_buffers_make_an_empty_object(self, store: Store) -> None:
         """An object of no bytes is an object."""
-        key = _key()
+        key = self._key()
         assert await store.put_new(key, []) is PutResult.OK
         assert bytes(await store.get(key)) == b""
         assert await store.list(f"{key.partition('/')[0]}/") == [key]
@@ -90,7 +103,7 @@ class StoreSuite:
     @_with_store
     async def test_more_buffers_than_a_system_call_takes(self, store: Store) -> None:
         """5,000 buffers of odd sizes."""
-        key, content = _key(), os.urandom(20_000)
+        key, content = self._key(), os.urandom(20_000)
         views = [memoryview(content)[start : start + 4] for start in range(0, len(content), 4)]
         assert await store.put_new(key, views) is PutResult.OK
         assert bytes(await store.get(key)) == content
@@ -112,7 +125,7 @@ class StoreSuite:
         await self._put_and_compare(store, [content[:777], content[777:]])
 
     async def _put_and_compare(self, store: Store, buffers: list[memoryview]) -> None:
-        key, expected = _key(), b"".join(buffers)
+        key, expected = self._key(), b"".join(buffers)
         for buffer in buffers:
             assert buffer.contiguous
         assert await store.put_new(key, buffers) is PutResult.OK
@@ -126,7 +139,7 @@ class StoreSuite:
     @_with_store
     async def test_nothing_is_overwritten(self, store: Store) -> None:
         """A second put is a CONFLICT and changes nothing, equal bytes or not."""
-        key = _key()
+        key = self._key()
         assert await store.put_new(key, [memoryview(b"first")]) is PutResult.OK
         assert await store.put_new(key, [memoryview(b"second")]) is PutResult.CONFLICT
         assert await store.put_new(key, [memoryview(b"first")]) is PutResult.CONFLICT
@@ -135,7 +148,7 @@ class StoreSuite:
     @_with_store
     async def test_ranges(self, store: Store) -> None:
         """Offset and length, up to and at the end."""
-        key, content = _key(), os.urandom(10_000)
+        key, content = self._key(), os.urandom(10_000)
         await store.put_new(key, [memoryview(content)])
         for offset, length in ((0, 0), (0, 1), (4095, 2), (9_999, 1), (10_000, 0), (17, 9_983)):
             got = await store.get(key, offset, length)
@@ -146,7 +159,7 @@ class StoreSuite:
     @_with_store
     async def test_into(self, store: Store) -> None:
         """`into` is filled exactly, `length` ignored, and what lies around it untouched."""
-        key, content = _key(), os.urandom(10_000)
+        key, content = self._key(), os.urandom(10_000)
         await store.put_new(key, [memoryview(content)])
         room = bytearray(b"." * 6_000)
         into = memoryview(room)[500:5_500]
@@ -158,7 +171,7 @@ class StoreSuite:
     @_with_store
     async def test_reads_past_the_end_are_refused(self, store: Store) -> None:
         """Never fewer bytes than were asked for."""
-        key = _key()
+        key = self._key()
         await store.put_new(key, [memoryview(b"0123456789")])
         for offset, length, into in (
             (0, 11, None),
@@ -177,7 +190,7 @@ class StoreSuite:
     @_with_store
     async def test_what_does_not_exist(self, store: Store) -> None:
         """Typed errors for get and make_durable; nothing for list and delete."""
-        key = _key()
+        key = self._key()
         for call in (store.get(key), store.get(key, 5, 5), store.make_durable(key)):
             assert isinstance(await _error_of(call), ObjectNotFoundError)
         await store.delete(key)
@@ -186,7 +199,7 @@ class StoreSuite:
     @_with_store
     async def test_delete(self, store: Store) -> None:
         """Gone for get and list, twice is once, and the key is free again."""
-        key = _key()
+        key = self._key()
         await store.put_new(key, [memoryview(b"old")])
         await store.delete(key)
         await store.delete(key)
@@ -198,7 +211,7 @@ class StoreSuite:
     @_with_store
     async def test_list(self, store: Store) -> None:
         """Every key below the prefix, sorted as strings, and no key that only looks like it."""
-        top = _key()
+        top = self._key()
         names = ["a/b/c", "a/b-c", "a/b.c", "a/bc", "a0/x", "a/B", "z", "a/10", "a/9", "tmp/x"]
         for name in names:
             await store.put_new(f"{top}/{name}", [])
@@ -213,7 +226,7 @@ class StoreSuite:
     @_with_store
     async def test_another_handle_sees_it(self, store: Store) -> None:
         """What one handle put, another gets, lists, makes durable and deletes."""
-        key, other = _key(), self.make_store()
+        key, other = self._key(), self.make_store()
         try:
             await store.put_new(key, [memoryview(b"shared")])
             await asyncio.sleep(store.visibility_lag_seconds)
@@ -240,12 +253,12 @@ class StoreSuite:
                 assert isinstance(await _error_of(call), UsageError), repr(key)
         for prefix in ("a", "/", "../", "a//", ".tmp/"):
             assert isinstance(await _error_of(store.list(prefix)), UsageError), repr(prefix)
-        assert isinstance(await _error_of(store.get(_key(), -1)), (UsageError, StoreError))
+        assert isinstance(await _error_of(store.get(self._key(), -1)), (UsageError, StoreError))
 
     @_with_store
     async def test_one_of_many_tasks_wins(self, store: Store) -> None:
         """16 tasks put each of 10 keys: one OK each, and its bytes are there."""
-        top = _key()
+        top = self._key()
         for number in range(10):
             key = f"{top}/{number}"
             contents = [_content(writer, 5_000) for writer in range(16)]
@@ -258,7 +271,7 @@ class StoreSuite:
     @_with_store
     async def test_one_of_many_threads_wins(self, store: Store) -> None:
         """8 threads, each with a handle and an event loop of its own, race for 25 keys."""
-        top, start = _key(), threading.Barrier(8)
+        top, start = self._key(), threading.Barrier(8)
         won: list[list[int]] = [[] for _ in range(8)]
 
         def race(writer: int) -> None:
@@ -278,14 +291,14 @@ class StoreSuite:
         """16 processes race for 200 keys, where other processes can open the store."""
         if self.shared_url is None:
             raise SkipTest("other processes can not open this store: shared_url is not set")
-        top = _key()
+        top = self._key()
         won = await asyncio.to_thread(_race_of_processes, self.shared_url, top, 16, 200)
         await _check_race(store, top, won, 200)
 
     @_with_store
     async def test_no_reader_sees_a_part(self, store: Store) -> None:
         """While a big object is put, it is absent or whole, for get and for list."""
-        top, content = _key(), _noise(self.big_bytes)
+        top, content = self._key(), _noise(self.big_bytes)
         put = asyncio.ensure_future(store.put_new(f"{top}/big", [memoryview(content)]))
         seen: set[int | None] = set()
         while not put.done():
@@ -300,7 +313,7 @@ class StoreSuite:
     @_with_store
     async def test_cancelled_put_leaves_all_or_nothing(self, store: Store) -> None:
         """Whenever it is cancelled, and whatever its buffers are used for afterwards."""
-        top = _key()
+        top = self._key()
         for turn in range(12):
             buffer = bytearray(_content(turn, 8 * MIB))
             original = bytes(buffer)
@@ -317,7 +330,7 @@ class StoreSuite:
     @_with_store
     async def test_cancelled_get_lets_go_of_its_buffer(self, store: Store) -> None:
         """Once the call has ended, `into` is its owner's."""
-        key, content = _key(), _noise(8 * MIB)
+        key, content = self._key(), _noise(8 * MIB)
         await store.put_new(key, [memoryview(content)])
         for turn in range(12):
             into = bytearray(len(content))
@@ -336,11 +349,6 @@ class StoreSuite:
         assert isinstance(store.durable_on_return, bool)
         assert store.visibility_lag_seconds >= 0.0
         assert "://" in store.url
-
-
-def _key() -> str:
-    """A key that no other test uses, of two segments."""
-    return f"suite-{secrets.token_hex(8)}/x"
 
 
 def _noise(size: int) -> bytes:

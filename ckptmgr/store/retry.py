@@ -142,6 +142,7 @@ class RetryingStore(Store):
         """The result of the first try that works, and how many failed before it."""
         ends_at = time.monotonic() + self._deadline_seconds + nbytes / BYTES_PER_SECOND_MIN
         failed = 0
+        reason: StoreError | None = None
         while True:
             left = max(ends_at - time.monotonic(), 0.0)
             patience = min(self._timeout_seconds + nbytes / BYTES_PER_SECOND_MIN, left)
@@ -151,10 +152,12 @@ class RetryingStore(Store):
             except (StoreUnreachableError, TimeoutError) as error:
                 failed += 1
                 self._on_failure(operation, error)
+                if isinstance(error, StoreError):
+                    reason = error
                 pause = self._jitter() * _backoff_seconds(failed)
                 if not _worth_retrying(error) or time.monotonic() + pause >= ends_at:
-                    if isinstance(error, StoreError):
-                        raise
+                    if reason is not None:  # says more than that time is over
+                        raise reason from None
                     raise _silence(operation, subject, failed) from error
             await asyncio.sleep(pause)
 

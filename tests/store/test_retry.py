@@ -1,0 +1,209 @@
+"""Retries end, count, back off, and tell our own object from another's."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+
+import pytest
+
+from ckptmgr.errors import (
+    ObjectNotFoundError,
+    StoreError,
+    StoreFullError,
+    StorePermissionError,
+    StoreUnreachableError,
+)
+from ckptmgr.store import retry
+from ckptmgr.store.base import PutResult, Store
+from ckptmgr.store.memory import MemoryStore
+from ckptmgr.store.retry import RetryingStore
+from ckptmgr.testing import Fault, FaultyStore, StoreSuite, dead
+
+LOST = StoreUnreachableError("connection lost")
+
+
+def no_pause() -> float:
+    return 0.0
+
+
+def stores(*plan: Fault, **options: float) -> tuple[RetryingStore, FaultyStore]:
+    faulty = FaultyStore(MemoryStore(secrets.token_hex(8)), plan)
+    settings = {"timeout_seconds": 30.0, "deadline_seconds": 60.0, **options}
+    return RetryingStore(faulty, jitter=no_pause, **settings), faulty
+
+
+def views(*contents: bytes) -> list[memoryview]:
+    return [memoryview(content) for content in contents]
+
+
+class TestPromises(StoreSuite):
+    @pytest.fixture(autouse=True)
+    def _place(self) -> None:
+        self.name = secrets.token_hex(8)
+
+    def make_store(self) -> Store:
+        return RetryingStore(MemoryStore(self.name))
+
+
+class EveryOther(Fault):
+    """Strikes the first, the third, the fifth, ... operation."""
+
+    def strikes(self, count: int) -> bool:
+        return count % 2 == 1
+
+
+class TestPromisesWhileEveryOtherAnswerIsLost(TestPromises):
+    """The whole contract holds though half of all operations fail after they took effect."""
+
+    def make_store(self) -> Store:
+        lost = EveryOther(LOST, when="after")
+        return RetryingStore(FaultyStore(MemoryStore(self.name), [lost]), jitter=no_pause)
+
+
+async def test_a_lost_operation_is_done_again() -> None:
+    for operation in ("put_new", "get", "list", "delete", "make_durable"):
+        store, faulty = stores(Fault(LOST, operation=operation))
+        assert await store.put_new("a/key", views(b"x")) is PutResult.OK
+        assert bytes(await store.get("a/key")) == b"x"
+        assert await store.list("a/") == ["a/key"]
+        await store.make_durable("a/key")
+        await store.delete("a/key")
+        assert [name for name, _ in faulty.operations].count(operation) == 2
+
+
+async def test_our_own_conflict_is_ok_and_made_durable() -> None:
+    store, faulty = stores(Fault(LOST, operation="put_new", when="after"))
+    assert await store.put_new("key", views(b"ours", b"", b"!")) is PutResult.OK
+    assert faulty.operations[-1] == ("make_durable", "key")
+
+
+async def test_our_own_empty_object_is_ok() -> None:
+    store, _ = stores(Fault(LOST, operation="put_new", when="after"))
+    assert await store.put_new("key", []) is PutResult.OK
+
+
+@pytest.mark.parametrize("theirs", [b"", b"our", b"ours", b"ours!!", b"Ours!", b"ours?"])
+async def test_the_object_of_another_stays_a_conflict(theirs: bytes) -> None:
+    store, faulty = stores(Fault(LOST, operation="put_new"))
+    await MemoryStore(store.url.removeprefix("memory://")).put_new("key", views(theirs))
+    assert await store.put_new("key", views(b"ours", b"!")) is PutResult.CONFLICT
+    assert "make_durable" not in [name for name, _ in faulty.operations]
+
+
+async def test_a_first_conflict_is_believed_without_a_look() -> None:
+    store, faulty = stores()
+    await store.put_new("key", views(b"same"))
+    assert await store.put_new("key", views(b"same")) is PutResult.CONFLICT
+    assert [name for name, _ in faulty.operations] == ["put_new", "put_new"]
+
+
+async def test_a_big_object_is_compared_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "COMPARE_BYTES", 1000)
+    store, faulty = stores(Fault(LOST, operation="put_new", when="after"))
+    content = secrets.token_bytes(2500)
+    assert await store.put_new("key", views(content, content)) is PutResult.OK
+    assert [name for name, _ in faulty.operations].count("get") == 3 + 3 + 1
+
+
+async def test_the_look_itself_is_retried() -> None:
+    lost_put = Fault(LOST, operation="put_new", when="after")
+    store, _ = stores(lost_put, Fault(LOST, operation="get"), Fault(LOST, operation="make_durable"))
+    assert await store.put_new("key", views(b"ours")) is PutResult.OK
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        StoreFullError("full"),
+        StorePermissionError("refused"),
+        StoreError("wrong for good"),
+        ObjectNotFoundError("gone"),
+    ],
+)
+async def test_what_does_not_pass_is_raised_at_once(error: StoreError) -> None:
+    store, faulty = stores(*dead(error))
+    with pytest.raises(type(error)) as caught:
+        await store.get("key")
+    assert caught.value is error
+    assert len(faulty.operations) == 1
+
+
+async def test_a_dead_store_is_given_up_at_the_deadline() -> None:
+    store, faulty = stores(*dead(LOST), deadline_seconds=0.05)
+    with pytest.raises(StoreUnreachableError) as caught:
+        await store.list("a/")
+    assert caught.value is LOST
+    assert len(faulty.operations) > 1
+
+
+async def test_a_silent_store_is_given_up_at_the_deadline() -> None:
+    never = asyncio.Event()
+    silent = Fault(gate=never, and_later=True)
+    store, faulty = stores(silent, timeout_seconds=0.01, deadline_seconds=0.1)
+    with pytest.raises(StoreUnreachableError, match="got no answer") as caught:
+        await store.get("key")
+    assert caught.value.subject == "key"
+    assert len(faulty.operations) > 1
+
+
+async def test_a_silent_try_is_followed_by_another() -> None:
+    never = asyncio.Event()
+    store, _ = stores(Fault(gate=never), timeout_seconds=0.01)
+    assert await store.put_new("key", views(b"x")) is PutResult.OK
+
+
+async def test_cancelling_is_not_a_failure_to_retry() -> None:
+    never = asyncio.Event()
+    store, faulty = stores(Fault(gate=never, and_later=True))
+    call = asyncio.ensure_future(store.get("key"))
+    await asyncio.wait({call}, timeout=0.01)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert len(faulty.operations) == 1
+
+
+async def test_every_failed_try_is_told() -> None:
+    told: list[tuple[str, Exception]] = []
+    full = StoreFullError("full")
+    faulty = FaultyStore(
+        MemoryStore(secrets.token_hex(8)), [Fault(LOST), Fault(LOST, at=2), Fault(full, at=3)]
+    )
+    store = RetryingStore(
+        faulty, jitter=no_pause, on_failure=lambda name, error: told.append((name, error))
+    )
+    with pytest.raises(StoreFullError):
+        await store.put_new("key", [])
+    assert told == [("put_new", LOST), ("put_new", LOST), ("put_new", full)]
+
+
+async def test_pauses_double_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+
+    async def record(seconds: float) -> None:
+        pauses.append(seconds)
+
+    monkeypatch.setattr(retry.asyncio, "sleep", record)
+    inner = MemoryStore(secrets.token_hex(8))
+    lost = 0
+
+    async def lose(_prefix: str) -> list[str]:
+        nonlocal lost
+        lost += 1
+        if lost < 12:
+            raise LOST
+        return []
+
+    monkeypatch.setattr(inner, "list", lose)
+    await RetryingStore(inner, jitter=lambda: 0.5, deadline_seconds=1e6).list("")
+    assert pauses[:3] == [0.05, 0.1, 0.2]
+    assert pauses[-1] == retry.BACKOFF_SECONDS_MAX / 2
+    assert pauses == sorted(pauses)
+
+
+def test_it_declares_what_its_inner_store_does() -> None:
+    inner = MemoryStore("x")
+    inner.durable_on_return, inner.visibility_lag_seconds = False, 6.0
+    outer = RetryingStore(inner)
+    assert (outer.durable_on_return, outer.visibility_lag_seconds) == (False, 6.0)
