@@ -321,11 +321,12 @@ def release(
 def demo(
     as_json: Json = False,
     keep_files: Annotated[bool, typer.Option("--keep-files", help="Leave the files.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Kill at the same steps again.")] = None,
 ) -> None:
     """Train a small model, kill it, restore it, and prove that nothing was lost."""
     from ckptmgr.demo import run_demo
 
-    raise typer.Exit(run_demo(as_json=as_json, keep_files=keep_files))
+    raise typer.Exit(run_demo(as_json=as_json, keep_files=keep_files, seed=seed))
 
 
 @command

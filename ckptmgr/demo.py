@@ -266,8 +266,11 @@ def temporary_place(*, keep_files: bool) -> Iterator[Place]:
     open_private_dir(place.runtime)
     try:
         yield place
-    finally:
         end_daemon(place, signal.SIGTERM if keep_files else signal.SIGKILL)
+    except BaseException:
+        end_daemon(place, signal.SIGKILL)
+        raise
+    finally:
         shutil.rmtree(place.runtime, ignore_errors=True)
         if not keep_files:
             shutil.rmtree(root, ignore_errors=True)
@@ -346,6 +349,8 @@ class Demonstration:
         show(f"   {resumption(second)}; killed again after step {second.last}")
         show("4. Kill the daemon too and wipe host memory, as if the machine were lost.")
         pid = end_daemon(self.place, signal.SIGKILL)
+        if not pid:
+            raise CkptmgrError("the daemon was gone before it was killed", subject="demo")
         shutil.rmtree(self.place.runtime)
         show(f"   daemon {pid} killed, {self.place.runtime} removed")
         show("5. Start again: only the store is left.")
@@ -395,7 +400,7 @@ def tell(report: dict[str, Any], show: Show) -> None:
         f"{report['step_seconds'] * 1e3:.0f} ms)."
     )
     show.line(
-        f"   The store holds {report['store_bytes'] / mib:.1f} MiB. "
+        f"   The store holds {report['store_bytes'] / mib:.1f} MiB of the newest steps. "
         f"All of this took {report['seconds']:.0f} s."
     )
     show.line()
@@ -411,7 +416,7 @@ def tell(report: dict[str, Any], show: Show) -> None:
         show.line(f"Please report it with: ckptmgr demo --seed {report['seed']}")
 
 
-def run(
+def run_demo(
     *,
     as_json: bool = False,
     keep_files: bool = False,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ckptmgr.demo import Run, checks, run, tree_bytes
+from ckptmgr.demo import Run, checks, run_demo, tree_bytes
 from ckptmgr.errors import UsageError
 from ckptmgr.rank.demo_training import BATCH, TextBatches, digest
 
@@ -123,7 +123,7 @@ def test_batches_go_on_where_their_state_was_taken() -> None:
 
 def test_too_few_steps_are_refused() -> None:
     with pytest.raises(UsageError, match="too few"):
-        run(steps=10, every=10)
+        run_demo(steps=10, every=10)
 
 
 def test_the_demonstration_proves_its_point_and_leaves_nothing(
@@ -131,7 +131,7 @@ def test_the_demonstration_proves_its_point_and_leaves_nothing(
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
-    status = run(as_json=True, steps=36, every=4)
+    status = run_demo(as_json=True, steps=36, every=4)
     report = json.loads(capsys.readouterr().out)
     assert report["ok"], report
     assert status == 0
