@@ -15,6 +15,7 @@ from ckptmgr.daemon.log import event, warning
 from ckptmgr.daemon.resume import (
     Candidate,
     Skipped,
+    belongs,
     committed_choices,
     decide_resume,
     rank_candidates,
@@ -96,11 +97,12 @@ class Reader:
         It goes into a free slot of the session's own buffer, while the trainer is still building
         its state. The trainer ends it with Release before it writes a slot.
         """
-        if not self._in_memory(session):
-            session.prefetch = asyncio.create_task(self._prefetch(session))
+        session.prefetch = asyncio.create_task(self._prefetch(session))
 
     async def _prefetch(self, session: Session) -> None:
         try:
+            if await self._in_memory(session):
+                return
             for candidate in await self._candidates(session, None, None, frozenset()):
                 if await self._bring(session, candidate) is not None:
                     event("prefetched", step=str(candidate.id))
@@ -152,7 +154,7 @@ class Reader:
     async def _candidates(
         self, session: Session, step: int | None, of_attempt: int | None, rejected: frozenset[StepId]
     ) -> list[Candidate]:
-        memory = [s.id for _, s in self._in_memory(session)]
+        memory = [s.id for _, s in await self._in_memory(session)]
         if step is None:
             standing = (await list_steps(session.job.store)).standing()
         else:
@@ -160,14 +162,17 @@ class Reader:
             memory = [s for s in memory if s.step == step and of_attempt in (None, s.attempt)]
         return rank_candidates(memory, standing, rejected)
 
-    def _in_memory(self, session: Session) -> list[tuple[Held, Snapshot]]:
-        """Usable sealed snapshots of this session's rank."""
-        found = []
-        for held in self._intake.of_job(session.job.url, session.rank):
-            pairs = held.snapshots()
-            usable = set(usable_in_memory(pairs))
-            found += [(held, snapshot) for snapshot, _ in pairs if snapshot.id in usable]
-        return found
+    async def _in_memory(self, session: Session) -> list[tuple[Held, Snapshot]]:
+        """Usable sealed snapshots of this session's rank. A session that only reads has none:
+        only a committed step is a checkpoint."""
+        if not session.attempt:
+            return []
+        found = [
+            (held, snapshot)
+            for held in self._intake.of_job(session.job.url, session.rank)
+            for snapshot in usable_in_memory(held.snapshots())
+        ]
+        return [pair for pair in found if await belongs(session.job.store, pair[1])]
 
     async def _decide(self, session: Session, step: StepId) -> None:
         """Record what the attempt resumes from; sessions that only read decide nothing."""
@@ -185,7 +190,7 @@ class Reader:
     async def _bring(self, session: Session, candidate: Candidate) -> _Place | None:
         """Make a step available in host memory; None if it turns out to be no commit."""
         if candidate.in_memory:
-            place = self._from_memory(session, candidate.id)
+            place = await self._from_memory(session, candidate.id)
             if place is not None:
                 return place
             if not candidate.in_store:
@@ -202,8 +207,8 @@ class Reader:
             sealed = await session.job.catalog.manifest(decision, session.rank)
             return await self._fetch(session, sealed.manifest)
 
-    def _from_memory(self, session: Session, step: StepId) -> _Place | None:
-        for held, snapshot in self._in_memory(session):
+    async def _from_memory(self, session: Session, step: StepId) -> _Place | None:
+        for held, snapshot in await self._in_memory(session):
             if snapshot.id != step:
                 continue
             try:

@@ -6,7 +6,7 @@ import secrets
 import time
 from dataclasses import dataclass
 
-from ckptmgr.errors import DamageError, ObjectNotFoundError
+from ckptmgr.errors import DamageError, ObjectNotFoundError, StoreError
 from ckptmgr.repository import keys
 from ckptmgr.repository.catalog import Catalog, list_steps
 from ckptmgr.repository.commit import (
@@ -17,6 +17,7 @@ from ckptmgr.repository.commit import (
     Resume,
     check_format,
     decide,
+    get_record,
     put_record,
 )
 from ckptmgr.repository.hold import host_name
@@ -48,9 +49,9 @@ def rank_candidates(
     ]
 
 
-def usable_in_memory(snapshots: list[tuple[Snapshot, Outcome]]) -> list[StepId]:
+def usable_in_memory(snapshots: list[tuple[Snapshot, Outcome]]) -> list[Snapshot]:
     """Sealed snapshots that may be resumed from: all but those whose step was given up."""
-    return [snapshot.id for snapshot, outcome in snapshots if outcome is not Outcome.ABORTED]
+    return [snapshot for snapshot, outcome in snapshots if outcome is not Outcome.ABORTED]
 
 
 async def claim_attempt(store: Store, world: int, run_id: str) -> tuple[int, str]:
@@ -68,6 +69,21 @@ async def claim_attempt(store: Store, world: int, run_id: str) -> tuple[int, str
         result = await put_record(store, Kind.CLAIM, keys.claim(attempt), claim)
         if result is PutResult.OK:
             return attempt, nonce
+
+
+async def belongs(store: Store, snapshot: Snapshot) -> bool:
+    """Whether the snapshot's attempt was claimed in this store, as far as the store tells.
+
+    False means that the store was emptied or replaced since: host memory then holds the steps of
+    a job that no longer exists. A store that refuses to be read contradicts nothing.
+    """
+    try:
+        claim = await get_record(store, Kind.CLAIM, keys.claim(snapshot.attempt), Claim)
+    except ObjectNotFoundError:
+        return False
+    except (StoreError, DamageError):
+        return True
+    return claim.nonce == snapshot.nonce
 
 
 async def publish_have(store: Store, attempt: int, found: list[Snapshot]) -> None:

@@ -10,8 +10,14 @@ from ckptmgr.daemon.intake import Held
 from ckptmgr.daemon.job import Job
 from ckptmgr.daemon.log import event, warning
 from ckptmgr.daemon.pipeline import Pipeline, Source
-from ckptmgr.daemon.resume import parent_of, put_active
-from ckptmgr.errors import CkptmgrError, StoreError, SupersededError, TornSnapshotError
+from ckptmgr.daemon.resume import belongs, parent_of, put_active
+from ckptmgr.errors import (
+    CkptmgrError,
+    RegisterConflictError,
+    StoreError,
+    SupersededError,
+    TornSnapshotError,
+)
 from ckptmgr.repository import keys
 from ckptmgr.repository.commit import Decision, abort_step, commit_step
 from ckptmgr.repository.hold import host_name
@@ -68,7 +74,9 @@ class Writer:
             kind = type(error).__name__
             self._job.metrics.failures.labels(self._job.label, kind).inc()
             warning("given_up", step=str(snapshot.id), kind=kind, why=str(error))
-            await self._give_up(snapshot.id, f"{kind}: {error.message}")
+            # A register that another incarnation may use is left alone.
+            if not isinstance(error, RegisterConflictError):
+                await self._give_up(snapshot.id, f"{kind}: {error.message}")
             await self._held.settle(snapshot, Outcome.ABORTED, str(error))
         else:
             await self._settle(snapshot, decision)
@@ -96,7 +104,18 @@ class Writer:
         self._job.metrics.stored_bytes.labels(self._job.label).inc(stored_bytes)
 
     async def _check_active(self, snapshot: Snapshot) -> None:
-        """Mark the attempt active before its first manifest; stop it if a newer one is."""
+        """Mark the attempt active before its first manifest; stop it if a newer one is.
+
+        Raises:
+            RegisterConflictError: the store was emptied or replaced since the attempt's claim.
+            SupersededError: a newer attempt is active, and this one still runs.
+        """
+        if not await belongs(self._job.store, snapshot):
+            raise RegisterConflictError(
+                f"attempt {snapshot.attempt} is not claimed in this store",
+                subject=self._job.url,
+                hint="Give every job a URL of its own, and end its daemon before emptying it.",
+            )
         newest = await put_active(self._job.store, snapshot.attempt, snapshot.nonce)
         if newest > snapshot.attempt:
             self._held.buffer.supersede(newest)

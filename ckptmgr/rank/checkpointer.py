@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import time
 import warnings
 from collections.abc import Mapping, MutableMapping
@@ -44,6 +45,11 @@ from ckptmgr.types import PAGE_BYTES, Outcome, Snapshot, StepId, Tags
 
 RESTORE_SECONDS_MAX = 24 * 3600.0
 """Bound of one restore; every store operation in it has a much shorter deadline of its own."""
+
+SLOT_WAIT_SECONDS_MAX = 0.25
+"""Longest pause of `step` for a store that has kept up so far: some ten commits of a small state."""
+
+_SLOT_LOOK_SECONDS = 0.002
 
 _WAIT_SLICE_SECONDS = 2.0
 """A wait for a commit asks the daemon in slices, so that another thread can ask in between."""
@@ -170,6 +176,7 @@ class Checkpointer:
         self._slots = _checked(slots, "slots", slots in (2, 3))
         self._codec = _checked(codec, "codec", codec in _CODECS)
         self._drain_timeout = drain_timeout
+        self._rng = rng
         self._run_id = run_id or os.environ.get("TORCHELASTIC_RUN_ID", "")
         _refuse_many_ranks()
         self._capture = Capture(state, rng=rng, overlap=overlap)
@@ -177,6 +184,7 @@ class Checkpointer:
         self._handle: SaveHandle | None = None
         self._last_step = -1
         self._fetching = False
+        self._keeps_up = True
 
     # -- the block ----------------------------------------------------------------------------
 
@@ -244,7 +252,8 @@ class Checkpointer:
     def step(self, step: int, tags: Mapping[str, Any] | None = None) -> SaveHandle | None:
         """Say that training step `step` is complete; snapshots if one is due.
 
-        Never waits for the store: if no slot is free, the snapshot is taken at a later call.
+        Never waits for a slow store: if no slot is free, the snapshot is made up for later (see
+        Cadence). Only a store that has kept up so far is given SLOT_WAIT_SECONDS_MAX to free one.
         Failures to snapshot are warned about and counted in `stats`; training goes on.
 
         Args:
@@ -263,7 +272,7 @@ class Checkpointer:
         if not self._cadence.due(step, now):
             return None
         self._finish_copy()
-        slot = self._slot_now(link, now)
+        slot = self._slot_in_a_moment(link, now)
         if slot is None:
             self.stats.delayed += 1
             return None
@@ -291,7 +300,7 @@ class Checkpointer:
         return handle
 
     def _check_step(self, step: int) -> None:
-        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        if type(step) is not int or step < 0:
             raise UsageError(f"{step!r} is not a step", subject="step")
         if step <= self._last_step:
             raise StepOrderError(f"comes after step {self._last_step}", subject=f"step {step}")
@@ -316,10 +325,8 @@ class Checkpointer:
         link.wait_populated()
         handle = SaveHandle(self, step)
         writer = link.buffer.begin(slot)
-        data = writer.data
 
         def done(error: BaseException | None) -> None:
-            data.release()
             try:
                 if error is not None:
                     raise error
@@ -331,7 +338,7 @@ class Checkpointer:
                 self._failed(str(failure))
 
         self._handle = handle
-        handle._copy = self._capture.copy(prepared, data, done)
+        handle._copy = self._capture.copy(prepared, writer.data, done)
         self._stalled(start, handle)
         self.stats.snapshots += 1
         self.stats.stall_seconds += self.stats.last_stall_seconds
@@ -405,6 +412,23 @@ class Checkpointer:
             return None
         return self._supersede(sealed)
 
+    def _slot_in_a_moment(self, link: Link, now: float) -> int | None:
+        """A slot to write; a store that has kept up so far gets a moment to free one.
+
+        A small state in a fast loop is due again before its last commit has returned from fsync.
+        A store that misses the moment once is not waited for until it has caught up by itself.
+        """
+        slot = self._slot_now(link, now)
+        if slot is not None:
+            self._keeps_up = True
+            return slot
+        pause, deadline = threading.Event(), now + SLOT_WAIT_SECONDS_MAX
+        while self._keeps_up and slot is None:
+            pause.wait(_SLOT_LOOK_SECONDS)  # the outcome is a word in shared memory: no wake-up
+            slot = self._slot_now(link, time.monotonic())
+            self._keeps_up = slot is not None or time.monotonic() < deadline
+        return slot
+
     def _supersede(self, sealed: Sealed) -> int | None:
         victim = superseded_slot(sealed)
         if victim is None:
@@ -468,7 +492,7 @@ class Checkpointer:
             StoreUnreachableError: the store does not answer.
         """
         link = self._entered()
-        attempt, number = _parse_step(step)
+        attempt, number = parse_step(step)
         reply = link.ask(Restore(number, attempt), Restored, RESTORE_SECONDS_MAX)
         if reply.attempt == 0:
             self._release(link)
@@ -493,30 +517,34 @@ class Checkpointer:
     def _place(self, link: Link, reply: Restored) -> None:
         if Path(reply.path) == link.buffer.path:
             link.wait_populated()
-            place_from(link.buffer, reply, self.state)
+            place_from(link.buffer, reply, self.state, rng=self._rng)
             return
         with HostBuffer.open(Path(reply.path)) as buffer:
-            place_from(buffer, reply, self.state)
+            place_from(buffer, reply, self.state, rng=self._rng)
 
 
-def place_from(buffer: HostBuffer, reply: Restored, state: MutableMapping[str, Any]) -> None:
-    """Copy a restored snapshot from its slot into the live objects.
+def place_from(
+    buffer: HostBuffer,
+    reply: Restored,
+    state: MutableMapping[str, Any],
+    *,
+    rng: bool = True,
+    partial: bool = False,
+) -> None:
+    """Copy a restored snapshot from its slot into the live objects; arguments as for `place`.
 
     Raises:
         StateMismatchError: it does not fit; nothing was changed.
         TornSnapshotError: the slot was reused meanwhile.
     """
     snapshot, saved = read_saved(buffer, reply)
-    try:
-        place(state, saved)
-    finally:
-        saved.data.release()
+    place(state, saved, rng=rng, partial=partial)
     if not buffer.unchanged(snapshot):
         raise TornSnapshotError("slot was reused during restore", subject=str(buffer.path))
 
 
 def read_saved(buffer: HostBuffer, reply: Restored) -> tuple[Snapshot, Saved]:
-    """The snapshot that a reply names, with its decoded layout; the caller releases the data."""
+    """The snapshot that a reply names, with its decoded layout."""
     snapshot = buffer.snapshot(reply.slot)
     if snapshot is None or snapshot.generation != reply.generation:
         raise TornSnapshotError("slot was reused before restore", subject=str(buffer.path))
@@ -531,7 +559,8 @@ def absolute_url(url: str | os.PathLike[str]) -> str:
     return text if "://" in text else os.path.abspath(os.path.expanduser(text))
 
 
-def _parse_step(step: int | str | None) -> tuple[int | None, int | None]:
+def parse_step(step: int | str | None) -> tuple[int | None, int | None]:
+    """Attempt and number of a step that a user names; None for what is left open."""
     if step is None:
         return None, None
     try:
@@ -562,7 +591,7 @@ def _plain_tags(tags: Mapping[str, Any] | None) -> Tags:
     plain: Tags = {}
     for name, value in (tags or {}).items():
         scalar = value.item() if hasattr(value, "item") else value
-        if not isinstance(name, str) or not isinstance(scalar, (bool, int, float, str)):
+        if not isinstance(scalar, (bool, int, float, str)):
             raise UsageError(f"{value!r} is not a scalar", subject=f"tag {name!r}")
         # JSON has no inf and nan, and a loss of nan is exactly what somebody will look for.
         is_odd = isinstance(scalar, float) and not math.isfinite(scalar)

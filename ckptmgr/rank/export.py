@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict_saver import save as save_dcp
 
 from ckptmgr.rank.place import Saved, rebuild
 from ckptmgr.staging.hostbuffer import HostBuffer, decode_layout
@@ -21,15 +21,11 @@ def export(buffer_path: Path, form: str, target: Path) -> None:
         (snapshot,) = buffer.snapshots()
         table = buffer.table(snapshot)
         layout = decode_layout(table.layout, subject=str(buffer_path))
-        saved = Saved(layout, table.values, buffer.data(snapshot.slot))
-        try:
-            state = rebuild(saved)
-        finally:
-            saved.data.release()
+        state = rebuild(Saved(layout, table.values, buffer.data(snapshot.slot)))
     if form == "torch":
         torch.save(state, target / "state.pt")
     else:
-        dcp.save(state, checkpoint_id=str(target / "dcp"), no_dist=True)
+        save_dcp(state, checkpoint_id=str(target / "dcp"), no_dist=True)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from ckptmgr.config import runtime_dir
 from ckptmgr.errors import NothingToRestoreError
 from ckptmgr.rank.checkpointer import (
     RESTORE_SECONDS_MAX,
-    _parse_step,
     absolute_url,
+    parse_step,
     place_from,
     read_saved,
 )
@@ -40,7 +40,7 @@ def load(
         DamageError: no step can be read.
         StoreUnreachableError: the store does not answer.
     """
-    attempt, number = _parse_step(step)
+    attempt, number = parse_step(step)
     request = Load(absolute_url(url), 0, number, attempt)
     with connect_or_start(runtime_dir()) as client:
         reply = client.ask(request, Restored, RESTORE_SECONDS_MAX)
@@ -48,10 +48,7 @@ def load(
             raise NothingToRestoreError("the job has no committed step", subject=os.fspath(url))
         with HostBuffer.open(Path(reply.path)) as buffer:
             if into is not None:
-                place_from(buffer, reply, into, partial=True)
+                place_from(buffer, reply, into, rng=False, partial=True)
                 return reply.step
             _, saved = read_saved(buffer, reply)
-            try:
-                return rebuild(saved)
-            finally:
-                saved.data.release()
+            return rebuild(saved)

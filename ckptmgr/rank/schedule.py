@@ -41,24 +41,24 @@ def parse_every(every: int | str | None) -> Every:
 
 @dataclass(slots=True)
 class Cadence:
-    """Tells when a snapshot is due. One that could not be taken stays due."""
+    """Tells when a snapshot is due.
+
+    One that could not be taken is made up for at the next multiple of `steps`, so that the steps
+    in the store are the promised ones, or at the next call where the cadence is a time.
+    """
 
     every: Every
     last_at: float
-    overdue: bool = False
 
     def due(self, step: int, now: float) -> bool:
         """Whether `step` is to be snapshotted; `now` is monotonic seconds."""
-        if self.every.steps and step % self.every.steps == 0:
-            self.overdue = True
-        if self.every.seconds and now - self.last_at >= self.every.seconds:
-            self.overdue = True
-        return self.overdue
+        if self.every.steps:
+            return step % self.every.steps == 0
+        return self.every.seconds > 0 and now - self.last_at >= self.every.seconds
 
     def taken(self, now: float) -> None:
         """A snapshot was taken at `now`."""
         self.last_at = now
-        self.overdue = False
 
 
 @dataclass(slots=True)

@@ -252,6 +252,19 @@ class Client:
         """End the connection, waking a thread that waits for its end."""
         self._socket.shutdown(socket.SHUT_RDWR)
 
+    def wait_closed(self, timeout_seconds: float = CONTROL_TIMEOUT_SECONDS) -> None:
+        """Wait for the daemon to close the connection.
+
+        Raises:
+            DaemonUnreachableError: it did not within the time.
+        """
+        try:
+            self._socket.settimeout(timeout_seconds)
+            while self._socket.recv(4096):
+                pass
+        except OSError as error:
+            raise DaemonUnreachableError("does not end", subject=str(self.path)) from error
+
     def close(self) -> None:
         """Close the connection; the daemon takes this as the trainer's death or detachment."""
         self._socket.close()

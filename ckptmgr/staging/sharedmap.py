@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -75,6 +76,7 @@ class SharedMap:
         )
 
     def close(self) -> None:
-        """Unmap; every view of the memory must have been released."""
-        self.view.release()
-        self._map.close()
+        """Unmap; where a view of the memory is still in use, the memory goes with that view."""
+        with contextlib.suppress(BufferError):
+            self.view.release()
+            self._map.close()
