@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,9 +16,11 @@ from torch.optim import Optimizer
 from ckptmgr.errors import UnsupportedLeafError, UsageError
 from ckptmgr.rank.externals import externalize
 from ckptmgr.rank.frame import Frame, make_frame, sources_again
+from ckptmgr.rank.overlap import CopyThread, Job, copy_tensors
 from ckptmgr.rank.randomness import RNG_KEY, read_generators
-from ckptmgr.rank.tensors import LEAF_TYPES, carried, carrier, dtype_of, is_leaf, local_part
+from ckptmgr.rank.tensors import LEAF_TYPES, is_leaf, local_part
 from ckptmgr.rank.twins import predicted_state_dict
+from ckptmgr.rank.views import ViewCache
 from ckptmgr.staging.hostbuffer import table_bytes_needed
 from ckptmgr.staging.tree import Flat, Seams, StructureChangedError, flatten
 from ckptmgr.staging.values import LeafInValueError, encode_values, refuse
@@ -24,9 +28,6 @@ from ckptmgr.types import PAGE_BYTES, Layout
 
 Done = Callable[[BaseException | None], None]
 """Called once per copy, with None when every byte is in place, else with the reason."""
-
-SLOT_VIEWS_MAX = 3
-"""Slots whose views are kept; a host buffer has at most three."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,20 +49,34 @@ class Prepared:
 class Copy:
     """A copy into a slot that was started; finished when `done` was called."""
 
-    def __init__(self, done: Done) -> None:
+    def __init__(self, done: Done, settle: Callable[[], None]) -> None:
         self._done = done
+        self._settle = settle
+        self._trainer = threading.get_ident()
         self._finished = threading.Event()
+        self._failure: Exception | None = None
 
     def finish(self, error: BaseException | None) -> None:
         """Tell the owner, then whoever waits."""
         try:
             self._done(error)
+        except Exception as failure:  # noqa: BLE001 - raised in the thread that waits
+            self._failure = failure
         finally:
             self._finished.set()
 
     def wait(self, timeout_seconds: float | None = None) -> bool:
-        """Wait until `done` was called; False if it was not within the time."""
-        return self._finished.wait(timeout_seconds)
+        """Wait until `done` was called; False if it was not within the time.
+
+        Raises:
+            Exception: what `done` raised.
+        """
+        if threading.get_ident() == self._trainer:
+            self._settle()
+        finished = self._finished.wait(timeout_seconds)
+        if self._failure is not None:
+            raise self._failure
+        return finished
 
 
 class Capture:
@@ -70,7 +85,12 @@ class Capture:
     Args:
         state: names and live objects; looked at anew by every `prepare`.
         rng: also capture the generators of the process, under the name `rng`.
-        overlap: copy parameters and optimizer state in the background.
+        overlap: True copies the parameters and the state of the optimizers in `state` while
+            training goes on; their steps wait for it. They must be changed by nothing else until
+            then: a change is found by its version counter and spoils that snapshot. False copies
+            everything before `copy` returns. None is True if a tensor is on a GPU.
+
+    `prepare`, `copy`, `close` and the optimizers' steps belong to one thread, the one that trains.
     """
 
     def __init__(
@@ -80,8 +100,16 @@ class Capture:
             raise UsageError("is reserved for the generators of the process", subject=RNG_KEY)
         self._state = state
         self._rng = rng
+        self._overlap = overlap
         self._frame: Frame | None = None
-        self._views: dict[int, SlotViews] = {}
+        self._optimizers: list[Optimizer] = []
+        self._hooks: dict[int, tuple[Optimizer, Any]] = {}
+        self._written_by_hand: set[str] = set()
+        self._views = ViewCache()
+        self._thread = CopyThread()
+        self._seams = replace(SEAMS, expand=self._expand)
+
+    # -- prepare ------------------------------------------------------------------------------
 
     def prepare(self) -> Prepared:
         """Flatten the live state as it is now.
@@ -89,8 +117,10 @@ class Capture:
         Raises:
             UnsupportedLeafError: a leaf that can not be stored exactly, with its path.
         """
-        live = live_state(self._state, rng=self._rng)
-        sources, values = self._again(live) or self._anew(live)
+        self._optimizers.clear()
+        with _collection_paused():
+            live = live_state(self._state, rng=self._rng)
+            sources, values = self._again(live) or self._anew(live)
         frame = self._frame
         assert frame is not None
         return Prepared(
@@ -103,57 +133,29 @@ class Capture:
             table_bytes=table_bytes_needed(len(frame.layout_bytes), len(values)),
         )
 
+    def _expand(self, item: Any) -> Any:
+        if isinstance(item, Optimizer):
+            self._optimizers.append(item)
+        return item.state_dict()
+
     def _again(self, live: dict[str, Any]) -> tuple[list[Tensor], bytes] | None:
         if self._frame is None:
             return None
         try:
-            sources, values = sources_again(self._frame, live, SEAMS)
+            sources, values = sources_again(self._frame, live, self._seams)
             places = zip(values, self._frame.value_trails, strict=True)
             return sources, encode_values(list(places), externalize)
         except (StructureChangedError, LeafInValueError, UnsupportedLeafError):
             return None  # looked at with care below, which also finds the path of what is wrong
 
     def _anew(self, live: dict[str, Any]) -> tuple[list[Tensor], bytes]:
-        flat = flatten(live, SEAMS)
+        self._optimizers.clear()
+        flat = flatten(live, self._seams)
         values = encode_flat_values(flat)
-        frame = make_frame(flat, SEAMS)
-        self._views.clear()
+        frame = make_frame(flat, self._seams)
         self._frame = frame
         tensors = [local_part(leaf).tensor for leaf in flat.leaves]
         return [tensors[at] for at in frame.order], values
-
-    def copy(self, prepared: Prepared, data: memoryview, done: Done) -> Copy:
-        """Copy every source into a slot's data region and call `done`.
-
-        Args:
-            prepared: the newest result of `prepare`.
-            data: the data region, writable, at least `prepared.data_bytes` long.
-            done: called once, from this thread or from the copying one.
-        """
-        copy = Copy(done)
-        error: BaseException | None = None
-        try:
-            views = self._views_of(prepared, data)
-            copy_tensors(views.leaves, prepared.sources)
-        except Exception as failure:  # noqa: BLE001 - handed to the owner of the snapshot
-            error = failure
-        copy.finish(error)
-        return copy
-
-    def _views_of(self, prepared: Prepared, data: memoryview) -> SlotViews:
-        base = torch.frombuffer(data, dtype=torch.uint8) if len(data) else torch.empty(0)
-        found = self._views.get(base.data_ptr())
-        if found is None or found.layout is not prepared.layout:
-            if len(self._views) >= SLOT_VIEWS_MAX:
-                self._views.clear()
-            clear_gaps(prepared.layout, data)
-            found = SlotViews(prepared.layout, slot_tensors(prepared.layout, base))
-            self._views[base.data_ptr()] = found
-        return found
-
-    def forget_slots(self) -> None:
-        """Let go of the slots' memory: the host buffer is about to be exchanged."""
-        self._views.clear()
 
     def predict(self) -> tuple[int, int]:
         """Bytes of the table and of the data of a snapshot after the first optimizer step.
@@ -171,14 +173,106 @@ class Capture:
         table_bytes = table_bytes_needed(len(frame.layout_bytes), len(values) * 2 + PAGE_BYTES)
         return table_bytes, frame.layout.data_bytes
 
+    # -- copy ---------------------------------------------------------------------------------
+
+    def copy(self, prepared: Prepared, data: memoryview, done: Done) -> Copy:
+        """Copy every source into a slot's data region and call `done`.
+
+        A copy that is still going on is waited for.
+
+        Args:
+            prepared: the newest result of `prepare`; nothing was changed since.
+            data: the data region, writable, at least `prepared.data_bytes` long.
+            done: called once: before this returns, or later from the copying thread. It hears
+                TornSnapshotError if somebody wrote into what was being copied.
+
+        Raises:
+            Exception: what `done` raised, if it was called before this returned.
+        """
+        self._thread.settle()
+        copy = Copy(done, self._thread.settle)
+        later: list[int] = []
+        error: BaseException | None = None
+        try:
+            views = self._views.of(prepared.layout, data).leaves
+            later = self._leaves_for_later(prepared)
+            now = set(range(len(views))).difference(later) if later else range(len(views))
+            copy_tensors([views[at] for at in now], [prepared.sources[at] for at in now])
+            if later:
+                self._thread.start(self._job(prepared, views, later, copy))
+        except Exception as failure:  # noqa: BLE001 - handed to the owner of the snapshot
+            error, later = failure, []
+        if not later:
+            copy.finish(error)
+            copy.wait()
+        return copy
+
+    def _job(self, prepared: Prepared, views: list[Tensor], later: list[int], copy: Copy) -> Job:
+        return Job(
+            targets=[views[at] for at in later],
+            sources=[prepared.sources[at] for at in later],
+            paths=[prepared.layout.leaves[at].path for at in later],
+            finish=copy.finish,
+            torn=self._written_by_hand.update,
+        )
+
+    def _leaves_for_later(self, prepared: Prepared) -> list[int]:
+        """Leaves that only a hooked optimizer changes, so that they may be copied behind it."""
+        overlap = self._overlap
+        if overlap is None:
+            overlap = any(source.is_cuda for source in prepared.sources)
+        self._hook(self._optimizers if overlap else [])
+        if not overlap:
+            return []
+        owned = {tensor.data_ptr() for tensor in _tensors_of(self._optimizers)}
+        owned.discard(0)
+        leaves = prepared.layout.leaves
+        return [
+            at
+            for at, source in enumerate(prepared.sources)
+            if source.data_ptr() in owned
+            and not source.is_inference()
+            and leaves[at].path not in self._written_by_hand
+        ]
+
+    def _hook(self, optimizers: list[Optimizer]) -> None:
+        """Let these optimizers, and no others, wait before they step."""
+        wanted = {id(optimizer): optimizer for optimizer in optimizers}
+        for key in self._hooks.keys() - wanted.keys():
+            self._hooks.pop(key)[1].remove()
+        for key in wanted.keys() - self._hooks.keys():
+            handle = wanted[key].register_step_pre_hook(self._before_step)
+            self._hooks[key] = wanted[key], handle
+
+    def _before_step(self, *_: Any) -> None:
+        self._thread.settle()
+
+    # -- end ----------------------------------------------------------------------------------
+
+    def forget_slots(self) -> None:
+        """Let go of the slots' memory, so that it can be unmapped."""
+        self._thread.settle()
+        self._views.clear()
+
     def close(self) -> None:
-        """Let go of the slots and of the state."""
-        self.forget_slots()
+        """Finish what is going on, remove the hooks, and let go of slots and state."""
+        self._thread.close()
+        self._hook([])
+        self._views.clear()
+        self._optimizers.clear()
         self._frame = None
 
 
-def _predicted(item: Any) -> Any:
-    return predicted_state_dict(item) if isinstance(item, Optimizer) else item.state_dict()
+@contextmanager
+def _collection_paused() -> Iterator[None]:
+    """No cyclic garbage collection: 100,000 new objects start several, which find nothing."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def live_state(state: MutableMapping[str, Any], *, rng: bool) -> dict[str, Any]:
@@ -204,6 +298,24 @@ SEAMS = Seams(
 )
 
 
+def _predicted(item: Any) -> Any:
+    return predicted_state_dict(item) if isinstance(item, Optimizer) else item.state_dict()
+
+
+def _tensors_of(optimizers: list[Optimizer]) -> Iterator[Tensor]:
+    """Parameters and state tensors that the steps of these optimizers change."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            yield from (param for param in group["params"] if param.layout == torch.strided)
+        for state in optimizer.state.values():
+            if isinstance(state, dict):
+                yield from (
+                    item
+                    for item in state.values()
+                    if isinstance(item, Tensor) and item.layout == torch.strided
+                )
+
+
 def encode_flat_values(flat: Flat) -> bytes:
     """The values of a freshly flattened state.
 
@@ -215,51 +327,3 @@ def encode_flat_values(flat: Flat) -> bytes:
         return encode_values(places, externalize)
     except LeafInValueError as error:
         raise refuse(error.trail, "is a tensor in a set, a key or an attribute") from error
-
-
-@dataclass(frozen=True, slots=True)
-class SlotViews:
-    """Tensors over a slot's memory, one per leaf, in the carrier dtypes."""
-
-    layout: Layout
-    leaves: list[Tensor]
-
-
-def slot_tensors(layout: Layout, base: Tensor) -> list[Tensor]:
-    """Views of the leaves in the data region `base` (uint8), in their carrier dtypes."""
-    bases: dict[torch.dtype, Tensor] = {}
-    views = []
-    for leaf in layout.leaves:
-        dtype = carrier(dtype_of(leaf.dtype))
-        if leaf.nbytes == 0:
-            views.append(torch.empty(leaf.shape, dtype=dtype))
-            continue
-        if dtype not in bases:
-            bases[dtype] = base[: layout.data_bytes].view(dtype)
-        stride = contiguous_stride(leaf.shape)
-        views.append(bases[dtype].as_strided(leaf.shape, stride, leaf.offset // dtype.itemsize))
-    return views
-
-
-def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Row-major strides, in elements."""
-    stride = [1] * len(shape)
-    for at in range(len(shape) - 2, -1, -1):
-        stride[at] = stride[at + 1] * shape[at + 1]
-    return tuple(stride)
-
-
-def clear_gaps(layout: Layout, data: memoryview) -> None:
-    """Zero the bytes between leaves, so that what a slot held before is never stored."""
-    end = 0
-    for leaf in layout.leaves:
-        if leaf.offset > end:
-            data[end : leaf.offset] = bytes(leaf.offset - end)
-        end = leaf.offset + leaf.nbytes
-    data[end : layout.data_bytes] = bytes(layout.data_bytes - end)
-
-
-def copy_tensors(targets: list[Tensor], sources: list[Tensor]) -> None:
-    """Copy logical values, bit by bit; one call for all, which halves the cost of tiny tensors."""
-    with torch.no_grad():
-        torch._foreach_copy_(targets, [carried(source) for source in sources])

@@ -117,6 +117,8 @@ _COPIED_AS_THEMSELVES = frozenset(
 
 def carried(tensor: Tensor) -> Tensor:
     """`tensor` seen in its carrier dtype; its logical values, conjugation resolved."""
+    if tensor.dtype in _COPIED_AS_THEMSELVES:
+        return tensor
     dtype = carrier(tensor.dtype)
     if dtype == tensor.dtype:
         return tensor
