@@ -40,7 +40,7 @@ IMPORTS: dict[str, set[str]] = {
     "demo": {"errors", "config", "staging", FACE},
     "rank.demo_training": BASE | {"staging", FACE},
 }
-"""Unit -> units of ckptmgr that it may import (DESIGN: import directions). A module that stands
+"""Unit -> units of ckptmgr that it may import. A module that stands
 here by its own name is judged by that entry instead of its package's."""
 
 FACE_NAMES = {
@@ -196,7 +196,7 @@ def unit_of(name: str) -> str:
 
 
 def import_table(source: Source) -> Iterator[Fault]:
-    """Keep the import directions of the design."""
+    """Keep the import directions (docs/architecture.md)."""
     own = source.module.split(".")[0]
     allowed = IMPORTS.get(source.module, IMPORTS.get(own))
     if allowed is None:
