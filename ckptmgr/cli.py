@@ -18,8 +18,8 @@ from ckptmgr.errors import (
     EXIT_FELL_BACK,
     EXIT_OK,
     CkptmgrError,
-    DamageError,
     DaemonError,
+    DamageError,
     NothingToRestoreError,
     UsageError,
 )
@@ -36,8 +36,12 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Url = Annotated[str, typer.Argument(help="Where the job's steps are: file:///data/run7, or a path.")]
-Step = Annotated[str | None, typer.Argument(help="1200, or 3.1200 for attempt 3; the newest if left out.")]
+Url = Annotated[
+    str, typer.Argument(help="Where the job's steps are: file:///data/run7, or a path.")
+]
+Step = Annotated[
+    str | None, typer.Argument(help="1200, or 3.1200 for attempt 3; the newest if left out.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 T = TypeVar("T")

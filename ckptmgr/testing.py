@@ -111,7 +111,7 @@ class StoreSuite:
     @_with_store
     async def test_big_page_aligned_object(self, store: Store) -> None:
         """Pages of shared memory, as the daemon writes packs."""
-        with mmap.mmap(-1, self.big_bytes) as pages:
+        with mmap.mmap(-1, self.big_bytes) as pages:  # closing it fails if a view is kept
             pages[:] = _noise(self.big_bytes)
             whole = memoryview(pages)
             middle = self.big_bytes // 8192 * 4096

@@ -21,9 +21,7 @@ _WASTE_MAX = 1.5
 """A buffer is adopted if the new layout fills it to 1/1.5 at least; else memory lies idle."""
 
 
-def pick(
-    snapshots: list[tuple[Snapshot, Outcome]], *, writer_alive: bool
-) -> Snapshot | None:
+def pick(snapshots: list[tuple[Snapshot, Outcome]], *, writer_alive: bool) -> Snapshot | None:
     """The undecided snapshot to write next.
 
     In order while the job runs. When its trainer is dead the newest goes first: it is what the
@@ -118,9 +116,7 @@ class Intake:
             event("adopted", buffer=held.buffer.id, snapshots=len(held.snapshots()))
         return found
 
-    def place_for(
-        self, binding: Binding, capacity: Capacity, own: str = ""
-    ) -> tuple[Held, bool]:
+    def place_for(self, binding: Binding, capacity: Capacity, own: str = "") -> tuple[Held, bool]:
         """A buffer for a writer: its own, one of a dead writer of the same rank, or a new one.
 
         `own` is the id of the buffer that a writer has kept over the death of a daemon. The flag

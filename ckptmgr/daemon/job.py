@@ -26,7 +26,10 @@ def label_of(url: str) -> str:
 
 @dataclass(slots=True)
 class Job:
-    """What all buffers and trainers of one store URL share."""
+    """What all buffers and trainers of one store URL share.
+
+    `resumed_from` is what each running attempt resumed from; retention leaves it alone.
+    """
 
     url: str
     store: Store
@@ -35,8 +38,8 @@ class Job:
     metrics: Metrics
     pool: BufferPool
     last_commit: StepId | None = None
-    resumed_from: set[StepId] = field(default_factory=set)
-    _retention: asyncio.Lock = field(default_factory=asyncio.Lock)
+    resumed_from: dict[int, StepId] = field(default_factory=dict)
+    _retention: asyncio.Task[None] | None = None
 
     @classmethod
     def open(cls, url: str, metrics: Metrics, pool: BufferPool, timeout_seconds: float) -> Job:
@@ -52,9 +55,7 @@ class Job:
             metrics.failures.labels(label, kind).inc()
             warning("store_failed", job=label, operation=operation, kind=kind, why=str(error))
 
-        store = RetryingStore(
-            open_store(url), timeout_seconds=timeout_seconds, on_failure=failed
-        )
+        store = RetryingStore(open_store(url), timeout_seconds=timeout_seconds, on_failure=failed)
         return cls(url, store, Catalog(store), label, metrics, pool)
 
     def committed(self, decision: Decision) -> None:
@@ -72,12 +73,22 @@ class Job:
             stored_bytes=decision.stored_bytes,
         )
 
-    async def retain(self, keep: int) -> None:
-        """Give old steps up. Failures are logged: the next commit tries again."""
-        if self._retention.locked():
-            return
-        async with self._retention:
-            try:
-                await collect(self.catalog, self.pool, keep, frozenset(self.resumed_from))
-            except CkptmgrError as error:
-                warning("retention_failed", job=self.label, why=str(error))
+    def retain_soon(self, keep: int) -> None:
+        """Give old steps up in the background, so that the next snapshot need not wait for it."""
+        if self._retention is None or self._retention.done():
+            self._retention = asyncio.create_task(self._retain(keep), name=f"retain {self.label}")
+
+    async def _retain(self, keep: int) -> None:
+        """One collection. Failures are logged: the next commit tries again."""
+        protected = frozenset(self.resumed_from.values())
+        try:
+            await collect(self.catalog, self.pool, keep, protected)
+        except CkptmgrError as error:
+            warning("retention_failed", job=self.label, why=str(error))
+
+    async def aclose(self) -> None:
+        """End the collection that is under way, and close the store."""
+        if self._retention is not None:
+            self._retention.cancel()
+            await asyncio.gather(self._retention, return_exceptions=True)
+        await self.store.aclose()

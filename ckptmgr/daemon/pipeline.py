@@ -106,8 +106,6 @@ class Pipeline:
                     tasks.create_task(one(index, cuts))
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
-        finally:
-            self._pool.trim()
         manifest = _manifest(source, table, [done[i] for i in range(len(groups))])
         _check_unchanged(source)
         if await source.store.put_new(manifest.key, [memoryview(manifest.record)]) is PutResult.OK:
@@ -178,9 +176,7 @@ def _compressed_pack(source: Source, cuts: list[Cut], codec: str, lease: memoryv
         else:
             kind, length, stored_hash = Codec.NONE, one.nbytes, b""
             lease[at : at + length] = raw
-        chunks.append(
-            Chunk(0, at, length, one.offset, one.nbytes, kind, raw_hash, stored_hash)
-        )
+        chunks.append(Chunk(0, at, length, one.offset, one.nbytes, kind, raw_hash, stored_hash))
         end = at + padded(length)
         lease[at + length : end] = bytes(end - at - length)
         at = end

@@ -112,7 +112,11 @@ class Reader:
             event("prefetch_failed", why=str(error))
 
     async def restore(
-        self, session: Session, step: int | None, of_attempt: int | None, rejected: frozenset[StepId]
+        self,
+        session: Session,
+        step: int | None,
+        of_attempt: int | None,
+        rejected: frozenset[StepId],
     ) -> Restored:
         """The newest usable step (or a chosen one), decided and sealed in host memory.
 
@@ -152,7 +156,11 @@ class Reader:
         warning("restore_skipped", step=str(step), why=str(error))
 
     async def _candidates(
-        self, session: Session, step: int | None, of_attempt: int | None, rejected: frozenset[StepId]
+        self,
+        session: Session,
+        step: int | None,
+        of_attempt: int | None,
+        rejected: frozenset[StepId],
     ) -> list[Candidate]:
         memory = [s.id for _, s in await self._in_memory(session)]
         if step is None:
@@ -164,7 +172,8 @@ class Reader:
 
     async def _in_memory(self, session: Session) -> list[tuple[Held, Snapshot]]:
         """Usable sealed snapshots of this session's rank. A session that only reads has none:
-        only a committed step is a checkpoint."""
+        only a committed step is a checkpoint.
+        """
         if not session.attempt:
             return []
         found = [
@@ -185,7 +194,7 @@ class Reader:
                 subject=keys.resume(session.attempt, session.decisions),
             )
         session.decisions += 1
-        session.job.resumed_from.add(step)
+        session.job.resumed_from[session.attempt] = step
 
     async def _bring(self, session: Session, candidate: Candidate) -> _Place | None:
         """Make a step available in host memory; None if it turns out to be no commit."""

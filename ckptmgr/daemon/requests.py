@@ -7,10 +7,18 @@ import contextlib
 import time
 from typing import TYPE_CHECKING
 
+from ckptmgr.daemon.intake import Held
 from ckptmgr.daemon.log import event
 from ckptmgr.daemon.reader import Session
-from ckptmgr.daemon.resume import claim_attempt, publish_have
-from ckptmgr.errors import CkptmgrError, ObjectNotFoundError, StoreError, UsageError
+from ckptmgr.daemon.resume import claim_attempt, publish_have, resumed_from
+from ckptmgr.errors import (
+    CkptmgrError,
+    DamageError,
+    ObjectNotFoundError,
+    StoreError,
+    UsageError,
+)
+from ckptmgr.repository import keys
 from ckptmgr.staging import control
 from ckptmgr.staging.hostbuffer import SLOTS_MAX, Capacity
 from ckptmgr.store.registry import normalise_url
@@ -63,6 +71,7 @@ class Requests:
         session, self._session = self._session, None
         if session is not None:
             await session.release()
+            session.job.resumed_from.pop(session.attempt, None)
             self._orphan(session)
 
     def trainer_died(self) -> None:
@@ -76,9 +85,12 @@ class Requests:
     def _orphan(self, session: Session) -> None:
         held = session.held
         if held is not None and held.writer_alive and not held.buffer.has_live_writer():
-            held.writer_alive = False
-            held.orphaned_at = time.monotonic()
-            held.wake.set()
+            self._let_go(held)
+
+    def _let_go(self, held: Held) -> None:
+        held.writer_alive = False
+        held.orphaned_at = time.monotonic()
+        held.wake.set()
 
     # -- attach -------------------------------------------------------------------------------
 
@@ -94,13 +106,13 @@ class Requests:
         capacity = Capacity(request.slots, request.table_bytes, request.data_bytes)
         session = Session(job, request.rank, attempt, nonce)
         if is_new:
-            found = [s for h in self._service.intake.of_job(url, request.rank) for s in h.snapshots()]
+            found = [
+                s for h in self._service.intake.of_job(url, request.rank) for s in h.snapshots()
+            ]
             await publish_have(job.store, attempt, [snapshot for snapshot, _ in found])
         if self._session is not None:
             await self._leave(self._session)
-        held, new_buffer = self._service.intake.place_for(
-            binding, capacity, request.buffer
-        )
+        held, new_buffer = self._service.intake.place_for(binding, capacity, request.buffer)
         held.writer_alive, held.free_when_decided = True, False
         if new_buffer:
             self._service.employ(held)
@@ -108,8 +120,18 @@ class Requests:
         self._session = session
         if is_new:
             self._service.reader.start_prefetch(session)
+        else:
+            await self._remember_resume(session)
         event("attached", job=job.label, attempt=attempt, rank=request.rank, new=new_buffer)
         return control.Attached(str(held.buffer.path), attempt, nonce)
+
+    async def _remember_resume(self, session: Session) -> None:
+        """A daemon before this one knew what the attempt resumed from; the store still does."""
+        with contextlib.suppress(StoreError, DamageError):
+            source = await resumed_from(session.job.store, session.attempt)
+            if source is not None:
+                session.job.resumed_from[session.attempt] = source
+                session.decisions = len(await session.job.store.list(keys.resumes(session.attempt)))
 
     async def _leave(self, session: Session) -> None:
         """A trainer that asks for a larger buffer leaves its old one, which goes when decided."""
@@ -124,9 +146,7 @@ class Requests:
             held = self._session.held
             held.free_when_decided = request.clean
             self._session.held = None
-            held.writer_alive = False
-            held.orphaned_at = time.monotonic()
-            held.wake.set()
+            self._let_go(held)
         return control.Done()
 
     # -- restore ------------------------------------------------------------------------------

@@ -114,6 +114,14 @@ async def decide_resume(store: Store, attempt: int, k: int, choice: StepId) -> S
     return (await decide(store, Kind.RESUME, keys.resume(attempt, k), record)).id
 
 
+async def resumed_from(store: Store, attempt: int) -> StepId | None:
+    """What an attempt resumed from: its last resume decision, if it made one."""
+    made = await store.list(keys.resumes(attempt))
+    if not made:
+        return None
+    return (await get_record(store, Kind.RESUME, made[-1], Resume)).id
+
+
 async def committed_choices(catalog: Catalog, step: int, of_attempt: int | None) -> list[StepId]:
     """Standing commits of step number `step` (of one attempt), newest attempt first."""
     return [

@@ -119,9 +119,7 @@ async def mark_verified(store: Store, step: StepId) -> None:
 
 async def retire(store: Store, step: StepId, why: str) -> bool:
     """Give a committed step up; False if somebody holds it, and then its data stays."""
-    await put_record(
-        store, Kind.RETIRED, keys.retired(step), Retired(step.attempt, step.step, why)
-    )
+    await put_record(store, Kind.RETIRED, keys.retired(step), Retired(step.attempt, step.step, why))
     await store.make_durable(keys.retired(step))
     # A reader puts its hold and then looks for `retired`; we do the reverse. Whatever the order,
     # one of us sees the other. The lag covers stores that show new keys late.

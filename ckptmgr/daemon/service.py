@@ -32,6 +32,9 @@ from ckptmgr.staging.inbox import LOCK, SOCKET, InboxWatch, prepare, take_ticket
 FETCHED = "fetched"
 _SIGTERM_DRAIN_SECONDS = 60.0
 
+LOOK_SECONDS_MAX = 2.0
+"""How often the daemon looks for buffers to free and for idleness: nothing waits for it."""
+
 
 class Service:
     """One daemon: one runtime directory, one user, any number of jobs."""
@@ -104,9 +107,10 @@ class Service:
         event("drained" if not left else "drain_incomplete", left=left)
 
     async def _wait_for_change(self) -> None:
-        """Sleep until the daemon ends, or until it is time to look at idleness again."""
+        """Sleep until the daemon ends, or until it is time to look at idle buffers again."""
+        idle = self.settings.idle_seconds or LOOK_SECONDS_MAX
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._ending.wait(), max(0.05, self.settings.idle_seconds / 10))
+            await asyncio.wait_for(self._ending.wait(), min(max(idle / 10, 0.05), LOOK_SECONDS_MAX))
 
     def _idle_for(self) -> float:
         if self._connections or self.intake.undecided():
@@ -138,7 +142,7 @@ class Service:
             if not held.writer_alive and held.next() is None:
                 self.intake.release(held)
         for job in self.jobs.values():
-            await job.store.aclose()
+            await job.aclose()
         event("ended", undecided=self.intake.undecided())
 
     # -- buffers and jobs ---------------------------------------------------------------------
@@ -204,9 +208,7 @@ class Service:
 
     # -- connections --------------------------------------------------------------------------
 
-    async def _connected(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._connections.add(task)

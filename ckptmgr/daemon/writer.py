@@ -129,7 +129,7 @@ class Writer:
             self._job.committed(decision)
             self._held.last_failure = ""
             await self._held.settle(snapshot, Outcome.COMMITTED)
-            await self._job.retain(self._held.binding.keep)
+            self._job.retain_soon(self._held.binding.keep)
         else:
             self._job.metrics.aborts.labels(self._job.label).inc()
             await self._held.settle(snapshot, Outcome.ABORTED, decision.why)

@@ -114,6 +114,13 @@ def bare_read(directory: Path) -> float:
     return seconds(read)
 
 
+def report(result: dict[str, Any]) -> NoReturn:
+    """Print a phase's figures and leave as a crash would: host memory stays with the daemon."""
+    sys.stdout.write(json.dumps(result) + "\n")
+    sys.stdout.flush()
+    os._exit(0)
+
+
 def phase_save(args: argparse.Namespace) -> NoReturn:
     """Snapshots one after the other, each committed before the next; leaves without a word."""
     state = make_state(args.mib, args.tensors)
@@ -140,8 +147,7 @@ def phase_save(args: argparse.Namespace) -> NoReturn:
         "first_commit_s": commits[0],
         "commit_s": statistics.median(commits[1:]),
     }
-    print(json.dumps(result), flush=True)
-    os._exit(0)  # as a crash would: host memory stays with the daemon
+    report(result)
 
 
 def phase_restore(args: argparse.Namespace) -> NoReturn:
@@ -163,8 +169,7 @@ def phase_restore(args: argparse.Namespace) -> NoReturn:
         "step": step,
         "source": ckpt.restored.source,
     }
-    print(json.dumps(result), flush=True)
-    os._exit(0)
+    report(result)
 
 
 PHASES: dict[str, Callable[[argparse.Namespace], object]] = {
@@ -295,7 +300,7 @@ def main() -> None:
         PHASES[args.phase](args)
         return
     result = measure(args)
-    print(json.dumps(result, indent=2) if args.json else table(result))
+    sys.stdout.write(json.dumps(result, indent=2) + "\n" if args.json else table(result))
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ RESTORE_SECONDS_MAX = 24 * 3600.0
 """Bound of one restore; every store operation in it has a much shorter deadline of its own."""
 
 SLOT_WAIT_SECONDS_MAX = 0.25
-"""Longest pause of `step` for a store that has kept up so far: some ten commits of a small state."""
+"""Longest pause of `step` for a store that has kept up so far: ten commits of a small state."""
 
 _SLOT_LOOK_SECONDS = 0.002
 
@@ -62,7 +62,8 @@ _CODECS = ("auto", "none", "zstd", "planes")
 @dataclass(frozen=True, slots=True)
 class RestoredStep:
     """What `restore` put back. `source` is "memory" or "store"; `skipped` names newer steps that
-    could not be used, each with the reason."""
+    could not be used, each with the reason.
+    """
 
     step: int
     attempt: int
@@ -381,11 +382,14 @@ class Checkpointer:
             self._handle._copy.wait()
 
     def _make_room(self, link: Link, prepared: Prepared) -> bool:
-        """Change to a larger buffer if this snapshot does not fit; True if it was changed."""
+        """Change to another buffer if this snapshot does not fit, or if somebody removed ours;
+        True if it was changed.
+        """
         table_bytes = table_bytes_needed(
             len(prepared.layout_bytes), len(prepared.values) + TAGS_BYTES_MAX
         )
-        if link.buffer.capacity.holds(table_bytes, prepared.data_bytes):
+        fits = link.buffer.capacity.holds(table_bytes, prepared.data_bytes)
+        if fits and not link.lost:
             return False
         self._capture.forget_slots()
         link.grow(table_bytes, round_up(prepared.data_bytes, PAGE_BYTES))

@@ -44,7 +44,9 @@ class Link:
     """A host buffer, the attempt it is written under, and the connection to the daemon.
 
     A thread of its own hears the daemon's death at once, starts another daemon and attaches the
-    same buffer to it: the snapshots in it are adopted, the trainer notices nothing.
+    same buffer to it: the snapshots in it are adopted, the trainer notices nothing. `lost` says
+    that the daemon does not know our buffer, because somebody removed its file: the next snapshot
+    must `grow` into a new one.
     """
 
     def __init__(self, runtime: Path, wanted: Wanted) -> None:
@@ -60,6 +62,7 @@ class Link:
         except BaseException:
             self._client.close()
             raise
+        self.lost = False
         self._stop_populating = threading.Event()
         self._populating = self._populate()
         self._liveness = connect(runtime)
@@ -122,6 +125,7 @@ class Link:
                 raise
             self._release_buffer()
             self.buffer = buffer
+            self.lost = False
             self._stop_populating = threading.Event()
             self._populating = self._populate()
 
@@ -166,12 +170,20 @@ class Link:
         """Attach the buffer we have to whichever daemon there is now."""
         self._client.close()
         self._client = connect_or_start(self._runtime)
-        self._attach(self._client)
+        attached = self._attach(self._client)
+        self.lost = Path(attached.path) != self.buffer.path
 
     def sealed(self) -> None:
-        """Wake the daemon. A ticket that can not be dropped loses nothing: see inbox.py."""
-        with contextlib.suppress(HostMemoryError):
+        """Wake the daemon.
+
+        Raises:
+            HostMemoryError: the inbox is gone; the daemon does not know of the snapshot.
+        """
+        try:
             drop_ticket(self._runtime, self.buffer.id)
+        except HostMemoryError:
+            self.lost = True
+            raise
 
     # -- the daemon's life --------------------------------------------------------------------
 

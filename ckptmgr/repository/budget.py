@@ -35,7 +35,3 @@ class BufferPool:
                 yield view
             finally:
                 self._free.append(buffer)
-
-    def trim(self) -> None:
-        """Give unused buffers back to the system."""
-        self._free.clear()

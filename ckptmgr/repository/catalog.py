@@ -72,7 +72,7 @@ class Listing:
 
 
 async def list_steps(store: Store) -> Listing:
-    """Take a listing. Steps appear as undecided before they appear as decided, never the reverse."""
+    """Take a listing: a step is seen as undecided before it is seen as decided, never after."""
     manifests = _count(await store.list("man/"))
     decided = frozenset(_count(await store.list("commit/")))
     verified = frozenset(_count(await store.list("verified/")))

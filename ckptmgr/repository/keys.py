@@ -35,9 +35,14 @@ def have(attempt: int, host: str) -> str:
     return f"attempts/{_attempt(attempt)}/have/{host}"
 
 
+def resumes(attempt: int) -> str:
+    """Prefix of the resume decisions of an attempt."""
+    return f"attempts/{_attempt(attempt)}/resume/"
+
+
 def resume(attempt: int, k: int) -> str:
     """The k-th decision of what the attempt resumes from."""
-    return f"attempts/{_attempt(attempt)}/resume/{k:04d}"
+    return f"{resumes(attempt)}{k:04d}"
 
 
 def new_pack(step: StepId, rank: int) -> str:
@@ -94,4 +99,6 @@ def parse_step(key: str) -> StepId | None:
 def parse_attempt(key: str) -> int | None:
     """The attempt that a key of attempts/ belongs to."""
     parts = key.split("/")
-    return int(parts[1]) if parts[0] == "attempts" and len(parts) > 2 and parts[1].isdigit() else None
+    return (
+        int(parts[1]) if parts[0] == "attempts" and len(parts) > 2 and parts[1].isdigit() else None
+    )

@@ -1,4 +1,4 @@
-"""The frame of every small object: magic, kind, version, lengths and a digest that covers its key."""
+"""The frame of every small object: magic, kind, version, lengths, and a digest over its key too."""
 
 from __future__ import annotations
 
@@ -55,9 +55,7 @@ def seal(kind: Kind, key: str, payload: Any) -> bytes:
     packed = kind is Kind.MANIFEST
     raw = msgspec.msgpack.encode(payload) if packed else msgspec.json.encode(payload)
     stored = zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(raw) if packed else raw
-    head = _HEAD.pack(
-        MAGIC, kind, VERSION, _FLAG_ZSTD if packed else 0, 0, len(raw), len(stored)
-    )
+    head = _HEAD.pack(MAGIC, kind, VERSION, _FLAG_ZSTD if packed else 0, 0, len(raw), len(stored))
     return head + _digest(head, key, stored) + stored
 
 

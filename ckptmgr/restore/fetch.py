@@ -83,9 +83,7 @@ async def _one(store: Store, read: Read, target: memoryview, room: memoryview) -
         await asyncio.to_thread(check_stored, chunk, into, subject=subject)
         return
     raw_room, stored_room = room[:CHUNK_BYTES], room[CHUNK_BYTES:]
-    stored = await store.get(
-        read.key, chunk.pack_offset, into=stored_room[: chunk.stored_bytes]
-    )
+    stored = await store.get(read.key, chunk.pack_offset, into=stored_room[: chunk.stored_bytes])
     await asyncio.to_thread(_place, read, stored, raw_room[: chunk.raw_bytes], target, subject)
 
 

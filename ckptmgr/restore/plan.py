@@ -79,7 +79,7 @@ def plan_whole(manifest: Manifest) -> Plan:
 
 
 def plan_leaves(manifest: Manifest, leaves: Iterable[Leaf]) -> Plan:
-    """The given leaves, back to back in the given order without gaps (as safetensors wants them)."""
+    """The given leaves, in their order, back to back without gaps, as safetensors wants them."""
     moves: list[Move] = []
     at = 0
     for leaf in leaves:

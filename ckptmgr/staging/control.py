@@ -310,7 +310,8 @@ Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 async def listen(path: Path, serve: Serve) -> asyncio.Server:
     """Listen on `path` (mode 0600). The caller holds the daemon's lock, so a socket file that is
-    already there belongs to a dead daemon."""
+    already there belongs to a dead daemon.
+    """
     path.unlink(missing_ok=True)
     old = os.umask(0o177)
     try:

@@ -67,7 +67,7 @@ class InboxWatch(FileSystemEventHandler):
         self._observer.schedule(self, str(runtime / INBOX), event_filter=[FileMovedEvent])
         self._observer.start()
 
-    def on_moved(self, event: FileSystemEvent) -> None:
+    def on_moved(self, event: FileSystemEvent) -> None:  # noqa: ARG002 - any ticket will do
         """A ticket got its final name."""
         self._wake()
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Self, TypeVar
+from typing import Any, Generic, TypeVar
 from urllib.parse import quote
 
 from ckptmgr.config import MIB
@@ -54,36 +54,47 @@ TEMPORARIES = ".tmp"
 """Directory of unfinished objects; no key can name it, for its first character is a dot."""
 
 T = TypeVar("T")
+Work = Callable[["_Call[Any]"], T]
 
 
 class _AbandonedError(Exception):
     """The caller of a call that is still running was cancelled; nobody sees this."""
 
 
-class _Call:
-    """One blocking call in a thread: `with` it while it runs; `hung` holds it when given up."""
+class _Call(Generic[T]):
+    """One blocking call in a thread. `hung` holds it while it runs for nobody."""
 
-    def __init__(self, hung: set[_Call]) -> None:
+    def __init__(self, subject: str, work: Work[T], hung: set[_Call[Any]]) -> None:
+        self._subject = subject
+        self._work: Work[T] | None = work
         self._hung = hung
         self._lock = threading.Lock()
         self._abandoned = False
         self._running = False
 
-    def __enter__(self) -> Self:
+    def run(self) -> T:
+        """Do the work, in the thread. The work is dropped before the caller is woken, so that
+        the caller may close the memory that its buffers are views of.
+        """
         with self._lock:
             self.check()
+            assert self._work is not None
+            work, self._work = self._work, None
             self._running = True
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        with self._lock:
-            self._running = False
-            self._hung.discard(self)
+        try:
+            return work(self)
+        except OSError as error:
+            raise store_error(error, self._subject) from error
+        finally:
+            with self._lock:
+                self._running = False
+                self._hung.discard(self)
 
     def abandon(self) -> None:
         """After this returns, the call neither links an object nor writes into a buffer."""
         with self._lock:
             self._abandoned = True
+            self._work = None
             if self._running:
                 self._hung.add(self)
 
@@ -118,7 +129,7 @@ class LocalStore(Store):
             raise UsageError("is not an absolute path", subject=repr(root))
         self._tree = Tree(root)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="ckptmgr-store")
-        self._hung: set[_Call] = set()
+        self._hung: set[_Call[Any]] = set()
         self._bounce = threading.local()
         self._direct = True
 
@@ -142,7 +153,7 @@ class LocalStore(Store):
         """As `Store.get`."""
         parts = check_key(key).split("/")
 
-        def read(call: _Call) -> memoryview:
+        def read(call: _Call[Any]) -> memoryview:
             with self._object(key, parts) as (_, descriptor):
                 size = os.fstat(descriptor).st_size
                 count = range_length(key, size, offset, length, into)
@@ -166,7 +177,7 @@ class LocalStore(Store):
         """
         parts = check_key(key).split("/")
 
-        def unlink(call: _Call) -> None:
+        def unlink(call: _Call[Any]) -> None:
             with (
                 suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError),
                 self._tree.directory(parts[:-1], durable=False) as directory,
@@ -180,7 +191,7 @@ class LocalStore(Store):
         """As `Store.make_durable`."""
         parts = check_key(key).split("/")
 
-        def sync(_call: _Call) -> None:
+        def sync(_call: _Call[Any]) -> None:
             with self._object(key, parts, durable=True) as (directory, descriptor):
                 os.fsync(descriptor)
                 os.fsync(directory)
@@ -200,7 +211,7 @@ class LocalStore(Store):
         """Calls that hang in the kernel are left to it."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _run(self, subject: str, work: Callable[[_Call], T]) -> T:
+    async def _run(self, subject: str, work: Work[T]) -> T:
         """Run `work` in a thread. The queue before the threads is as long as there are callers:
         a cancelled call leaves it.
         """
@@ -208,17 +219,15 @@ class LocalStore(Store):
             raise StoreUnreachableError(
                 f"{THREADS} earlier calls hang in the kernel", subject=subject
             )
-        call = _Call(self._hung)
-        future = asyncio.get_running_loop().run_in_executor(
-            self._threads, _guarded, subject, work, call
-        )
+        call = _Call(subject, work, self._hung)
+        future = asyncio.get_running_loop().run_in_executor(self._threads, call.run)
         try:
             return await future
         except asyncio.CancelledError:
             call.abandon()
             raise
 
-    def _put(self, call: _Call, parts: Sequence[str], buffers: Buffers) -> PutResult:
+    def _put(self, call: _Call[Any], parts: Sequence[str], buffers: Buffers) -> PutResult:
         """The order of these steps is the promise; tests/crash cuts the power between them."""
         name = secrets.token_hex(16)
         with (
@@ -236,7 +245,7 @@ class LocalStore(Store):
                 with suppress(OSError):  # a leftover harms nobody and is swept
                     os.unlink(name, dir_fd=temporaries)
 
-    def _write(self, call: _Call, name: str, at: int, buffers: Buffers) -> None:
+    def _write(self, call: _Call[Any], name: str, at: int, buffers: Buffers) -> None:
         """Write a new file to stable storage. After any error, close too, it must be thrown away:
         the kernel reports lost pages once, and a second fsync would say that all is well.
         """
@@ -269,7 +278,7 @@ class LocalStore(Store):
             yield directory, descriptor
 
     def _read_into(
-        self, key: str, descriptor: int, offset: int, into: memoryview, call: _Call
+        self, key: str, descriptor: int, offset: int, into: memoryview, call: _Call[Any]
     ) -> None:
         """Fill `into` by way of a buffer of this thread (see READ_BYTES)."""
         if not hasattr(self._bounce, "view"):
@@ -280,7 +289,7 @@ class LocalStore(Store):
             _read(key, descriptor, offset + start, bounce)
             call.deliver(bounce, piece)
 
-    def _sweep(self, call: _Call, newest: float) -> int:
+    def _sweep(self, call: _Call[Any], newest: float) -> int:
         swept = 0
         with (
             suppress(FileNotFoundError),
@@ -295,15 +304,7 @@ class LocalStore(Store):
         return swept
 
 
-def _guarded(subject: str, work: Callable[[_Call], T], call: _Call) -> T:
-    with call:
-        try:
-            return work(call)
-        except OSError as error:
-            raise store_error(error, subject) from error
-
-
-def _keys(tree: Tree, call: _Call, prefix: str, parts: Sequence[str]) -> list[str]:
+def _keys(tree: Tree, call: _Call[Any], prefix: str, parts: Sequence[str]) -> list[str]:
     with ExitStack() as stack:
         try:
             directory = stack.enter_context(tree.directory(parts, durable=False))
