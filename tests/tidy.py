@@ -40,8 +40,8 @@ IMPORTS: dict[str, set[str]] = {
     "demo": {"errors", "config", "staging", FACE},
     "rank.demo_training": BASE | {"staging", FACE},
 }
-"""Unit -> units of ckptmgr that it may import. A module that stands
-here by its own name is judged by that entry instead of its package's."""
+"""Unit -> units of ckptmgr that it may import. A module that stands here by its own name is judged
+by that entry instead of its package's."""
 
 FACE_NAMES = {
     "Checkpointer": "rank",

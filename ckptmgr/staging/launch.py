@@ -9,7 +9,6 @@ import threading
 import time
 from pathlib import Path
 
-import ckptmgr
 from ckptmgr.config import START_SECONDS_MAX
 from ckptmgr.errors import DaemonUnreachableError
 from ckptmgr.staging.control import Client
@@ -55,7 +54,7 @@ def connect_or_start(runtime: Path) -> Client:
 
 
 def _start(runtime: Path) -> subprocess.Popen[bytes]:
-    package_root = str(Path(ckptmgr.__file__).parent.parent)
+    package_root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
     environ = {**os.environ, "PYTHONPATH": path, "CKPTMGR_RUNTIME_DIR": str(runtime)}
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
