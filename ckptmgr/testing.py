@@ -244,13 +244,14 @@ class StoreSuite:
         bad = ["", "/", "/a", "a/", "a//b", ".", "..", "a/../b", ".a", "a/.b", "-a", "a b", "a\nb"]
         bad += ["a\0", "\u00e4", "a\\b", "a:b", "a" * 129, "/".join(["a"] * 300)]
         for key in bad:
-            for call in (
+            calls = (
                 store.put_new(key, []),
                 store.get(key),
                 store.delete(key),
                 store.make_durable(key),
-            ):
-                assert isinstance(await _error_of(call), UsageError), repr(key)
+            )
+            for error in [await _error_of(call) for call in calls]:
+                assert isinstance(error, UsageError), repr(key)
         for prefix in ("a", "/", "../", "a//", ".tmp/"):
             assert isinstance(await _error_of(store.list(prefix)), UsageError), repr(prefix)
         assert isinstance(await _error_of(store.get(self._key(), -1)), (UsageError, StoreError))
