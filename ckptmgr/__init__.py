@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from ckptmgr.errors import CkptmgrError
 
 if TYPE_CHECKING:
-    from ckptmgr.rank.checkpointer import Checkpointer, SaveHandle
+    from ckptmgr.rank.checkpointer import Checkpointer
+    from ckptmgr.rank.handle import SaveHandle
     from ckptmgr.rank.load import load
 
 __version__ = "0.1.0"
@@ -20,7 +21,7 @@ __all__ = ["Checkpointer", "CkptmgrError", "SaveHandle", "__version__", "load"]
 
 _RANK_FACES = {
     "Checkpointer": "ckptmgr.rank.checkpointer",
-    "SaveHandle": "ckptmgr.rank.checkpointer",
+    "SaveHandle": "ckptmgr.rank.handle",
     "load": "ckptmgr.rank.load",
 }
 

@@ -44,6 +44,9 @@ MEMORY_SECONDS = 3600.0
 START_SECONDS_MAX = 20.0
 """How long a rank waits for an auto-started daemon to answer (measured start: 0.3 s)."""
 
+RESTORE_SECONDS_MAX = 24 * 3600.0
+"""Bound of one restore; every store operation in it has a much shorter deadline of its own."""
+
 DRAIN_SECONDS = 600.0
 """Default of `drain_timeout`: how long leaving the `with` block waits for the last commit."""
 

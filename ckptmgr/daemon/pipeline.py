@@ -25,7 +25,8 @@ from ckptmgr.repository.manifest import (
     seal_manifest,
 )
 from ckptmgr.repository.pack import pack_header, padded
-from ckptmgr.staging.hostbuffer import HostBuffer, Table, decode_layout
+from ckptmgr.staging.hostbuffer import HostBuffer, Table
+from ckptmgr.staging.layout import decode_layout
 from ckptmgr.store.base import PutResult, Store
 from ckptmgr.types import PAGE_BYTES, Snapshot
 

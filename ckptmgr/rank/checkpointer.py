@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 import time
 import warnings
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
-import torch.distributed as dist
-
-from ckptmgr.config import DEFAULT_KEEP, DEFAULT_SLOTS, DRAIN_SECONDS, PATIENCE_SECONDS_MIN
+from ckptmgr.config import (
+    DEFAULT_KEEP,
+    DEFAULT_SLOTS,
+    DRAIN_SECONDS,
+    PATIENCE_SECONDS_MIN,
+    RESTORE_SECONDS_MAX,
+)
 from ckptmgr.config import runtime_dir as default_runtime_dir
 from ckptmgr.errors import (
     CkptmgrError,
@@ -24,105 +26,37 @@ from ckptmgr.errors import (
     NothingToRestoreError,
     StepOrderError,
     SupersededError,
-    TornSnapshotError,
     UsageError,
 )
-from ckptmgr.rank.capture import Capture, Copy, Prepared
+from ckptmgr.rank.arguments import (
+    absolute_url,
+    checked,
+    parse_step,
+    plain_tags,
+    refuse_many_ranks,
+)
+from ckptmgr.rank.capture import Capture, Prepared
+from ckptmgr.rank.handle import RestoredStep, SaveHandle, Stats
 from ckptmgr.rank.link import Link, Wanted
-from ckptmgr.rank.place import Saved, place
+from ckptmgr.rank.load import place_from
 from ckptmgr.rank.schedule import Cadence, Patience, parse_every
 from ckptmgr.staging.control import Done, Release, Restore, Restored, Wait, Waited
 from ckptmgr.staging.hostbuffer import (
     TAGS_BYTES_MAX,
     HostBuffer,
     SlotWriter,
-    decode_layout,
     round_up,
     table_bytes_needed,
 )
 from ckptmgr.staging.slots import Sealed, free_slot, superseded_slot
-from ckptmgr.types import PAGE_BYTES, Outcome, Snapshot, StepId, Tags
-
-RESTORE_SECONDS_MAX = 24 * 3600.0
-"""Bound of one restore; every store operation in it has a much shorter deadline of its own."""
+from ckptmgr.types import PAGE_BYTES, Outcome, Snapshot, Tags
 
 SLOT_WAIT_SECONDS_MAX = 0.25
 """Longest pause of `step` for a store that has kept up so far: ten commits of a small state."""
 
 _SLOT_LOOK_SECONDS = 0.002
 
-_WAIT_SLICE_SECONDS = 2.0
-"""A wait for a commit asks the daemon in slices, so that another thread can ask in between."""
-
-T = TypeVar("T")
-
 _CODECS = ("auto", "none", "zstd", "planes")
-
-
-@dataclass(frozen=True, slots=True)
-class RestoredStep:
-    """What `restore` put back. `source` is "memory" or "store"; `skipped` names newer steps that
-    could not be used, each with the reason.
-    """
-
-    step: int
-    attempt: int
-    source: str
-    skipped: tuple[tuple[str, str], ...]
-
-
-@dataclass(slots=True)
-class Stats:
-    """Counts of this attempt. `stall_seconds` is what snapshots cost the training thread."""
-
-    snapshots: int = 0
-    delayed: int = 0
-    superseded: int = 0
-    failures: int = 0
-    stall_seconds: float = 0.0
-    last_stall_seconds: float = 0.0
-    last_failure: str = ""
-
-
-class SaveHandle:
-    """One snapshot on its way: `sealed` in host memory first, then `committed` in the store."""
-
-    def __init__(self, owner: Checkpointer, step: int) -> None:
-        self._owner = owner
-        self.step = step
-        self._copy: Copy | None = None
-        self._failure: CkptmgrError | None = None
-        self._snapshot: Snapshot | None = None
-
-    def sealed(self) -> bool:
-        """Wait until the snapshot is sealed: it survives the death of this process from then on.
-
-        Raises:
-            TornSnapshotError: the state was changed while it was copied; nothing was sealed.
-        """
-        if self._copy is not None:
-            self._copy.wait()
-        if self._failure is not None:
-            raise self._failure
-        return True
-
-    def committed(self, timeout: float | None = None) -> bool:
-        """Wait until the step is a checkpoint; False when `timeout` (seconds) is over first.
-
-        Raises:
-            CkptmgrError: the step was given up; the message says why.
-        """
-        self.sealed()
-        deadline = math.inf if timeout is None else time.monotonic() + timeout
-        while True:
-            left = deadline - time.monotonic()
-            outcome, why = self._owner.outcome_of(self, max(0.0, min(left, _WAIT_SLICE_SECONDS)))
-            if outcome is Outcome.COMMITTED:
-                return True
-            if outcome is Outcome.ABORTED:
-                raise CkptmgrError(f"was given up: {why}", subject=f"step {self.step}")
-            if left <= 0:
-                return False
 
 
 class Checkpointer:
@@ -173,13 +107,13 @@ class Checkpointer:
         self.restored: RestoredStep | None = None
         self._url = absolute_url(url)
         self._every = parse_every(every)
-        self._keep = _checked(keep, "keep", keep >= 1)
-        self._slots = _checked(slots, "slots", slots in (2, 3))
-        self._codec = _checked(codec, "codec", codec in _CODECS)
+        self._keep = checked(keep, "keep", keep >= 1)
+        self._slots = checked(slots, "slots", slots in (2, 3))
+        self._codec = checked(codec, "codec", codec in _CODECS)
         self._drain_timeout = drain_timeout
         self._rng = rng
         self._run_id = run_id or os.environ.get("TORCHELASTIC_RUN_ID", "")
-        _refuse_many_ranks()
+        refuse_many_ranks()
         self._capture = Capture(state, rng=rng, overlap=overlap)
         self._link: Link | None = None
         self._handle: SaveHandle | None = None
@@ -318,7 +252,7 @@ class Checkpointer:
         self, link: Link, step: int, tags: Mapping[str, Any] | None, slot: int
     ) -> SaveHandle:
         start = time.perf_counter()
-        plain = _plain_tags(tags)
+        plain = plain_tags(tags)
         prepared = self._capture.prepare()
         self._end_prefetch(link)
         if self._make_room(link, prepared):
@@ -332,24 +266,24 @@ class Checkpointer:
                 if error is not None:
                     raise error
                 stall = self._stalled(start, handle)
-                handle._snapshot = self._seal(writer, link, step, prepared, plain, stall)
+                handle.snapshot = self._seal(writer, link, step, prepared, plain, stall)
                 link.sealed()
             except CkptmgrError as failure:
-                handle._failure = failure
+                handle.failure = failure
                 self._failed(str(failure))
 
         self._handle = handle
-        handle._copy = self._capture.copy(prepared, writer.data, done)
+        handle.copy = self._capture.copy(prepared, writer.data, done)
         self._stalled(start, handle)
         self.stats.snapshots += 1
         self.stats.stall_seconds += self.stats.last_stall_seconds
-        if handle._failure is not None:
-            raise handle._failure
+        if handle.failure is not None:
+            raise handle.failure
         return handle
 
     def _stalled(self, start: float, handle: SaveHandle) -> float:
         """Measure the stall: up to the seal, or up to the return of an overlapped copy."""
-        if handle._copy is None:
+        if handle.copy is None:
             self.stats.last_stall_seconds = time.perf_counter() - start
         return self.stats.last_stall_seconds
 
@@ -378,8 +312,8 @@ class Checkpointer:
 
     def _finish_copy(self) -> None:
         """The copy before must be sealed before its sources or its slot are looked at again."""
-        if self._handle is not None and self._handle._copy is not None:
-            self._handle._copy.wait()
+        if self._handle is not None and self._handle.copy is not None:
+            self._handle.copy.wait()
 
     def _make_room(self, link: Link, prepared: Prepared) -> bool:
         """Change to another buffer if this snapshot does not fit, or if somebody removed ours;
@@ -466,7 +400,7 @@ class Checkpointer:
 
     def outcome_of(self, handle: SaveHandle, timeout_seconds: float) -> tuple[Outcome, str]:
         """What became of a snapshot, waiting at most `timeout_seconds` for a decision."""
-        link, snapshot = self._entered(), handle._snapshot
+        link, snapshot = self._entered(), handle.snapshot
         if snapshot is not None and link.buffer.unchanged(snapshot):
             outcome = link.buffer.outcome(snapshot)
             if outcome is Outcome.COMMITTED:
@@ -525,81 +459,3 @@ class Checkpointer:
             return
         with HostBuffer.open(Path(reply.path)) as buffer:
             place_from(buffer, reply, self.state, rng=self._rng)
-
-
-def place_from(
-    buffer: HostBuffer,
-    reply: Restored,
-    state: MutableMapping[str, Any],
-    *,
-    rng: bool = True,
-    partial: bool = False,
-) -> None:
-    """Copy a restored snapshot from its slot into the live objects; arguments as for `place`.
-
-    Raises:
-        StateMismatchError: it does not fit; nothing was changed.
-        TornSnapshotError: the slot was reused meanwhile.
-    """
-    snapshot, saved = read_saved(buffer, reply)
-    place(state, saved, rng=rng, partial=partial)
-    if not buffer.unchanged(snapshot):
-        raise TornSnapshotError("slot was reused during restore", subject=str(buffer.path))
-
-
-def read_saved(buffer: HostBuffer, reply: Restored) -> tuple[Snapshot, Saved]:
-    """The snapshot that a reply names, with its decoded layout."""
-    snapshot = buffer.snapshot(reply.slot)
-    if snapshot is None or snapshot.generation != reply.generation:
-        raise TornSnapshotError("slot was reused before restore", subject=str(buffer.path))
-    table = buffer.table(snapshot)
-    layout = decode_layout(table.layout, subject=str(buffer.path))
-    return snapshot, Saved(layout, table.values, buffer.data(snapshot.slot))
-
-
-def absolute_url(url: str | os.PathLike[str]) -> str:
-    """`url`, with a path made absolute here: the daemon has another working directory."""
-    text = os.fspath(url)
-    return text if "://" in text else os.path.abspath(os.path.expanduser(text))
-
-
-def parse_step(step: int | str | None) -> tuple[int | None, int | None]:
-    """Attempt and number of a step that a user names; None for what is left open."""
-    if step is None:
-        return None, None
-    try:
-        return StepId.parse(str(step))
-    except ValueError as error:
-        raise UsageError(str(error), subject="step") from None
-
-
-def _checked(value: T, name: str, ok: bool) -> T:
-    if not ok:
-        raise UsageError(f"{value!r} is not allowed", subject=name)
-    return value
-
-
-def _refuse_many_ranks() -> None:
-    initialised = dist.is_available() and dist.is_initialized()
-    world = dist.get_world_size() if initialised else int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1:
-        raise UsageError(
-            f"{world} ranks are not supported by this version",
-            subject="WORLD_SIZE",
-            hint="Run one process; many ranks come with the next release.",
-        )
-
-
-def _plain_tags(tags: Mapping[str, Any] | None) -> Tags:
-    """Tags as JSON scalars: zero-dimensional tensors and NumPy scalars by `.item()`."""
-    plain: Tags = {}
-    for name, value in (tags or {}).items():
-        scalar = value.item() if hasattr(value, "item") else value
-        if not isinstance(scalar, (bool, int, float, str)):
-            raise UsageError(f"{value!r} is not a scalar", subject=f"tag {name!r}")
-        # JSON has no inf and nan, and a loss of nan is exactly what somebody will look for.
-        is_odd = isinstance(scalar, float) and not math.isfinite(scalar)
-        plain[name] = str(scalar) if is_odd else scalar
-    if sum(len(name) + len(str(value)) + 16 for name, value in plain.items()) > TAGS_BYTES_MAX:
-        raise UsageError(f"are longer than {TAGS_BYTES_MAX} bytes", subject="tags")
-    return plain

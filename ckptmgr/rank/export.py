@@ -12,7 +12,8 @@ import torch
 from torch.distributed.checkpoint.state_dict_saver import save as save_dcp
 
 from ckptmgr.rank.place import Saved, rebuild
-from ckptmgr.staging.hostbuffer import HostBuffer, decode_layout
+from ckptmgr.staging.hostbuffer import HostBuffer
+from ckptmgr.staging.layout import decode_layout
 
 
 def export(buffer_path: Path, form: str, target: Path) -> None:

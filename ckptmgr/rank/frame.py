@@ -22,7 +22,8 @@ from ckptmgr.rank.tensors import (
     is_leaf,
     local_part,
 )
-from ckptmgr.staging.hostbuffer import encode_layout, round_up
+from ckptmgr.staging.hostbuffer import round_up
+from ckptmgr.staging.layout import encode_layout
 from ckptmgr.staging.tree import Flat, Seams, StructureChangedError, Template, encode_tree, refill
 from ckptmgr.types import PAGE_BYTES, Group, Layout, Leaf
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import select
 import threading
+import time
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from ckptmgr.config import CONTROL_TIMEOUT_SECONDS, STORE_TIMEOUT_SECONDS
+from ckptmgr.config import CONTROL_TIMEOUT_SECONDS, START_SECONDS_MAX, STORE_TIMEOUT_SECONDS
 from ckptmgr.errors import CkptmgrError, DaemonUnreachableError, HostMemoryError
 from ckptmgr.staging.control import Attach, Attached, Client, Detach, Done, Message
 from ckptmgr.staging.hostbuffer import HostBuffer
@@ -21,6 +22,7 @@ ATTACH_SECONDS_MAX = 4 * STORE_TIMEOUT_SECONDS
 """Attaching claims an attempt in the store: a few operations, each with its own deadline."""
 
 _RESPAWN_PAUSE_SECONDS = 1.0
+_REJOIN_PAUSE_SECONDS = 0.02
 
 R = TypeVar("R", bound=Message)
 
@@ -54,9 +56,8 @@ class Link:
         self._wanted = wanted
         self._asking = threading.Lock()
         self._ended = threading.Event()
-        self._client = connect_or_start(runtime)
+        self._client, attached = self._join()
         try:
-            attached = self._attach(self._client)
             self.attempt, self.nonce = attached.attempt, attached.nonce
             self.buffer = _open_locked(attached)
         except BaseException:
@@ -65,7 +66,10 @@ class Link:
         self.lost = False
         self._stop_populating = threading.Event()
         self._populating = self._populate()
-        self._liveness = connect(runtime)
+        try:
+            self._liveness = connect(runtime)
+        except DaemonUnreachableError:
+            self._liveness = self._revive()
         self._watch = threading.Thread(target=self._watch_daemon, name="ckptmgr", daemon=True)
         self._watch.start()
 
@@ -150,6 +154,29 @@ class Link:
         )
         return client.ask(request, Attached, ATTACH_SECONDS_MAX)
 
+    def _join(self) -> tuple[Client, Attached]:
+        """Connect and attach; again if the daemon dies over it.
+
+        The socket of a daemon that is being killed goes on taking connections for a moment, so a
+        connection proves nothing before its first answer.
+
+        Raises:
+            DaemonUnreachableError: no daemon answers for START_SECONDS_MAX.
+            CkptmgrError: whatever the daemon answered with.
+        """
+        deadline = time.monotonic() + START_SECONDS_MAX
+        while True:
+            client = connect_or_start(self._runtime)
+            try:
+                return client, self._attach(client)
+            except DaemonUnreachableError:
+                client.close()
+                if time.monotonic() >= deadline or self._ended.wait(_REJOIN_PAUSE_SECONDS):
+                    raise
+            except BaseException:
+                client.close()
+                raise
+
     def ask(
         self, request: Message, expect: type[R], timeout_seconds: float = CONTROL_TIMEOUT_SECONDS
     ) -> R:
@@ -169,8 +196,7 @@ class Link:
     def _reconnect(self) -> None:
         """Attach the buffer we have to whichever daemon there is now."""
         self._client.close()
-        self._client = connect_or_start(self._runtime)
-        attached = self._attach(self._client)
+        self._client, attached = self._join()
         self.lost = Path(attached.path) != self.buffer.path
 
     def sealed(self) -> None:

@@ -1,4 +1,4 @@
-"""Read a step for evaluation: nothing is claimed, nothing is written."""
+"""A restored slot becomes live objects; and `load`, which reads without claiming anything."""
 
 from __future__ import annotations
 
@@ -7,19 +7,15 @@ from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
-from ckptmgr.config import runtime_dir
-from ckptmgr.errors import NothingToRestoreError
-from ckptmgr.rank.checkpointer import (
-    RESTORE_SECONDS_MAX,
-    absolute_url,
-    parse_step,
-    place_from,
-    read_saved,
-)
-from ckptmgr.rank.place import rebuild
+from ckptmgr.config import RESTORE_SECONDS_MAX, runtime_dir
+from ckptmgr.errors import NothingToRestoreError, TornSnapshotError
+from ckptmgr.rank.arguments import absolute_url, parse_step
+from ckptmgr.rank.place import Saved, place, rebuild
 from ckptmgr.staging.control import Load, Restored
 from ckptmgr.staging.hostbuffer import HostBuffer
 from ckptmgr.staging.launch import connect_or_start
+from ckptmgr.staging.layout import decode_layout
+from ckptmgr.types import Snapshot
 
 
 def load(
@@ -52,3 +48,33 @@ def load(
                 return reply.step
             _, saved = read_saved(buffer, reply)
             return rebuild(saved)
+
+
+def place_from(
+    buffer: HostBuffer,
+    reply: Restored,
+    state: MutableMapping[str, Any],
+    *,
+    rng: bool = True,
+    partial: bool = False,
+) -> None:
+    """Copy a restored snapshot from its slot into the live objects; arguments as for `place`.
+
+    Raises:
+        StateMismatchError: it does not fit; nothing was changed.
+        TornSnapshotError: the slot was reused meanwhile.
+    """
+    snapshot, saved = read_saved(buffer, reply)
+    place(state, saved, rng=rng, partial=partial)
+    if not buffer.unchanged(snapshot):
+        raise TornSnapshotError("slot was reused during restore", subject=str(buffer.path))
+
+
+def read_saved(buffer: HostBuffer, reply: Restored) -> tuple[Snapshot, Saved]:
+    """The snapshot that a reply names, with its decoded layout."""
+    snapshot = buffer.snapshot(reply.slot)
+    if snapshot is None or snapshot.generation != reply.generation:
+        raise TornSnapshotError("slot was reused before restore", subject=str(buffer.path))
+    table = buffer.table(snapshot)
+    layout = decode_layout(table.layout, subject=str(buffer.path))
+    return snapshot, Saved(layout, table.values, buffer.data(snapshot.slot))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import msgspec
 
@@ -95,12 +95,15 @@ def _count(found: list[str]) -> dict[StepId, int]:
     return counts
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Catalog:
-    """Reads a store's steps; decisions are immutable, so each is read only once."""
+    """Reads a store's steps.
+
+    Nothing is remembered from one call to the next: a user may empty a store and start the job
+    anew under a daemon that is still running.
+    """
 
     store: Store
-    _decisions: dict[StepId, Decision] = field(default_factory=dict)
 
     async def decision(self, step: StepId) -> Decision:
         """The register of a step.
@@ -109,12 +112,9 @@ class Catalog:
             ObjectNotFoundError: undecided.
             DamageError: the register is damaged.
         """
-        found = self._decisions.get(step)
-        if found is None:
-            found = await get_record(self.store, Kind.COMMIT, keys.commit(step), Decision)
-            if found.id != step:
-                raise RecordDamagedError("decides another step", subject=keys.commit(step))
-            self._decisions[step] = found
+        found = await get_record(self.store, Kind.COMMIT, keys.commit(step), Decision)
+        if found.id != step:
+            raise RecordDamagedError("decides another step", subject=keys.commit(step))
         return found
 
     async def entries(self) -> list[StepEntry]:

@@ -11,7 +11,7 @@ from ckptmgr.repository import keys
 from ckptmgr.repository.chunk import Chunk, check_cover
 from ckptmgr.repository.pack import padded
 from ckptmgr.repository.record import Kind, digest_of, seal, unseal
-from ckptmgr.staging.hostbuffer import decode_layout
+from ckptmgr.staging.layout import decode_layout
 from ckptmgr.types import PAGE_BYTES, Layout, StepId, Tags
 
 

@@ -24,7 +24,7 @@ import xxhash
 
 from ckptmgr.errors import HostBufferDamagedError, HostMemoryError, TornSnapshotError
 from ckptmgr.staging.sharedmap import SharedMap, memory_barrier
-from ckptmgr.types import PAGE_BYTES, Binding, Layout, Outcome, SlotState, Snapshot, Tags
+from ckptmgr.types import PAGE_BYTES, Binding, Outcome, SlotState, Snapshot, Tags
 
 MAGIC = b"CKPTHB\r\n"
 VERSION = 1
@@ -42,7 +42,6 @@ TAGS_BYTES_MAX = 64 << 10
 """Bound of the encoded tags of a step; every table region has this much room for them."""
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode_layout = msgspec.msgpack.Decoder(Layout).decode
 _decode_values = msgspec.msgpack.Decoder(tuple[Tags, bytes]).decode
 _decode_binding = msgspec.msgpack.Decoder(Binding).decode
 
@@ -55,34 +54,6 @@ def round_up(length: int, unit: int) -> int:
 def table_bytes_needed(layout_bytes: int, values_bytes: int) -> int:
     """Bytes of a table region that holds a layout, and values with tags, of these lengths."""
     return round_up(round_up(layout_bytes, _VALUES_ALIGN) + values_bytes, PAGE_BYTES)
-
-
-def encode_layout(layout: Layout) -> bytes:
-    """The bytes of a layout in a slot and in a manifest."""
-    return _encode(layout)
-
-
-def decode_layout(encoded: bytes | memoryview, *, subject: str) -> Layout:
-    """Read a layout and check that its groups and leaves lie inside its data region.
-
-    Raises:
-        HostBufferDamagedError: it is not a layout, or it does not hold together.
-    """
-    try:
-        layout = _decode_layout(encoded)
-    except (msgspec.MsgspecError, RecursionError) as error:
-        raise HostBufferDamagedError(f"layout can not be read: {error}", subject=subject) from error
-    end = 0
-    for group in layout.groups:
-        if group.offset != end or group.nbytes % PAGE_BYTES or group.itemsize not in range(1, 17):
-            raise HostBufferDamagedError("layout has overlapping groups", subject=subject)
-        end += group.nbytes
-    if end != layout.data_bytes:
-        raise HostBufferDamagedError("layout does not cover its data", subject=subject)
-    for leaf in layout.leaves:
-        if leaf.offset < 0 or leaf.nbytes < 0 or leaf.offset + leaf.nbytes > end:
-            raise HostBufferDamagedError(f"leaf {leaf.path} is out of bounds", subject=subject)
-    return layout
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from ckptmgr.staging.hostbuffer import encode_layout
+from ckptmgr.staging.layout import encode_layout
 from ckptmgr.types import Group, Layout, Leaf
 
 BLOCK_BYTES = 4096

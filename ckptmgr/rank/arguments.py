@@ -1,0 +1,70 @@
+"""Checking and reading what a user passes in: URLs, steps, tags, options."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from ckptmgr.errors import UsageError
+from ckptmgr.staging.hostbuffer import TAGS_BYTES_MAX
+from ckptmgr.types import StepId, Tags
+
+T = TypeVar("T")
+
+
+def absolute_url(url: str | os.PathLike[str]) -> str:
+    """`url`, with a path made absolute here: the daemon has another working directory."""
+    text = os.fspath(url)
+    return text if "://" in text else os.path.abspath(os.path.expanduser(text))
+
+
+def parse_step(step: int | str | None) -> tuple[int | None, int | None]:
+    """Attempt and number of a step that a user names; None for what is left open."""
+    if step is None:
+        return None, None
+    try:
+        return StepId.parse(str(step))
+    except ValueError as error:
+        raise UsageError(str(error), subject="step") from None
+
+
+def checked(value: T, name: str, ok: bool) -> T:
+    """`value` if it is allowed; else a UsageError that names the argument."""
+    if not ok:
+        raise UsageError(f"{value!r} is not allowed", subject=name)
+    return value
+
+
+def refuse_many_ranks() -> None:
+    """Refuse a job of more than one rank.
+
+    Raises:
+        UsageError: a process group, or WORLD_SIZE, of more than one.
+    """
+    initialised = dist.is_available() and dist.is_initialized()
+    world = dist.get_world_size() if initialised else int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1:
+        raise UsageError(
+            f"{world} ranks are not supported by this version",
+            subject="WORLD_SIZE",
+            hint="Run one process; many ranks come with the next release.",
+        )
+
+
+def plain_tags(tags: Mapping[str, Any] | None) -> Tags:
+    """Tags as JSON scalars: zero-dimensional tensors and NumPy scalars by `.item()`."""
+    plain: Tags = {}
+    for name, value in (tags or {}).items():
+        scalar = value.item() if hasattr(value, "item") else value
+        if not isinstance(scalar, (bool, int, float, str)):
+            raise UsageError(f"{value!r} is not a scalar", subject=f"tag {name!r}")
+        # JSON has no inf and nan, and a loss of nan is exactly what somebody will look for.
+        is_odd = isinstance(scalar, float) and not math.isfinite(scalar)
+        plain[name] = str(scalar) if is_odd else scalar
+    if sum(len(name) + len(str(value)) + 16 for name, value in plain.items()) > TAGS_BYTES_MAX:
+        raise UsageError(f"are longer than {TAGS_BYTES_MAX} bytes", subject="tags")
+    return plain
