@@ -12,9 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import aiofiles
 import xxhash
+from safetensors import safe_open
 
-from ckptmgr.errors import UnsupportedLeafError, UsageError
+from ckptmgr.errors import CkptmgrError, UnsupportedLeafError, UsageError
 from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.manifest import Manifest
 from ckptmgr.restore.fetch import fetch
@@ -129,9 +131,18 @@ async def write_safetensors(
             with view[len(header) :] as target:
                 await fetch(store, plan, target, pool, progress)
             mapped.flush()
+    _check_header(path, leaves)
     values = directory / "values.json"
-    values.write_text(json.dumps(readable_values(manifest), indent=1))
+    async with aiofiles.open(values, "x") as text:
+        await text.write(json.dumps(readable_values(manifest), indent=1))
     return [path, values]
+
+
+def _check_header(path: Path, leaves: tuple[Leaf, ...]) -> None:
+    """Let the library that others will read the file with have the last word on its header."""
+    with safe_open(path, framework="numpy") as opened:
+        if set(opened.keys()) != {leaf.path for leaf in leaves}:
+            raise CkptmgrError("safetensors reads other names than were written", subject=str(path))
 
 
 def readable_values(manifest: Manifest) -> Any:
