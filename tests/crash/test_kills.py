@@ -150,7 +150,7 @@ def run(victim: str, kills: int, tmp_path: Path) -> tuple[Counter[tuple[str, str
                 strike(one, victim)
             if one.trainer is None:
                 begin(one)
-            one.await_event("restored")
+                one.await_event("restored")
             one.await_event("acked")
             one.kill_trainer()
             one.audit()
