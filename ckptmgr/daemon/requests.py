@@ -13,6 +13,7 @@ from ckptmgr.daemon.reader import Session
 from ckptmgr.daemon.resume import claim_attempt, publish_have, resumed_from
 from ckptmgr.errors import (
     CkptmgrError,
+    DaemonError,
     DamageError,
     ObjectNotFoundError,
     StoreError,
@@ -95,6 +96,7 @@ class Requests:
     # -- attach -------------------------------------------------------------------------------
 
     async def _attach(self, request: control.Attach) -> control.Reply:
+        _check_protocol(request.protocol)
         if not 2 <= request.slots <= SLOTS_MAX or not 0 <= request.rank < request.world:
             raise UsageError(f"slots={request.slots} rank={request.rank} world={request.world}")
         url = normalise_url(request.url)
@@ -159,6 +161,7 @@ class Requests:
         )
 
     async def _load(self, request: control.Load) -> control.Reply:
+        _check_protocol(request.protocol)
         job = self._service.job(normalise_url(request.url))
         self._session = Session(job, request.rank)
         return await self._service.reader.restore(
@@ -213,3 +216,12 @@ class Requests:
             return control.Waited(int(Outcome.UNDECIDED), str(error))
         outcome = Outcome.COMMITTED if decision.committed else Outcome.ABORTED
         return control.Waited(int(outcome), decision.why)
+
+
+def _check_protocol(theirs: int) -> None:
+    if theirs != control.PROTOCOL:
+        raise DaemonError(
+            f"speaks protocol {control.PROTOCOL}, and this process {theirs}",
+            subject="daemon",
+            hint="Run `ckptmgr drain --stop`, then start again: the new version starts its own.",
+        )

@@ -21,6 +21,9 @@ from ckptmgr import errors
 from ckptmgr.config import CONTROL_FRAME_BYTES_MAX, CONTROL_TIMEOUT_SECONDS
 from ckptmgr.errors import ControlProtocolError, DaemonError, DaemonUnreachableError
 
+PROTOCOL = 1
+"""Version of these messages: a daemon outlives the installation that it was started from."""
+
 _LENGTH = struct.Struct("<I")
 _UCRED = struct.Struct("3i")
 
@@ -48,6 +51,7 @@ class Attach(Message, frozen=True):
     nonce: str = ""
     buffer: str = ""
     run_id: str = ""
+    protocol: int = PROTOCOL
 
 
 class Attached(Message, frozen=True):
@@ -76,6 +80,7 @@ class Load(Message, frozen=True):
     rank: int = 0
     step: int | None = None
     of_attempt: int | None = None
+    protocol: int = PROTOCOL
 
 
 class Restored(Message, frozen=True):
