@@ -257,7 +257,7 @@ class Checkpointer:
         self._end_prefetch(link)
         if self._make_room(link, prepared):
             slot = self._slot_soon(link)
-        link.wait_populated()
+        link.wait_populated(slot)
         handle = SaveHandle(self, step)
         writer = link.buffer.begin(slot)
 
@@ -454,7 +454,7 @@ class Checkpointer:
 
     def _place(self, link: Link, reply: Restored) -> None:
         if Path(reply.path) == link.buffer.path:
-            link.wait_populated()
+            link.wait_populated(reply.slot)
             place_from(link.buffer, reply, self.state, rng=self._rng)
             return
         with HostBuffer.open(Path(reply.path)) as buffer:

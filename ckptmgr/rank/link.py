@@ -76,27 +76,34 @@ class Link:
     # -- host memory --------------------------------------------------------------------------
 
     def _populate(self) -> threading.Thread:
-        """Fault the buffer in, in the background, so that the first snapshot is fast too."""
+        """Fault the buffer in, slot after slot, so that the first snapshot is fast too."""
         self._populate_error: HostMemoryError | None = None
         buffer, stop = self.buffer, self._stop_populating
+        self._populated = [threading.Event() for _ in range(buffer.capacity.slots)]
+        done = self._populated
 
         def populate() -> None:
             try:
-                buffer.populate(stop)
+                for slot in range(buffer.capacity.slots):
+                    buffer.populate(slot, stop)
+                    done[slot].set()
             except HostMemoryError as error:
                 self._populate_error = error
+            finally:
+                for event in done:
+                    event.set()
 
         thread = threading.Thread(target=populate, name="ckptmgr populate", daemon=True)
         thread.start()
         return thread
 
-    def wait_populated(self) -> None:
-        """Wait until every page of the buffer is there.
+    def wait_populated(self, slot: int) -> None:
+        """Wait until every page of a slot is there.
 
         Raises:
             HostMemoryError: there is not enough shared memory.
         """
-        self._populating.join()
+        self._populated[slot].wait()
         if self._populate_error is not None:
             raise self._populate_error
 

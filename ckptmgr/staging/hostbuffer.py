@@ -203,8 +203,8 @@ class HostBuffer:
             return False
         return True
 
-    def populate(self, stop: threading.Event | None = None) -> None:
-        """Make every page of the file present and writable in this process (about 1 s per GiB).
+    def populate(self, slot: int, stop: threading.Event | None = None) -> None:
+        """Make every page of a slot present and writable in this process (about 1 s per GiB).
 
         Fresh pages cost ten times a copy into warm ones, and a full tmpfs would kill the writer
         with SIGBUS: both are met here, before the first snapshot. The memory is charged to the
@@ -213,7 +213,8 @@ class HostBuffer:
         Raises:
             HostMemoryError: not enough shared memory.
         """
-        self._map.populate(stop)
+        start = self.slot_at(slot)
+        self._map.populate(start, start + self.capacity.slot_bytes, stop)
 
     # -- slots --------------------------------------------------------------------------------
 

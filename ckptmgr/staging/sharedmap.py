@@ -49,14 +49,14 @@ class SharedMap:
         # Only advice: most systems do not allow huge pages on tmpfs.
         _libc.madvise(self._address, length, _MADV_HUGEPAGE)
 
-    def populate(self, stop: threading.Event | None = None) -> None:
-        """Make every page present and writable; returns early when `stop` is set.
+    def populate(self, start: int, end: int, stop: threading.Event | None = None) -> None:
+        """Make the pages from `start` to `end` present and writable; ends early on `stop`.
 
         The call is made through ctypes because it releases the GIL and `mmap.madvise` does not.
         """
-        at = 0
-        while at < self._length and not (stop is not None and stop.is_set()):
-            piece = min(POPULATE_PIECE_BYTES, self._length - at)
+        at = start
+        while at < end and not (stop is not None and stop.is_set()):
+            piece = min(POPULATE_PIECE_BYTES, end - at)
             if _libc.madvise(self._address + at, piece, _MADV_POPULATE_WRITE) != 0:
                 self._populate_failed(ctypes.get_errno())
                 return
