@@ -161,7 +161,7 @@ def _merge(plan: Plan, live: Any, saved: Any, trail: Trail) -> Any:
     """Plan how `saved` goes into `live`; gives what will stand in its place."""
     if isinstance(live, Tensor):
         return _merge_tensor(plan, live, saved, trail)
-    if isinstance(live, np.ndarray) and live.flags.writeable:
+    if isinstance(live, np.ndarray):
         return _merge_array(plan, live, saved, trail)
     if keeps_own_state(live):
         return _merge_object(plan, live, saved, trail)
@@ -217,8 +217,10 @@ def _merge_array(plan: Plan, live: Any, saved: Any, trail: Trail) -> Any:
             f"{render(trail)}: is {live.dtype}{list(live.shape)}, "
             f"but {saved.dtype}{list(saved.shape)} was saved"
         )
-    else:
+    elif live.flags.writeable:
         plan.arrays.append((live, saved))
+    else:
+        return saved
     return live
 
 
