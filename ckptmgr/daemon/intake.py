@@ -52,6 +52,11 @@ class Held:
         """Whose buffer it is."""
         return self.buffer.binding
 
+    @property
+    def orphaned_seconds(self) -> float:
+        """How long the buffer has been without a writer."""
+        return 0.0 if self.writer_alive else time.monotonic() - self.orphaned_at
+
     def snapshots(self) -> list[tuple[Snapshot, Outcome]]:
         """The sealed snapshots with their outcomes, oldest first; damaged slots are left out."""
         found = []

@@ -15,10 +15,11 @@ from ckptmgr.daemon.log import event, warning
 from ckptmgr.daemon.resume import (
     Candidate,
     Skipped,
-    belongs,
+    Standing,
     committed_choices,
     decide_resume,
     rank_candidates,
+    standing_of,
     usable_in_memory,
 )
 from ckptmgr.errors import (
@@ -30,7 +31,7 @@ from ckptmgr.errors import (
     RegisterConflictError,
 )
 from ckptmgr.repository import keys
-from ckptmgr.repository.catalog import list_steps
+from ckptmgr.repository.catalog import standing_steps
 from ckptmgr.repository.commit import FROM_SCRATCH
 from ckptmgr.repository.hold import held_step
 from ckptmgr.repository.manifest import Manifest
@@ -60,6 +61,7 @@ class Session:
     decisions: int = 0
     lent: list[HostBuffer] = field(default_factory=list)
     fetched: set[int] = field(default_factory=set)
+    ghosts: dict[StepId, str] = field(default_factory=dict)
     prefetch: asyncio.Task[None] | None = None
 
     async def release(self) -> None:
@@ -149,7 +151,7 @@ class Reader:
         if step is not None:
             raise NothingToRestoreError(f"no committed step {step}", subject=session.job.url)
         await self._decide(session, FROM_SCRATCH)
-        return Restored(0, 0)
+        return Restored(0, 0, skipped=tuple((str(s), why) for s, why in session.ghosts.items()))
 
     def _fell_back(self, session: Session, step: StepId, error: DamageError) -> None:
         session.job.metrics.fallbacks.labels(session.job.label).inc()
@@ -164,7 +166,7 @@ class Reader:
     ) -> list[Candidate]:
         memory = [s.id for _, s in await self._in_memory(session)]
         if step is None:
-            standing = (await list_steps(session.job.store)).standing()
+            standing = await standing_steps(session.job.store)
         else:
             standing = await committed_choices(session.job.catalog, step, of_attempt)
             memory = [s for s in memory if s.step == step and of_attempt in (None, s.attempt)]
@@ -181,7 +183,14 @@ class Reader:
             for held in self._intake.of_job(session.job.url, session.rank)
             for snapshot in usable_in_memory(held.snapshots())
         ]
-        return [pair for pair in found if await belongs(session.job.store, pair[1])]
+        ours = []
+        for held, snapshot in found:
+            standing = await standing_of(session.job.store, snapshot)
+            if standing is Standing.OURS:
+                ours.append((held, snapshot))
+            else:
+                session.ghosts[snapshot.id] = f"in host memory, but {standing.value}"
+        return ours
 
     async def _decide(self, session: Session, step: StepId) -> None:
         """Record what the attempt resumes from; sessions that only read decide nothing."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import secrets
 import time
 from dataclasses import dataclass
+from enum import Enum
 
 from ckptmgr.errors import DamageError, ObjectNotFoundError, StoreError
 from ckptmgr.repository import keys
-from ckptmgr.repository.catalog import Catalog, list_steps
+from ckptmgr.repository.catalog import Catalog, list_steps, standing_steps
 from ckptmgr.repository.commit import (
     FROM_SCRATCH,
     Active,
@@ -71,19 +72,27 @@ async def claim_attempt(store: Store, world: int, run_id: str) -> tuple[int, str
             return attempt, nonce
 
 
-async def belongs(store: Store, snapshot: Snapshot) -> bool:
+class Standing(Enum):
+    """How a store knows the attempt of a snapshot in host memory."""
+
+    OURS = "ours"
+    OTHER = "claimed by another incarnation: the store was emptied and used again"
+    MISSING = "not claimed: the store was emptied, or is not mounted"
+
+
+async def standing_of(store: Store, snapshot: Snapshot) -> Standing:
     """Whether the snapshot's attempt was claimed in this store, as far as the store tells.
 
-    False means that the store was emptied or replaced since: host memory then holds the steps of
-    a job that no longer exists. A store that refuses to be read contradicts nothing.
+    Host memory may hold the steps of a job that no longer exists. A store that refuses to be
+    read contradicts nothing.
     """
     try:
         claim = await get_record(store, Kind.CLAIM, keys.claim(snapshot.attempt), Claim)
     except ObjectNotFoundError:
-        return False
+        return Standing.MISSING
     except (StoreError, DamageError):
-        return True
-    return claim.nonce == snapshot.nonce
+        return Standing.OURS
+    return Standing.OURS if claim.nonce == snapshot.nonce else Standing.OTHER
 
 
 async def publish_have(store: Store, attempt: int, found: list[Snapshot]) -> None:
@@ -126,7 +135,7 @@ async def committed_choices(catalog: Catalog, step: int, of_attempt: int | None)
     """Standing commits of step number `step` (of one attempt), newest attempt first."""
     return [
         found
-        for found in (await list_steps(catalog.store)).standing()
+        for found in await standing_steps(catalog.store)
         if found.step == step and of_attempt in (None, found.attempt)
     ]
 

@@ -122,7 +122,7 @@ class Service:
         for held in list(self.intake.held.values()):
             if held.writer_alive or held.next() is not None or held.writing:
                 continue
-            gone_for = time.monotonic() - held.orphaned_at
+            gone_for = held.orphaned_seconds
             if held.free_when_decided or gone_for > self.settings.memory_seconds:
                 self.free(held)
 

@@ -6,15 +6,17 @@ import asyncio
 import time
 from collections.abc import Callable
 
+from ckptmgr.config import MEMORY_SECONDS
 from ckptmgr.daemon.intake import Held
 from ckptmgr.daemon.job import Job
 from ckptmgr.daemon.log import event, warning
 from ckptmgr.daemon.pipeline import Pipeline, Source
-from ckptmgr.daemon.resume import belongs, parent_of, put_active
+from ckptmgr.daemon.resume import Standing, parent_of, put_active, standing_of
 from ckptmgr.errors import (
     CkptmgrError,
     RegisterConflictError,
     StoreError,
+    StoreUnreachableError,
     SupersededError,
     TornSnapshotError,
 )
@@ -107,14 +109,20 @@ class Writer:
         """Mark the attempt active before its first manifest; stop it if a newer one is.
 
         Raises:
-            RegisterConflictError: the store was emptied or replaced since the attempt's claim.
+            StoreUnreachableError: the attempt's claim is not there: perhaps nothing is mounted.
+            RegisterConflictError: the store was emptied and used again, or stays without claim.
             SupersededError: a newer attempt is active, and this one still runs.
         """
-        if not await belongs(self._job.store, snapshot):
+        standing = await standing_of(self._job.store, snapshot)
+        if standing is Standing.MISSING and self._held.orphaned_seconds < MEMORY_SECONDS:
+            raise StoreUnreachableError(
+                f"attempt {snapshot.attempt} is {standing.value}", subject=self._job.url
+            )
+        if standing is not Standing.OURS:
             raise RegisterConflictError(
-                f"attempt {snapshot.attempt} is not claimed in this store",
+                f"attempt {snapshot.attempt} is {standing.value}",
                 subject=self._job.url,
-                hint="Give every job a URL of its own, and end its daemon before emptying it.",
+                hint="Give every job a URL of its own.",
             )
         newest = await put_active(self._job.store, snapshot.attempt, snapshot.nonce)
         if newest > snapshot.attempt:

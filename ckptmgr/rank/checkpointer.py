@@ -434,6 +434,7 @@ class Checkpointer:
         reply = link.ask(Restore(number, attempt), Restored, RESTORE_SECONDS_MAX)
         if reply.attempt == 0:
             self._release(link)
+            _tell_skipped("nothing to restore", reply)
             if required:
                 raise NothingToRestoreError("the job has no committed step", subject=self._url)
             return 0
@@ -443,13 +444,7 @@ class Checkpointer:
             self._release(link)
         self.restored = RestoredStep(reply.step, reply.attempt, reply.source, reply.skipped)
         self._last_step = reply.step
-        if reply.skipped:
-            reasons = "; ".join(f"{one}: {why}" for one, why in reply.skipped)
-            warnings.warn(
-                f"ckptmgr: fell back to step {reply.step}; skipped {reasons}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        _tell_skipped(f"fell back to step {reply.step}", reply)
         return reply.step
 
     def _place(self, link: Link, reply: Restored) -> None:
@@ -459,3 +454,9 @@ class Checkpointer:
             return
         with HostBuffer.open(Path(reply.path)) as buffer:
             place_from(buffer, reply, self.state, rng=self._rng)
+
+
+def _tell_skipped(result: str, reply: Restored) -> None:
+    if reply.skipped:
+        reasons = "; ".join(f"{one}: {why}" for one, why in reply.skipped)
+        warnings.warn(f"ckptmgr: {result}; skipped {reasons}", RuntimeWarning, stacklevel=3)
