@@ -9,10 +9,23 @@ from ckptmgr.daemon.log import event, warning
 from ckptmgr.errors import DamageError, ObjectNotFoundError
 from ckptmgr.repository import keys
 from ckptmgr.repository.budget import BufferPool
-from ckptmgr.repository.catalog import Catalog, Listing, Retired, Verified, list_steps
-from ckptmgr.repository.commit import Decision, abort_step, put_record
+from ckptmgr.repository.catalog import (
+    Catalog,
+    Listing,
+    Retired,
+    Verified,
+    is_retired,
+    list_steps,
+)
+from ckptmgr.repository.commit import (
+    Decision,
+    abort_step,
+    get_record,
+    put_record,
+    read_record,
+)
 from ckptmgr.repository.hold import left_behind
-from ckptmgr.repository.record import Kind
+from ckptmgr.repository.record import Kind, digest_of
 from ckptmgr.restore.verify import verify_step
 from ckptmgr.store.base import Store
 from ckptmgr.types import StepId
@@ -71,6 +84,9 @@ async def collect(
             break
         done.append(Given(step, "retire", f"{len(newer)} newer commits, keep={keep}"))
         if not dry_run:
+            # Visible is not durable: those that stand in for it must survive a power cut first.
+            for decision in newer:
+                await catalog.store.make_durable(keys.commit(decision.id))
             await retire(catalog.store, step, f"keep={keep}")
     done += await _sweep(catalog, listing, commits, dry_run=dry_run)
     return done
@@ -99,8 +115,9 @@ async def _one_verified(
     catalog: Catalog, newer: list[Decision], listing: Listing, pool: BufferPool
 ) -> bool:
     """Whether one of `newer` is verified; if none is, read the newest back that holds."""
-    if any(decision.id in listing.verified for decision in newer):
-        return True
+    for decision in newer:
+        if decision.id in listing.verified and await _is_verified(catalog.store, decision.id):
+            return True
     for decision in newer:
         damage = await verify_step(catalog, decision, pool)
         if not damage:
@@ -110,9 +127,22 @@ async def _one_verified(
     return False
 
 
+async def _is_verified(store: Store, step: StepId) -> bool:
+    """Whether the mark holds and is of the register that is there now."""
+    try:
+        mark = await get_record(store, Kind.VERIFIED, keys.verified(step), Verified)
+    except (DamageError, ObjectNotFoundError):
+        return False
+    return mark.commit == await _digest_of_commit(store, step)
+
+
+async def _digest_of_commit(store: Store, step: StepId) -> str:
+    return digest_of(await read_record(store, keys.commit(step))).hex()
+
+
 async def mark_verified(store: Store, step: StepId) -> None:
     """Record that a step was read back whole."""
-    record = Verified(step.attempt, step.step)
+    record = Verified(step.attempt, step.step, await _digest_of_commit(store, step))
     await put_record(store, Kind.VERIFIED, keys.verified(step), record)
     event("verified", step=str(step))
 
@@ -120,6 +150,14 @@ async def mark_verified(store: Store, step: StepId) -> None:
 async def retire(store: Store, step: StepId, why: str) -> bool:
     """Give a committed step up; False if somebody holds it, and then its data stays."""
     await put_record(store, Kind.RETIRED, keys.retired(step), Retired(step.attempt, step.step, why))
+    if not await _delete_retired(store, step):
+        return False
+    event("retired", step=str(step), why=why)
+    return True
+
+
+async def _delete_retired(store: Store, step: StepId) -> bool:
+    """Delete the data of a retired step, unless somebody holds it."""
     await store.make_durable(keys.retired(step))
     # A reader puts its hold and then looks for `retired`; we do the reverse. Whatever the order,
     # one of us sees the other. The lag covers stores that show new keys late.
@@ -128,7 +166,6 @@ async def retire(store: Store, step: StepId, why: str) -> bool:
     if await store.list(keys.holds(step)):
         return False
     await _delete(store, step)
-    event("retired", step=str(step), why=why)
     return True
 
 
@@ -152,10 +189,16 @@ async def _sweep(
         if not dry_run and not (await abort_step(store, step, "superseded")).committed:
             await _delete(store, step)
     for step in sorted((stored | frozenset(listing.manifests)) & listing.decided):
-        gone = step in listing.retired and step not in listing.holds
-        if gone or (step not in listing.retired and await _aborted(catalog, step)):
-            done.append(Given(step, "delete", "retired" if gone else "aborted"))
+        if step in listing.retired:
+            # Read, because a mark that was copied from another step must not cost this one's data.
+            if step in listing.holds or not await is_retired(store, step):
+                continue
+            if dry_run or await _delete_retired(store, step):
+                done.append(Given(step, "delete", "retired"))
+        elif await _aborted(catalog, step):
+            done.append(Given(step, "delete", "aborted"))
             if not dry_run:
+                await store.make_durable(keys.commit(step))
                 await _delete(store, step)
     return done
 

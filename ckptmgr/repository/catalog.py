@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 import msgspec
 
-from ckptmgr.errors import MissingObjectError, ObjectNotFoundError, RecordDamagedError
+from ckptmgr.errors import (
+    DamageError,
+    MissingObjectError,
+    ObjectNotFoundError,
+    RecordDamagedError,
+)
 from ckptmgr.repository import keys
-from ckptmgr.repository.commit import Decision, get_record
+from ckptmgr.repository.commit import Decision, get_record, read_record
 from ckptmgr.repository.manifest import SealedManifest, read_manifest
 from ckptmgr.repository.record import Kind
 from ckptmgr.store.base import Store
@@ -41,7 +46,12 @@ class Verified(msgspec.Struct, frozen=True):
 
     attempt: int
     step: int
-    at: float = 0.0
+    commit: str
+
+
+MARKS_CHECKED_MAX = 64
+"""Retired marks that are read before they are believed, newest first: what is older than those
+has long been nobody's step to restore."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,19 +81,53 @@ class Listing:
         return sorted(self.decided - self.retired, reverse=True)
 
 
+async def standing_steps(store: Store) -> list[StepId]:
+    """Decided steps that stand, newest first, for whoever restores; some may be ABORT.
+
+    A mark of retirement is read before it hides a step: one that is damaged, or was copied from
+    another step, hides nothing.
+    """
+    listing = await list_steps(store)
+    newest = sorted(listing.decided & listing.retired, reverse=True)[:MARKS_CHECKED_MAX]
+    gate = asyncio.Semaphore(_READS_AT_ONCE)
+
+    async def hides(step: StepId) -> bool:
+        async with gate:
+            return await is_retired(store, step)
+
+    hidden = await asyncio.gather(*map(hides, newest))
+    shown = {step for step, hides_it in zip(newest, hidden, strict=True) if not hides_it}
+    return sorted(shown.union(listing.standing()), reverse=True)
+
+
+async def is_retired(store: Store, step: StepId) -> bool:
+    """Whether a step has a mark of retirement that holds."""
+    try:
+        mark = await get_record(store, Kind.RETIRED, keys.retired(step), Retired)
+    except (DamageError, ObjectNotFoundError):
+        return False
+    return (mark.attempt, mark.step) == (step.attempt, step.step)
+
+
 async def list_steps(store: Store) -> Listing:
     """Take a listing: a step is seen as undecided before it is seen as decided, never after."""
     manifests = _count(await store.list("man/"))
-    decided = frozenset(_count(await store.list("commit/")))
-    verified = frozenset(_count(await store.list("verified/")))
+    decided = _marked(keys.commit, await store.list("commit/"))
+    verified = _marked(keys.verified, await store.list("verified/"))
     holds: dict[StepId, tuple[str, ...]] = {}
     for key in await store.list("holds/"):
         step = keys.parse_step(key)
         if step is not None:
             holds[step] = (*holds.get(step, ()), key.rsplit("/", 1)[1])
     # Last: a step retired during the listing must not look as if it still stood.
-    retired = frozenset(_count(await store.list("retired/")))
+    retired = _marked(keys.retired, await store.list("retired/"))
     return Listing(decided, retired, verified, holds, manifests)
+
+
+def _marked(key_of: Callable[[StepId], str], found: list[str]) -> frozenset[StepId]:
+    """The steps whose one record of a kind is there; a stray key below it marks nothing."""
+    steps = ((keys.parse_step(key), key) for key in found)
+    return frozenset(step for step, key in steps if step is not None and key == key_of(step))
 
 
 def _count(found: list[str]) -> dict[StepId, int]:
@@ -115,6 +159,10 @@ class Catalog:
         found = await get_record(self.store, Kind.COMMIT, keys.commit(step), Decision)
         if found.id != step:
             raise RecordDamagedError("decides another step", subject=keys.commit(step))
+        if found.committed and not 0 < found.world == len(found.manifests):
+            raise RecordDamagedError(
+                "does not name one manifest per rank", subject=keys.commit(step)
+            )
         return found
 
     async def entries(self) -> list[StepEntry]:
@@ -134,7 +182,7 @@ class Catalog:
         if step in listing.decided:
             try:
                 decision = await self.decision(step)
-            except (RecordDamagedError, ObjectNotFoundError) as error:
+            except (DamageError, ObjectNotFoundError) as error:
                 damage = error.message
         return StepEntry(
             id=step,
@@ -149,10 +197,10 @@ class Catalog:
         """Commits that stand, newest first. A damaged register is raised when it is reached.
 
         Raises:
-            DamageError: the next register is damaged; iterate `list_steps().standing()` and call
+            DamageError: the next register is damaged; iterate `standing_steps` and call
                 `decision` yourself to go on behind it.
         """
-        for step in (await list_steps(self.store)).standing():
+        for step in await standing_steps(self.store):
             decision = await self.decision(step)
             if decision.committed:
                 yield decision
@@ -175,7 +223,7 @@ class Catalog:
         """One rank's manifest of a commit; errors as `manifests`."""
         key = keys.manifest(decision.id, rank)
         try:
-            record = await self.store.get(key)
+            record = await read_record(self.store, key)
         except ObjectNotFoundError as error:
             raise MissingObjectError("is gone", subject=key) from error
         sealed = read_manifest(decision.id, rank, record)

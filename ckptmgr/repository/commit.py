@@ -11,10 +11,18 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from ckptmgr.errors import ObjectNotFoundError, RegisterConflictError, UnsupportedFormatError
+from ckptmgr.errors import (
+    MissingObjectError,
+    ObjectNotFoundError,
+    RecordDamagedError,
+    RegisterConflictError,
+    StoreError,
+    StoreUnreachableError,
+    UnsupportedFormatError,
+)
 from ckptmgr.repository import keys
 from ckptmgr.repository.manifest import SealedManifest
-from ckptmgr.repository.record import VERSION, Kind, seal, unseal
+from ckptmgr.repository.record import HEADER_BYTES, VERSION, Kind, declared_bytes, seal, unseal
 from ckptmgr.store.base import PutResult, Store
 from ckptmgr.types import StepId, Tags
 
@@ -22,6 +30,10 @@ T = TypeVar("T")
 
 FROM_SCRATCH = StepId(0, 0)
 """What an attempt resumes from when the job has no step yet."""
+
+
+_NO_MARK = "Start the job: it writes the mark again, and loses nothing."
+_BAD_MARK = "Delete this object and start the job: it writes the mark again, and loses nothing."
 
 
 class Format(msgspec.Struct, frozen=True):
@@ -99,6 +111,28 @@ async def put_record(store: Store, kind: Kind, key: str, payload: Any) -> PutRes
     return await store.put_new(key, [memoryview(seal(kind, key, payload))])
 
 
+async def read_record(store: Store, key: str) -> memoryview:
+    """The bytes of a record, unchecked, and no more of them than its header declares.
+
+    The length is read first: memory is never taken for however long an object turns out to be.
+
+    Raises:
+        ObjectNotFoundError: no such key.
+        RecordDamagedError: not a record, too long, or cut off.
+        StoreUnreachableError: it can not be read now.
+    """
+    try:
+        header = await store.get(key, 0, HEADER_BYTES)
+        record = memoryview(bytearray(declared_bytes(key, header)))
+        record[:HEADER_BYTES] = header
+        await store.get(key, HEADER_BYTES, into=record[HEADER_BYTES:])
+    except (ObjectNotFoundError, StoreUnreachableError):
+        raise
+    except StoreError as error:
+        raise RecordDamagedError(error.message, subject=key) from error
+    return record
+
+
 async def get_record(store: Store, kind: Kind, key: str, type_: type[T]) -> T:
     """Read and check a record.
 
@@ -106,7 +140,7 @@ async def get_record(store: Store, kind: Kind, key: str, type_: type[T]) -> T:
         ObjectNotFoundError: no such key.
         DamageError: it does not hold.
     """
-    return unseal(kind, key, await store.get(key), type_)
+    return unseal(kind, key, await read_record(store, key), type_)
 
 
 async def decide(store: Store, kind: Kind, key: str, payload: T) -> T:
@@ -125,13 +159,18 @@ async def check_format(store: Store, *, create: bool) -> bool:
 
     Raises:
         UnsupportedFormatError: it was written by a newer ckptmgr.
+        DamageError: the mark is damaged, or is gone from a store that is not empty.
     """
     try:
         found = await get_record(store, Kind.FORMAT, keys.FORMAT, Format)
     except ObjectNotFoundError:
         if not create:
+            if await store.list("attempts/"):
+                raise MissingObjectError("is gone", subject=keys.FORMAT, hint=_NO_MARK) from None
             return False
         found = await decide(store, Kind.FORMAT, keys.FORMAT, Format(VERSION))
+    except RecordDamagedError as error:
+        raise RecordDamagedError(error.message, subject=keys.FORMAT, hint=_BAD_MARK) from error
     if found.version != VERSION:
         raise UnsupportedFormatError(f"store has format {found.version}", subject=store.url)
     return True

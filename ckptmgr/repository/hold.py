@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import secrets
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
-from ckptmgr.errors import DamageError, ObjectNotFoundError, StorePermissionError
+from ckptmgr.config import STORE_TIMEOUT_SECONDS
+from ckptmgr.errors import (
+    DamageError,
+    StoreError,
+    StoreFullError,
+    StorePermissionError,
+)
 from ckptmgr.repository import keys
-from ckptmgr.repository.catalog import Hold
+from ckptmgr.repository.catalog import Hold, is_retired
 from ckptmgr.repository.commit import put_record
 from ckptmgr.repository.record import Kind
 from ckptmgr.store.base import Store
@@ -47,7 +54,7 @@ async def put_hold(store: Store, step: StepId, hold_id: str, why: str) -> None:
     """
     key = keys.hold(step, hold_id)
     await put_record(store, Kind.HOLD, key, Hold(step.attempt, step.step, hold_id, why))
-    if await _exists(store, keys.retired(step)):
+    if await is_retired(store, step):
         await store.delete(key)
         raise DamageError("is retired", subject=str(step))
 
@@ -65,21 +72,21 @@ async def held_step(store: Store, step: StepId) -> AsyncIterator[None]:
         DamageError: the step is retired already.
     """
     hold_id = f"reader.{host_name()}.{os.getpid()}.{secrets.token_hex(8)}"
+    held = True
     try:
         await put_hold(store, step, hold_id, "being read")
-    except StorePermissionError:
-        # A read-only store: without a hold, a step that is retired meanwhile reads as damage.
-        yield
-        return
+    except (StorePermissionError, StoreFullError):
+        # Reading must not need a store that can be written: it is then that people restore.
+        # Without a hold, a step that is retired meanwhile reads as damage.
+        held = False
+    except BaseException:
+        # Whether it was put is not known; left there, it would keep the step's data for ever.
+        with suppress(StoreError, TimeoutError):
+            async with asyncio.timeout(STORE_TIMEOUT_SECONDS):
+                await release_hold(store, step, hold_id)
+        raise
     try:
         yield
     finally:
-        await release_hold(store, step, hold_id)
-
-
-async def _exists(store: Store, key: str) -> bool:
-    try:
-        await store.get(key, length=1)
-    except ObjectNotFoundError:
-        return False
-    return True
+        if held:
+            await release_hold(store, step, hold_id)

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import msgspec
 
-from ckptmgr.errors import HostBufferDamagedError, RecordDamagedError
+from ckptmgr.errors import HostBufferDamagedError, RecordDamagedError, UsageError
 from ckptmgr.repository import keys
+from ckptmgr.repository.budget import LEASE_BYTES
 from ckptmgr.repository.chunk import Chunk, check_cover
 from ckptmgr.repository.pack import padded
 from ckptmgr.repository.record import Kind, digest_of, seal, unseal
 from ckptmgr.staging.layout import decode_layout
+from ckptmgr.store.base import check_key
 from ckptmgr.types import PAGE_BYTES, Layout, StepId, Tags
+
+CHUNKS_MAX = 1 << 20
+"""Chunks (and packs) of one manifest: 4 TiB per rank. An array that declares more is refused
+before it is read: 10 bytes of hostile payload would become a hundred of objects."""
+
+_Packs = Annotated[tuple[tuple[str, int], ...], msgspec.Meta(max_length=CHUNKS_MAX)]
+_Chunks = Annotated[tuple[Chunk, ...], msgspec.Meta(max_length=CHUNKS_MAX)]
+_Tags = Annotated[Tags, msgspec.Meta(max_length=1 << 16)]
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -26,12 +37,12 @@ class Manifest(msgspec.Struct, frozen=True):
     host: str
     layout: bytes
     values: bytes
-    packs: tuple[tuple[str, int], ...]
-    chunks: tuple[Chunk, ...]
+    packs: _Packs
+    chunks: _Chunks
     raw_bytes: int
     stored_bytes: int
     sealed_at: float
-    tags: Tags = {}
+    tags: _Tags = {}
 
     @property
     def id(self) -> StepId:
@@ -85,9 +96,20 @@ def _check_packs(manifest: Manifest, key: str) -> None:
     for chunk in manifest.chunks:
         if not 0 <= chunk.pack < len(ends) or chunk.pack_offset != ends[chunk.pack]:
             raise RecordDamagedError("has chunks that overlap in a pack", subject=key)
+        if not 0 < chunk.stored_bytes <= chunk.raw_bytes:
+            raise RecordDamagedError(f"has {chunk.stored_bytes} stored bytes", subject=key)
         ends[chunk.pack] += padded(chunk.stored_bytes)
-    if any(end != nbytes for end, (_, nbytes) in zip(ends, manifest.packs, strict=True)):
-        raise RecordDamagedError("has a pack of another length", subject=key)
     prefix = keys.packs(manifest.id, manifest.rank)
-    if not all(name.startswith(prefix) for name, _ in manifest.packs):
-        raise RecordDamagedError("names a pack of another step", subject=key)
+    for end, (name, nbytes) in zip(ends, manifest.packs, strict=True):
+        if end != nbytes or nbytes > LEASE_BYTES:
+            raise RecordDamagedError("has a pack of another length", subject=key)
+        if not name.startswith(prefix) or not _is_key(name):
+            raise RecordDamagedError("names a pack of another step", subject=key)
+
+
+def _is_key(name: str) -> bool:
+    try:
+        check_key(name)
+    except UsageError:
+        return False
+    return True

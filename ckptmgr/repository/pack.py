@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from ckptmgr.errors import ChunkDamagedError
-from ckptmgr.repository.record import Kind, seal
+from ckptmgr.repository.record import HEADER_BYTES, Kind, declared_bytes, seal, unseal
 from ckptmgr.types import PAGE_BYTES, StepId
 
 _ZEROS = bytes(PAGE_BYTES)
 
 
+class PackHeader(msgspec.Struct, frozen=True):
+    """Whose pack it is."""
+
+    attempt: int
+    step: int
+    rank: int
+    nonce: str
+
+
 def pack_header(key: str, step: StepId, rank: int, nonce: str) -> bytes:
     """The first page of a pack: a record that says whose it is. Equal inputs, equal bytes."""
-    payload = {"attempt": step.attempt, "step": step.step, "rank": rank, "nonce": nonce}
-    record = seal(Kind.PACK, key, payload)
+    record = seal(Kind.PACK, key, PackHeader(step.attempt, step.step, rank, nonce))
     return record + bytes(PAGE_BYTES - len(record))
+
+
+def check_pack_header(key: str, page: memoryview) -> None:
+    """Refuse a first page that no writer gave to a pack of this name.
+
+    Raises:
+        DamageError: it is of another pack, or of none.
+    """
+    end = declared_bytes(key, page[:HEADER_BYTES])
+    unseal(Kind.PACK, key, page[:end], PackHeader)
+    check_padding(page[end:], subject=key)
 
 
 def padded(length: int) -> int:

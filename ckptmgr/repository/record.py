@@ -17,6 +17,9 @@ VERSION = 1
 PAYLOAD_BYTES_MAX = 256 << 20
 """Bound of a payload before any memory is taken for it; a manifest of 1 M leaves is 100 MiB."""
 
+JSON_BYTES_MAX = 16 << 20
+"""Bound of every payload but a manifest's; the commit of 100,000 ranks is 7 MiB."""
+
 _HEAD = struct.Struct("<8sBBHIQQ")
 _DIGEST_BYTES = 32
 HEADER_BYTES = _HEAD.size + _DIGEST_BYTES
@@ -59,6 +62,24 @@ def seal(kind: Kind, key: str, payload: Any) -> bytes:
     return head + _digest(head, key, stored) + stored
 
 
+def declared_bytes(key: str, header: bytes | memoryview) -> int:
+    """Length of the whole record, from its first HEADER_BYTES; nothing else is believed of them.
+
+    Raises:
+        RecordDamagedError: not a record, or longer than any record is.
+    """
+    magic, kind, _version, _flags, _zero, _raw_length, length = _HEAD.unpack_from(header)
+    if magic != MAGIC:
+        raise RecordDamagedError("does not start with the magic of a record", subject=key)
+    if length > _bound(kind):
+        raise RecordDamagedError(f"declares a payload of {length} bytes", subject=key)
+    return HEADER_BYTES + int(length)
+
+
+def _bound(kind: int) -> int:
+    return PAYLOAD_BYTES_MAX if kind == Kind.MANIFEST else JSON_BYTES_MAX
+
+
 def digest_of(record: bytes | memoryview) -> bytes:
     """The digest in the header of a record."""
     return bytes(record[_HEAD.size : HEADER_BYTES])
@@ -81,14 +102,16 @@ def unseal(kind: Kind, key: str, record: bytes | memoryview, type_: type[T]) -> 
         raise RecordDamagedError("does not have the recorded digest", subject=key)
     if version != VERSION or zero or flags & ~_FLAG_ZSTD:
         raise UnsupportedFormatError(f"has version {version}, not {VERSION}", subject=key)
-    if found != kind or length != len(stored) or raw_length > PAYLOAD_BYTES_MAX:
+    packed = bool(flags)
+    if found != kind or length != len(stored) or packed is not (kind is Kind.MANIFEST):
         raise RecordDamagedError(f"is not a {kind.name.lower()} record", subject=key)
-    return _decode(key, _unpack(key, stored, raw_length, flags), type_, packed=bool(flags))
+    if raw_length > _bound(kind):
+        raise RecordDamagedError(f"declares a payload of {raw_length} bytes", subject=key)
+    raw = _unpack(key, stored, raw_length) if packed else stored
+    return _decode(key, raw, type_, packed=packed)
 
 
-def _unpack(key: str, stored: memoryview, raw_length: int, flags: int) -> bytes | memoryview:
-    if not flags:
-        return stored
+def _unpack(key: str, stored: memoryview, raw_length: int) -> bytes:
     try:
         frame = zstandard.get_frame_parameters(stored)
         if frame.content_size != raw_length:

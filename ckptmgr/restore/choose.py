@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ckptmgr.errors import NothingToRestoreError, ObjectNotFoundError, UsageError
-from ckptmgr.repository.catalog import Catalog, list_steps
+from ckptmgr.repository.catalog import Catalog, standing_steps
 from ckptmgr.repository.commit import Decision
 from ckptmgr.types import StepId
 
@@ -14,7 +14,7 @@ async def candidates(catalog: Catalog, text: str | None) -> list[StepId]:
     Raises:
         UsageError: `text` is not a step.
     """
-    standing = (await list_steps(catalog.store)).standing()
+    standing = await standing_steps(catalog.store)
     if text is None:
         return standing
     try:
