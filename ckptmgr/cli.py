@@ -195,7 +195,7 @@ def verify(
     _out(reports, as_json, lambda: present.reports(reports))
     if any(report["damage"] for report in reports):
         raise typer.Exit(DamageError.exit_status)
-    if not reports:
+    if not any(report["committed"] for report in reports):
         raise NothingToRestoreError("holds no committed step", subject=url)
 
 

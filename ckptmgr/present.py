@@ -155,20 +155,27 @@ def step(document: dict[str, Any]) -> None:
             _console.print(f"{tensor['path']} {tensor['dtype']} {tensor['shape']}", markup=False)
 
 
+NOT_COMMITTED = "is not committed: its save was cut short, or its commit record is gone"
+
+
 def reports(found: list[dict[str, Any]]) -> None:
     """The lines of `verify`."""
     for report in found:
+        step = report["step"] or "attempts"
         if not report["damage"]:
-            _console.print(f"{report['step']} holds", markup=False)
+            how = "holds" if report["committed"] else NOT_COMMITTED
+            _console.print(f"{step} {how}", markup=False)
         for damage in report["damage"]:
             where = f"{damage['key']} at {damage['offset']}"
-            _console.print(f"{report['step']} DAMAGED {where}: {damage['what']}", markup=False)
+            _console.print(f"{step} DAMAGED {where}: {damage['what']}", markup=False)
 
 
 def restored(document: dict[str, Any]) -> None:
     """The lines of `restore`."""
     for skipped in document["skipped"]:
         _console.print(f"skipped {skipped['step']}: {skipped['why']}", markup=False)
+    for step in document["not_committed"]:
+        _console.print(f"{step} {NOT_COMMITTED}", markup=False)
     _console.print(
         f"step {document['step']} ({size(document['bytes'])}) is in {document['to']}: "
         + ", ".join(document["files"]),

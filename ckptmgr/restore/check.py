@@ -2,48 +2,99 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ckptmgr.config import BUDGET_BYTES
 from ckptmgr.errors import DamageError, NothingToRestoreError, ObjectNotFoundError
+from ckptmgr.repository import keys
 from ckptmgr.repository.budget import BufferPool
-from ckptmgr.repository.catalog import Catalog
+from ckptmgr.repository.catalog import Catalog, is_retired
 from ckptmgr.repository.commit import Decision
 from ckptmgr.repository.hold import held_step
 from ckptmgr.restore.choose import candidates
 from ckptmgr.restore.files import Progress, write_hostbuffer, write_safetensors
+from ckptmgr.restore.records import list_objects, verify_presence, verify_records
 from ckptmgr.restore.verify import Damage, verify_step
+from ckptmgr.types import StepId
 
 
 async def verify_store(
     catalog: Catalog, step: str | None, *, every: bool, quick: bool, progress: Progress
 ) -> list[dict[str, Any]]:
-    """Verify the newest step, the one asked for, or all; one report per step.
+    """Verify the newest step, the one asked for, or all; one report per step, newest first.
 
-    A step whose register is damaged is reported like any other damage.
+    The records of the attempts are always checked; what is wrong with them comes in a report
+    without step. With `every`, so are the records of steps that are retired, aborted or undecided.
+    A step that is newer than every commit and has manifests, but no register, is reported as not
+    committed: its save was cut short, or its commit record is gone.
     """
-    pool = BufferPool(BUDGET_BYTES)
-    reports: list[dict[str, Any]] = []
+    store, pool = catalog.store, BufferPool(BUDGET_BYTES)
+    found = await list_objects(store)
+    by_step: dict[StepId | None, list[str]] = {}
+    for key in found:
+        by_step.setdefault(keys.parse_step(key), []).append(key)
+    damage: list[Damage] = []
+    commits: list[StepId] = []
+    parents: list[StepId] = []
     for one in await candidates(catalog, step):
         try:
             decision = await catalog.decision(one)
             if not decision.committed:
                 continue
-            damage = await verify_step(catalog, decision, pool, quick=quick, progress=progress)
+            parents.append(StepId(*decision.parent))
+            of_step = await verify_step(catalog, decision, pool, quick=quick, progress=progress)
         except DamageError as error:
-            damage = [Damage(error.subject, 0, error.message)]
+            of_step = [Damage(error.subject, 0, error.message)]
         except ObjectNotFoundError:
             continue
-        reports.append(
-            {
-                "step": str(one),
-                "damage": [{"key": d.key, "offset": d.offset, "what": d.what} for d in damage],
-            }
-        )
+        of_step += await verify_records(store, by_step.pop(one, []))
+        if of_step and await is_retired(store, one):
+            continue  # retention took it away while it was read
+        commits.append(one)
+        damage += of_step
         if not every:
             break
-    return reports
+    rest = [key for one, of_one in by_step.items() if every or one is None for key in of_one]
+    damage += await verify_records(store, rest)
+    damage += await verify_presence(store, found, parents)
+    undecided = [] if step else not_committed(found)
+    return _reports(commits, undecided, damage)
+
+
+def not_committed(found: Iterable[str]) -> list[StepId]:
+    """Steps newer than every decided one that have a manifest, newest first."""
+    steps: dict[str, set[StepId]] = {"man": set(), "commit": set()}
+    for key in found:
+        step = keys.parse_step(key)
+        if step is not None:
+            steps.setdefault(key.partition("/")[0], set()).add(step)
+    newest = max(steps["commit"], default=StepId(0, 0))
+    return sorted((step for step in steps["man"] if step > newest), reverse=True)
+
+
+def _reports(
+    commits: list[StepId], undecided: list[StepId], damage: list[Damage]
+) -> list[dict[str, Any]]:
+    """Everything that was looked at, newest first; what belongs to no step at the end."""
+    places: dict[StepId | None, dict[tuple[str, int], Damage]] = {
+        step: {} for step in [*commits, *undecided]
+    }
+    for one in damage:
+        places.setdefault(keys.parse_step(one.key), {}).setdefault((one.key, one.offset), one)
+    order = sorted((step for step in places if step is not None), reverse=True)
+    return [
+        {
+            "step": str(step) if step else None,
+            "committed": step in commits,
+            "damage": [
+                {"key": one.key, "offset": one.offset, "what": one.what}
+                for one in places[step].values()
+            ],
+        }
+        for step in [*order, *([None] if None in places else [])]
+    ]
 
 
 async def restore_files(
@@ -51,8 +102,9 @@ async def restore_files(
 ) -> dict[str, Any]:
     """Write the newest step that holds (or the one asked for) into `directory`.
 
-    Returns the step, the bytes, and the newer steps that were skipped, each with its damage. For
-    other formats than safetensors it leaves a host buffer and names it as `buffer`.
+    Returns the step, the bytes, the newer steps that were skipped, each with its damage, and the
+    newer ones that were never committed, or whose commit record is gone. For other formats than
+    safetensors it leaves a host buffer and names it as `buffer`.
 
     Raises:
         NothingToRestoreError: there is no such step.
@@ -60,6 +112,8 @@ async def restore_files(
     """
     skipped: list[dict[str, str]] = []
     last: DamageError | None = None
+    found = [*await catalog.store.list("man/"), *await catalog.store.list("commit/")]
+    undecided = [] if step else not_committed(found)
     for one in await candidates(catalog, step):
         try:
             decision = await catalog.decision(one)
@@ -79,6 +133,7 @@ async def restore_files(
             "bytes": decision.raw_bytes,
             "tags": decision.tags,
             "skipped": skipped,
+            "not_committed": [str(s) for s in undecided],
             **written,
         }
     if last is not None:

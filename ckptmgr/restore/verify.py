@@ -103,9 +103,9 @@ async def _verify_pack(
         try:
             if quick:
                 await store.get(key, nbytes - 1, into=lease[:1])
-                return await _verify_end(store, key, nbytes)
+                return await verify_end(store, key, nbytes)
             await store.get(key, into=lease[:nbytes])
-            damage = await _verify_end(store, key, nbytes)
+            damage = await verify_end(store, key, nbytes)
         except (ObjectNotFoundError, MissingObjectError):
             return [Damage(key, 0, "is gone")]
         except StoreUnreachableError:
@@ -116,7 +116,8 @@ async def _verify_pack(
         return damage + await asyncio.to_thread(_check_pack, manifest, index, lease[:nbytes])
 
 
-async def _verify_end(store: Store, key: str, nbytes: int) -> list[Damage]:
+async def verify_end(store: Store, key: str, nbytes: int) -> list[Damage]:
+    """Whether an object ends where it was written to end."""
     try:
         await store.get(key, nbytes, length=1)
     except StoreUnreachableError:
