@@ -38,6 +38,8 @@ def connect_or_start(runtime: Path) -> Client:
         return connect(runtime)
     except DaemonUnreachableError:
         started = _start(runtime)
+    # Somebody must reap it if it ends before this process does.
+    threading.Thread(target=started.wait, name="ckptmgr reaper", daemon=True).start()
     deadline = time.monotonic() + START_SECONDS_MAX
     never = threading.Event()
     while time.monotonic() < deadline:
