@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,13 @@ def _meta(item: StateTensor, param: Tensor) -> Tensor:
     return torch.empty(shape, dtype=item.dtype, device="meta")
 
 
+def _made_like(optimizer: Optimizer, group: dict[str, Any]) -> Any:
+    """A new optimizer of this class with one group; its defaults are not all arguments."""
+    kind: Any = type(optimizer)
+    known = inspect.signature(kind).parameters
+    return kind([group], **{k: v for k, v in optimizer.defaults.items() if k in known})
+
+
 def learn(optimizer: Optimizer, group: dict[str, Any], param: Tensor) -> list[StateTensor]:
     """State tensors that one step makes for a parameter like `param`."""
     fallback = [StateTensor(name, param.dtype, like_parameter=True) for name in FALLBACK_NAMES]
@@ -56,7 +64,7 @@ def learn(optimizer: Optimizer, group: dict[str, Any], param: Tensor) -> list[St
         twin.grad = torch.zeros_like(twin)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            made: Any = type(optimizer)([{**options, "params": [twin]}], **optimizer.defaults)
+            made = _made_like(optimizer, {**options, "params": [twin]})
             made.step()
         state = dict(made.state[twin])
     except Exception:  # noqa: BLE001 - any optimizer, any signature: this is only a forecast

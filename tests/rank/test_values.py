@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import pathlib
 import struct
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ckptmgr.errors import CkptmgrError, RecordDamagedError, UnsupportedLeafError
+from ckptmgr.errors import RecordDamagedError, UnsupportedLeafError
 from ckptmgr.staging import values as v
 from ckptmgr.staging.paths import render, segment
 from ckptmgr.staging.revive import decode_tree, decode_values
@@ -30,12 +31,11 @@ ZONES = st.one_of(
         dt.timezone, st.timedeltas(dt.timedelta(hours=-23), dt.timedelta(hours=23)), st.text()
     ),
 )
-FLOATS = st.integers(0, (1 << 64) - 1).map(
-    lambda bits: struct.unpack("<d", struct.pack("<Q", bits))[0]
-)
-TEXT = st.text(st.characters(categories=None, exclude_characters=""), max_size=8)
+FLOATS = st.binary(min_size=8, max_size=8).map(lambda raw: struct.unpack("<d", raw)[0])
+TEXT = st.text(st.characters() | st.characters(categories=["Cs"]), max_size=8)
 HASHABLE = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), TEXT, st.binary(max_size=4),
+    st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), TEXT,
+    st.binary(max_size=4),
     st.tuples(st.integers(), TEXT), st.frozensets(st.integers(), max_size=3), st.dates(),
 )  # fmt: skip
 SCALARS = st.one_of(
@@ -126,11 +126,8 @@ def read_all(raw: bytes) -> None:
         lambda: decode_values(raw, subject="x"),
         lambda: decode_tree(raw, [1, [2]], lambda index, flags: (index, flags), subject="x"),
     ):
-        try:
+        with contextlib.suppress(RecordDamagedError):
             read()
-        except CkptmgrError as error:
-            assert isinstance(error, RecordDamagedError)
-            assert error.subject == "x"
 
 
 @settings(FAST, max_examples=300)

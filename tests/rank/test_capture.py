@@ -1,0 +1,507 @@
+"""A snapshot is one instant of the state, whatever is done to the state afterwards."""
+
+from __future__ import annotations
+
+import gc
+import random
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from ckptmgr.errors import TornSnapshotError, UnsupportedLeafError, UsageError
+from ckptmgr.rank.capture import Capture, Copy, Prepared
+from ckptmgr.rank.place import Saved, rebuild
+from ckptmgr.types import PAGE_BYTES
+from rank.shape import difference, tensors
+from rank.slot import buffer_for, read, seal
+from scale import scaled
+
+TORN_SNAPSHOTS = scaled(1_000, 10_000)
+OVERLAPPED_SNAPSHOTS = scaled(300, 3_000)
+WAIT_SECONDS_MAX = 60.0
+
+
+class Loop:
+    """A small training loop with everything that changes tensors in a different way."""
+
+    def __init__(self, width: int = 24) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(8, width), nn.BatchNorm1d(width), nn.Linear(width, 8))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
+        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 1, gamma=0.999)
+        self.ema = AveragedModel(self.model)
+        self.array = np.zeros(5)
+        self.state: dict[str, Any] = {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "ema": self.ema,
+            "array": self.array,
+            "counter": torch.zeros(3, dtype=torch.int64),
+            "steps": 0,
+        }
+        self.step()
+
+    def forward(self) -> None:
+        """BatchNorm's buffers change, gradients are made."""
+        self.optimizer.zero_grad()
+        self.model(torch.randn(4, 8)).square().sum().backward()
+
+    def step(self) -> None:
+        self.forward()
+        self.optimizer.step()
+        self.scheduler.step()
+        self.ema.update_parameters(self.model)
+        self.array += 1
+        self.state["counter"] += 1
+        self.state["steps"] += 1
+
+    def change_all_by_hand(self) -> None:
+        with torch.no_grad():
+            for _, tensor in tensors(self.state):
+                tensor.add_(1)
+        self.array -= 3
+
+
+def reference(state: dict[str, Any]) -> dict[str, Any]:
+    """Clones of every tensor, made in the same instant."""
+    return {path: tensor.detach().clone() for path, tensor in tensors(state)}
+
+
+def differs(saved: Saved, expected: dict[str, Any]) -> list[str]:
+    found = dict(tensors(rebuild(saved)))
+    return [path for path in expected if difference(expected[path], found.get(path))]
+
+
+def copied(capture: Capture, prepared: Prepared, data: memoryview) -> list[BaseException | None]:
+    heard: list[BaseException | None] = []
+    capture.copy(prepared, data, heard.append).wait(WAIT_SECONDS_MAX)
+    return heard
+
+
+# -- torn state -------------------------------------------------------------------------------
+
+
+def test_no_snapshot_is_torn_by_what_happens_after_the_call() -> None:
+    loop = Loop()
+    capture = Capture(loop.state, rng=False, overlap=False)
+    torn: list[tuple[int, list[str]]] = []
+    sealed = 0
+    changes: list[Callable[[], None]] = [loop.step, loop.forward, loop.change_all_by_hand]
+    with buffer_for(capture.prepare()) as buffer:
+        for step in range(1, TORN_SNAPSHOTS + 1):
+            slot = step % 2
+            writer = buffer.begin(slot)
+            prepared, expected = capture.prepare(), reference(loop.state)
+            heard: list[BaseException | None] = []
+            capture.copy(prepared, writer.data, heard.append)
+            changes[step % 3]()
+            assert heard == [None]
+            seal(buffer, slot, prepared, step)
+            sealed += 1
+            saved = read(buffer, slot)
+            wrong = differs(saved, expected)
+            saved.data.release()
+            if wrong:
+                torn.append((step, wrong))
+        capture.close()
+    assert torn == []
+    assert sealed == TORN_SNAPSHOTS
+
+
+def test_overlapped_snapshots_are_whole_while_training_goes_on() -> None:
+    loop = Loop(width=300)
+    capture = Capture(loop.state, rng=False, overlap=True)
+    with buffer_for(capture.prepare()) as buffer:
+        for step in range(1, OVERLAPPED_SNAPSHOTS + 1):
+            slot = step % 2
+            prepared, expected = capture.prepare(), reference(loop.state)
+            heard: list[BaseException | None] = []
+            copy = capture.copy(prepared, buffer.data(slot), heard.append)
+            loop.step()
+            assert copy.wait(WAIT_SECONDS_MAX)
+            assert heard == [None]
+            seal(buffer, slot, prepared, step)
+            saved = read(buffer, slot)
+            assert differs(saved, expected) == []
+            saved.data.release()
+        capture.close()
+
+
+def test_a_change_by_hand_under_an_overlapped_copy_is_found_and_then_avoided() -> None:
+    loop = Loop(width=300)
+    capture = Capture(loop.state, rng=False, overlap=True)
+    outcomes = []
+    with buffer_for(capture.prepare()) as buffer:
+        for step in range(1, 40):
+            prepared, expected = capture.prepare(), reference(loop.state)
+            heard: list[BaseException | None] = []
+            copy = capture.copy(prepared, buffer.data(0), heard.append)
+            loop.change_all_by_hand()
+            assert copy.wait(WAIT_SECONDS_MAX)
+            outcomes.append(heard[0])
+            if heard[0] is None:
+                seal(buffer, 0, prepared, step)
+                saved = read(buffer, 0)
+                assert differs(saved, expected) == []
+                saved.data.release()
+        capture.close()
+    torn = [error for error in outcomes if error is not None]
+    assert isinstance(torn[0], TornSnapshotError)
+    assert "model/0.weight" in torn[0].subject
+    assert len(torn) == 1, "the leaves that were changed by hand are copied at once from then on"
+
+
+def test_overlap_by_default_is_off_without_a_gpu() -> None:
+    loop = Loop()
+    capture = Capture(loop.state)
+    prepared = capture.prepare()
+    data = memoryview(bytearray(prepared.data_bytes))
+    heard: list[BaseException | None] = []
+    capture.copy(prepared, data, heard.append)
+    assert heard == [None]
+    assert not loop.optimizer._optimizer_step_pre_hooks
+    capture.close()
+
+
+def test_hooks_and_thread_end_with_close() -> None:
+    loop = Loop()
+    capture = Capture(loop.state, overlap=True)
+    prepared = capture.prepare()
+    data = memoryview(bytearray(prepared.data_bytes))
+    assert copied(capture, prepared, data) == [None]
+    assert len(loop.optimizer._optimizer_step_pre_hooks) == 1
+    assert "ckptmgr-copy" in {thread.name for thread in threading.enumerate()}
+    capture.close()
+    assert not loop.optimizer._optimizer_step_pre_hooks
+    assert "ckptmgr-copy" not in {thread.name for thread in threading.enumerate()}
+    loop.step()
+
+
+def test_hooks_follow_the_optimizers_in_the_state() -> None:
+    loop = Loop()
+    capture = Capture(loop.state, overlap=True)
+    data = memoryview(bytearray(capture.prepare().data_bytes + PAGE_BYTES))
+    assert copied(capture, capture.prepare(), data) == [None]
+    other = torch.optim.SGD(loop.model.parameters(), lr=0.1)
+    loop.state["optimizer"] = other
+    assert copied(capture, capture.prepare(), data) == [None]
+    assert not loop.optimizer._optimizer_step_pre_hooks
+    assert len(other._optimizer_step_pre_hooks) == 1
+    capture.close()
+
+
+def test_an_overlapped_copy_is_done_without_the_hook_when_training_moves_on() -> None:
+    loop = Loop()
+    capture = Capture(loop.state, overlap=True)
+    prepared = capture.prepare()
+    done = threading.Event()
+    capture.copy(prepared, memoryview(bytearray(prepared.data_bytes)), lambda error: done.set())
+    while not done.is_set():  # this thread moves from instruction to instruction
+        assert done.wait(0.01) or True
+    capture.close()
+
+
+def test_a_step_in_another_thread_waits_too_and_does_not_hang() -> None:
+    loop = Loop()
+    capture = Capture(loop.state, rng=False, overlap=True)
+    prepared, expected = capture.prepare(), reference(loop.state)
+    with buffer_for(prepared) as buffer:
+        heard: list[BaseException | None] = []
+        copy = capture.copy(prepared, buffer.data(0), heard.append)
+        thread = threading.Thread(target=loop.step)
+        thread.start()
+        thread.join(WAIT_SECONDS_MAX)
+        assert not thread.is_alive()
+        assert copy.wait(WAIT_SECONDS_MAX)
+        assert heard == [None]
+        seal(buffer, 0, prepared)
+        saved = read(buffer, 0)
+        assert differs(saved, expected) == []
+        saved.data.release()
+        capture.close()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_what_done_raises_reaches_the_trainer_and_the_next_copy_works(overlap: bool) -> None:
+    loop = Loop()
+    capture = Capture(loop.state, overlap=overlap)
+    prepared = capture.prepare()
+    data = memoryview(bytearray(prepared.data_bytes))
+
+    def fail(_: BaseException | None) -> None:
+        raise LookupError("seal")
+
+    with pytest.raises(LookupError, match="seal"):
+        capture.copy(prepared, data, fail).wait(WAIT_SECONDS_MAX)
+    assert copied(capture, prepared, data) == [None]
+    capture.close()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_failing_copy_is_told_to_done(overlap: bool) -> None:
+    loop = Loop()
+    capture = Capture(loop.state, overlap=overlap)
+    prepared = capture.prepare()
+    short = memoryview(bytearray(PAGE_BYTES))
+    (error,) = copied(capture, prepared, short)
+    assert error is not None
+    assert copied(capture, prepared, memoryview(bytearray(prepared.data_bytes))) == [None]
+    capture.close()
+
+
+def test_copy_returns_a_handle_that_times_out() -> None:
+    copy = Copy(lambda error: None, lambda: None)
+    assert copy.wait(0.0) is False
+    copy.finish(None)
+    assert copy.wait(0.0) is True
+
+
+# -- the layout -------------------------------------------------------------------------------
+
+
+def test_layout_is_the_same_object_while_nothing_but_values_changes() -> None:
+    loop = Loop()
+    capture = Capture(loop.state)
+    first = capture.prepare()
+    loop.step()
+    loop.change_all_by_hand()
+    second = capture.prepare()
+    assert second.layout is first.layout
+    assert second.layout_hash == first.layout_hash
+    assert second.values != first.values
+
+
+def _grow(state: dict[str, Any]) -> None:
+    state["x"] = torch.zeros(3)
+
+
+def _reshape(state: dict[str, Any]) -> None:
+    state["t"].resize_(2, 3)
+
+
+def _retype(state: dict[str, Any]) -> None:
+    state["t"] = state["t"].double()
+
+
+def _nest(state: dict[str, Any]) -> None:
+    state["plain"] = {"k": torch.zeros(1)}
+
+
+def _untie(state: dict[str, Any]) -> None:
+    state["b"] = state["a"].clone() + 1
+
+
+def _tie(state: dict[str, Any]) -> None:
+    state["t"] = state["c"]
+
+
+def _transpose_tied(state: dict[str, Any]) -> None:
+    state["b"] = state["a"].t()
+
+
+def _rename(state: dict[str, Any]) -> None:
+    state["list"][0] = {True: state["list"][0].pop(1)}
+
+
+def _grad(state: dict[str, Any]) -> None:
+    state["t"].requires_grad_()
+
+
+def _sparse(state: dict[str, Any]) -> None:
+    state["t"] = torch.eye(2).to_sparse()
+
+
+def _wrap(state: dict[str, Any]) -> None:
+    state["plain"] = torch.nn.Linear(1, 1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _grow,
+        _reshape,
+        _retype,
+        _nest,
+        _untie,
+        _tie,
+        _transpose_tied,
+        _rename,
+        _grad,
+        _sparse,
+        _wrap,
+    ],
+)
+def test_every_change_of_structure_is_noticed(change: Callable[[dict[str, Any]], None]) -> None:
+    one = torch.arange(9.0).view(3, 3)
+    state: dict[str, Any] = {
+        "a": one,
+        "b": one,
+        "c": torch.ones(4),
+        "t": torch.zeros(4),
+        "plain": {"k": None},
+        "list": [{1: torch.ones(2)}],
+    }
+    capture = Capture(state, rng=False)
+    before = capture.prepare()
+    change(state)
+    prepared = capture.prepare()
+    assert prepared.layout is not before.layout
+    with buffer_for(prepared) as buffer:
+        assert copied(capture, prepared, buffer.data(0)) == [None]
+        seal(buffer, 0, prepared)
+        saved = read(buffer, 0)
+        found = rebuild(saved)
+        saved.data.release()
+        capture.close()
+    expected = {key: item for key, item in state.items() if not isinstance(item, nn.Module)}
+    assert difference(expected, {key: found[key] for key in expected}) == ""
+
+
+def test_values_that_change_their_kind_do_not_change_the_layout() -> None:
+    state: dict[str, Any] = {"best": None, "history": [], "t": torch.zeros(2)}
+    capture = Capture(state, rng=False)
+    before = capture.prepare()
+    state.update(best=0.5, history=[1, 2, {"a": (1 << 90, "\ud800")}])
+    after = capture.prepare()
+    assert after.layout is before.layout
+    data = memoryview(bytearray(after.data_bytes))
+    assert copied(capture, after, data) == [None]
+    found = rebuild(Saved(after.layout, after.values, data))
+    assert difference(state, found) == ""
+
+
+def test_groups_are_pages_of_one_kind_and_leaves_are_aligned() -> None:
+    dtypes = [torch.float32, torch.int64, torch.bfloat16, torch.uint8, torch.complex64, torch.int32]
+    state = {f"x{at}": torch.ones(7 + at, dtype=dtypes[at % 6]) for at in range(30)}
+    prepared = Capture(state, rng=False).prepare()
+    layout = prepared.layout
+    kinds = [(group.itemsize, group.is_float) for group in layout.groups]
+    assert len(set(kinds)) == len(kinds)
+    for group in layout.groups:
+        assert group.offset % PAGE_BYTES == group.nbytes % PAGE_BYTES == 0
+    for leaf in layout.leaves:
+        assert leaf.offset % 64 == 0
+        (home,) = [
+            group
+            for group in layout.groups
+            if group.offset <= leaf.offset
+            and leaf.offset + leaf.nbytes <= group.offset + group.nbytes
+        ]
+        dtype = getattr(torch, leaf.dtype)
+        assert home.is_float == (dtype.is_floating_point or dtype.is_complex)
+    assert [leaf.offset for leaf in layout.leaves] == sorted(leaf.offset for leaf in layout.leaves)
+    assert len({leaf.path for leaf in layout.leaves}) == len(layout.leaves)
+
+
+def test_bytes_between_leaves_are_zero_whatever_the_slot_held() -> None:
+    state = {"a": torch.ones(3), "b": torch.ones(5, dtype=torch.uint8)}
+    capture = Capture(state, rng=False)
+    prepared = capture.prepare()
+    raw = bytearray(b"\xff" * prepared.data_bytes)
+    assert copied(capture, prepared, memoryview(raw)) == [None]
+    used = sum(leaf.nbytes for leaf in prepared.layout.leaves)
+    assert len(raw) - raw.count(0) == 5 + 6  # five ones, and two bytes of each 1.0
+    assert used == 17
+
+
+def test_tied_tensors_are_one_leaf() -> None:
+    one = torch.ones(4)
+    layout = Capture({"a": one, "b": [one], "c": one.view(2, 2)}, rng=False).prepare().layout
+    assert [leaf.path for leaf in layout.leaves] == ["a", "c"]
+
+
+# -- the rest ---------------------------------------------------------------------------------
+
+
+def test_generators_are_captured_under_a_reserved_name() -> None:
+    with pytest.raises(UsageError):
+        Capture({"rng": 1})
+    assert Capture({"rng": torch.ones(1)}, rng=False).prepare().layout.leaves[0].path == "rng"
+    random.seed(5)
+    capture = Capture({})
+    first = capture.prepare()
+    random.random()
+    assert capture.prepare().values != first.values
+
+
+def test_a_refused_leaf_is_named_also_when_it_comes_later() -> None:
+    state: dict[str, Any] = {"x": {"y": 1}}
+    capture = Capture(state)
+    capture.prepare()
+    state["x"]["y"] = [len]
+    with pytest.raises(UnsupportedLeafError) as caught:
+        capture.prepare()
+    assert caught.value.subject == "x/y/0"
+    state["x"]["y"] = 2
+    capture.prepare()
+
+
+def test_collection_is_on_again_after_prepare() -> None:
+    assert gc.isenabled()
+    Capture({"a": 1}).prepare()
+    assert gc.isenabled()
+    with pytest.raises(UnsupportedLeafError):
+        Capture({"a": len}).prepare()
+    assert gc.isenabled()
+
+
+OPTIMIZERS: list[Callable[[Any], torch.optim.Optimizer]] = [
+    lambda p: torch.optim.SGD(p, lr=0.1),
+    lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    torch.optim.AdamW,
+    lambda p: torch.optim.Adam(p, amsgrad=True, foreach=False),
+    torch.optim.RMSprop,
+    torch.optim.Adagrad,
+    torch.optim.Adafactor,
+    torch.optim.Rprop,
+]
+
+
+@pytest.mark.parametrize("build", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prediction_holds_the_first_step(
+    build: Callable[[Any], torch.optim.Optimizer], dtype: torch.dtype
+) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64)).to(dtype)
+    optimizer = build(model.parameters())
+    capture = Capture({"model": model, "optimizer": optimizer})
+    before = capture.prepare()
+    table_bytes, data_bytes = capture.predict()
+    assert capture.prepare().layout is before.layout, "predict must not touch the state"
+    assert not optimizer.state or isinstance(optimizer, torch.optim.Adagrad)
+    model(torch.ones(2, 64, dtype=dtype)).sum().backward()
+    optimizer.step()
+    after = capture.prepare()
+    assert after.data_bytes <= data_bytes
+    assert after.table_bytes <= table_bytes
+    if not isinstance(optimizer, torch.optim.Adafactor):  # its factors are small, not its bound
+        assert data_bytes <= after.data_bytes + 2 * PAGE_BYTES
+
+
+def test_prediction_falls_back_for_an_optimizer_that_can_not_be_twinned() -> None:
+    class Odd(torch.optim.SGD):
+        def __init__(self, params: Any, *, secret: object) -> None:
+            super().__init__(params, lr=0.1)
+
+    model = nn.Linear(100, 100)
+    _, data_bytes = Capture({"o": Odd(model.parameters(), secret=1)}, rng=False).predict()
+    assert data_bytes >= 2 * sum(p.numel() * 4 for p in model.parameters())
+
+
+def test_slots_can_be_unmapped_after_forget_slots() -> None:
+    loop = Loop()
+    capture = Capture(loop.state, overlap=True)
+    prepared = capture.prepare()
+    with buffer_for(prepared) as buffer:
+        with buffer.data(0) as data:
+            assert copied(capture, prepared, data) == [None]
+            capture.forget_slots()
+        assert copied(capture, prepared, buffer.data(1)) == [None]
+        capture.close()
