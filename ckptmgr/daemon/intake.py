@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ckptmgr.daemon.log import event, warning
 from ckptmgr.errors import HostMemoryError
@@ -35,10 +36,16 @@ def pick(snapshots: list[tuple[Snapshot, Outcome]], *, writer_alive: bool) -> Sn
 
 @dataclass(slots=True)
 class Held:
-    """One host buffer in the daemon's care."""
+    """One host buffer in the daemon's care.
+
+    `owner` is the session that it was given to; None when that is over, though its trainer may
+    live on without a connection. `worker` writes its snapshots.
+    """
 
     buffer: HostBuffer
     writer_alive: bool = False
+    owner: Any = None
+    worker: asyncio.Task[None] | None = None
     orphaned_at: float = field(default_factory=time.monotonic)
     free_when_decided: bool = False
     wake: asyncio.Event = field(default_factory=asyncio.Event)
@@ -46,6 +53,8 @@ class Held:
     results: OrderedDict[StepId, tuple[Outcome, str]] = field(default_factory=OrderedDict)
     last_failure: str = ""
     writing: StepId | None = None
+    _freed: bool = False
+    _damaged: set[tuple[int, int]] = field(default_factory=set)
 
     @property
     def binding(self) -> Binding:
@@ -59,20 +68,54 @@ class Held:
 
     def snapshots(self) -> list[tuple[Snapshot, Outcome]]:
         """The sealed snapshots with their outcomes, oldest first; damaged slots are left out."""
-        found = []
+        found: list[tuple[Snapshot, Outcome]] = []
+        if self._freed:
+            return found
         for slot in range(self.buffer.capacity.slots):
             try:
                 snapshot = self.buffer.snapshot(slot)
             except HostMemoryError as error:
-                warning("slot_damaged", buffer=self.buffer.id, slot=slot, why=error.message)
+                self._tell_damage(slot, error)
                 continue
             if snapshot is not None:
                 found.append((snapshot, self.buffer.outcome(snapshot)))
         return sorted(found, key=lambda pair: pair[0].generation)
 
+    def _tell_damage(self, slot: int, error: HostMemoryError) -> None:
+        """Once for each snapshot: it is met again at every look."""
+        found = (slot, self.buffer.state(slot)[1])
+        if found not in self._damaged:
+            self._damaged.add(found)
+            warning("slot_damaged", buffer=self.buffer.id, slot=slot, why=error.message)
+
+    def let_go(self) -> None:
+        """The trainer is gone: what it sealed is finished now, and its memory is freed in time."""
+        self.owner = None
+        self.writer_alive = False
+        self.orphaned_at = time.monotonic()
+        self.wake.set()
+
+    def died(self) -> None:
+        """The trainer is dead, if it was not known to be."""
+        if self.writer_alive:
+            event("trainer_died", buffer=self.buffer.id, undecided=self.next() is not None)
+            self.let_go()
+
+    def free(self) -> None:
+        """End the worker and give the memory back."""
+        self._freed = True
+        if self.worker is not None:
+            self.worker.cancel()
+        self.buffer.unlink()
+        self.buffer.close()
+
     def next(self) -> Snapshot | None:
         """The snapshot to write next."""
         return pick(self.snapshots(), writer_alive=self.writer_alive)
+
+    def undecided(self) -> int:
+        """How many snapshots are not decided yet."""
+        return sum(outcome is Outcome.UNDECIDED for _, outcome in self.snapshots())
 
     async def settle(self, snapshot: Snapshot, outcome: Outcome, why: str = "") -> None:
         """Record what became of a snapshot, in the buffer and for those who wait."""
@@ -154,7 +197,8 @@ class Intake:
         """Let go of dead buffers of the same rank that do not fit any more and hold nothing new."""
         for held in list(self.held.values()):
             same = (held.binding.url, held.binding.rank) == (binding.url, binding.rank)
-            if same and not held.snapshots() and not held.buffer.has_live_writer():
+            used = held.owner is not None or held.writing or held.buffer.has_live_writer()
+            if same and not used and not held.snapshots():
                 self.release(held)
 
     def of_job(self, url: str, rank: int) -> list[Held]:
@@ -163,15 +207,10 @@ class Intake:
 
     def undecided(self) -> int:
         """Sealed snapshots that are not decided yet."""
-        return sum(
-            outcome is Outcome.UNDECIDED
-            for held in self.held.values()
-            for _, outcome in held.snapshots()
-        )
+        return sum(held.undecided() for held in self.held.values())
 
     def release(self, held: Held) -> None:
         """Free a buffer's memory."""
         del self.held[held.buffer.id]
-        held.buffer.unlink()
-        held.buffer.close()
+        held.free()
         event("freed", buffer=held.buffer.id)

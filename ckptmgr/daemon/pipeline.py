@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from ckptmgr.config import PACK_BYTES
 from ckptmgr.errors import ObjectNotFoundError, RegisterConflictError, TornSnapshotError
 from ckptmgr.repository import keys
-from ckptmgr.repository.budget import BufferPool
+from ckptmgr.repository.budget import BufferPool, in_thread
 from ckptmgr.repository.chunk import Chunk, Cut, cut, hash_of
 from ckptmgr.repository.codec import AutoCodec, Codec, best_for, encode
 from ckptmgr.repository.manifest import (
@@ -90,7 +90,7 @@ class Pipeline:
         adopted = await _adopt_manifest(source)
         if adopted is not None:
             return adopted
-        table = await asyncio.to_thread(source.buffer.table, source.snapshot)
+        table = await in_thread(source.buffer.table, source.snapshot)
         layout = decode_layout(table.layout, subject=str(source.buffer.path))
         groups = list(packs_of(cut(layout.groups)))
         gate = asyncio.Semaphore(PACKS_IN_FLIGHT)
@@ -117,11 +117,11 @@ class Pipeline:
         auto = self._auto.setdefault(source.store.url, AutoCodec())
         compress = auto.compress_next() if codec == "auto" else codec != "none"
         if not compress:
-            pack = await asyncio.to_thread(_raw_pack, source, cuts)
+            pack = await in_thread(_raw_pack, source, cuts)
             return await self._put(source, pack, auto)
         async with self._pool.lease() as lease:
             start = time.monotonic()
-            pack = await asyncio.to_thread(_compressed_pack, source, cuts, codec, lease)
+            pack = await in_thread(_compressed_pack, source, cuts, codec, lease)
             raw = sum(c.raw_bytes for c in pack.chunks)
             auto.saw_codec(raw, pack.nbytes, time.monotonic() - start)
             return await self._put(source, pack, auto)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,14 +62,15 @@ class Session:
     fetched: set[int] = field(default_factory=set)
     ghosts: dict[StepId, str] = field(default_factory=dict)
     prefetch: asyncio.Task[None] | None = None
+    work: asyncio.Future[Restored] | None = None
 
     async def release(self) -> None:
-        """End a prefetch, and free what was fetched outside the session's own buffer."""
-        if self.prefetch is not None:
-            self.prefetch.cancel()
-            with suppress(asyncio.CancelledError):
-                await self.prefetch
-            self.prefetch = None
+        """End a prefetch or a restore, and free what was fetched outside the session's buffer."""
+        tasks = [task for task in (self.prefetch, self.work) if task is not None]
+        self.prefetch = self.work = None
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         for buffer in self.lent:
             buffer.unlink()
             buffer.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from typing import TYPE_CHECKING
 
 from ckptmgr.daemon.intake import Held
@@ -75,23 +74,15 @@ class Requests:
             session.job.resumed_from.pop(session.attempt, None)
             self._orphan(session)
 
-    def trainer_died(self) -> None:
-        """The process behind the connection is dead; its sealed snapshots are finished now."""
-        if self._session is not None and self._session.held is not None:
-            held = self._session.held
-            if held.writer_alive:
-                event("trainer_died", buffer=held.buffer.id, undecided=held.next() is not None)
-            self._orphan(self._session)
-
     def _orphan(self, session: Session) -> None:
+        """A trainer that still holds its lock is ending, or will attach again: the service looks
+        after it. A buffer that another session has taken meanwhile is that one's.
+        """
         held = session.held
-        if held is not None and held.writer_alive and not held.buffer.has_live_writer():
-            self._let_go(held)
-
-    def _let_go(self, held: Held) -> None:
-        held.writer_alive = False
-        held.orphaned_at = time.monotonic()
-        held.wake.set()
+        if held is not None and held.owner is session:
+            held.owner = None
+            if not held.buffer.has_live_writer():
+                held.died()
 
     # -- attach -------------------------------------------------------------------------------
 
@@ -112,14 +103,13 @@ class Requests:
                 s for h in self._service.intake.of_job(url, request.rank) for s in h.snapshots()
             ]
             await publish_have(job.store, attempt, [snapshot for snapshot, _ in found])
-        if self._session is not None:
-            await self._leave(self._session)
         held, new_buffer = self._service.intake.place_for(binding, capacity, request.buffer)
-        held.writer_alive, held.free_when_decided = True, False
         if new_buffer:
             self._service.employ(held)
-        session.held = held
-        self._session = session
+        old, self._session = self._session, session
+        await self._take(session, held)
+        if old is not None:
+            await self._leave(old, held)
         if is_new:
             self._service.reader.start_prefetch(session)
         else:
@@ -135,20 +125,28 @@ class Requests:
                 session.job.resumed_from[session.attempt] = source
                 session.decisions = len(await session.job.store.list(keys.resumes(session.attempt)))
 
-    async def _leave(self, session: Session) -> None:
+    async def _take(self, session: Session, held: Held) -> None:
+        """Give a buffer to a session; whatever still fetches into it for a dead trainer ends."""
+        before, held.owner = held.owner, session
+        session.held = held
+        held.writer_alive, held.free_when_decided = True, False
+        if before is not None:
+            await before.release()
+
+    async def _leave(self, session: Session, taken: Held) -> None:
         """A trainer that asks for a larger buffer leaves its old one, which goes when decided."""
+        held, session.held = session.held, None
         await session.release()
-        if session.held is not None:
-            session.held.writer_alive = False
-            session.held.free_when_decided = True
-            session.held.wake.set()
+        if held is not None and held is not taken:
+            held.let_go()
+            held.free_when_decided = True
 
     def _detach(self, request: control.Detach) -> control.Reply:
         if self._session is not None and self._session.held is not None:
             held = self._session.held
             held.free_when_decided = request.clean
             self._session.held = None
-            self._let_go(held)
+            held.let_go()
         return control.Done()
 
     # -- restore ------------------------------------------------------------------------------
@@ -156,9 +154,10 @@ class Requests:
     async def _restore(self, request: control.Restore) -> control.Reply:
         session = self._attached()
         rejected = frozenset(StepId(*one) for one in request.rejected)
-        return await self._service.reader.restore(
-            session, request.step, request.of_attempt, rejected
+        session.work = asyncio.ensure_future(
+            self._service.reader.restore(session, request.step, request.of_attempt, rejected)
         )
+        return await session.work
 
     async def _load(self, request: control.Load) -> control.Reply:
         _check_protocol(request.protocol)

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import fcntl
 import os
-import select
 import shutil
 import signal
 import socket
@@ -48,7 +47,6 @@ class Service:
         self.jobs: dict[str, Job] = {}
         self.metrics_port = -1
         self._pipeline = Pipeline(self.pool)
-        self._writers: dict[str, asyncio.Task[None]] = {}
         self._connections: set[asyncio.Task[None]] = set()
         self._ending = asyncio.Event()
         self._fault: BaseException | None = None
@@ -98,7 +96,7 @@ class Service:
     async def _until_ended(self) -> None:
         while not self._ending.is_set():
             await self._wait_for_change()
-            self._free_orphans()
+            self._look_after_orphans()
             if self._idle_for() > self.settings.idle_seconds > 0:
                 event("idle", seconds=self.settings.idle_seconds)
                 return
@@ -117,20 +115,23 @@ class Service:
             self._last_activity = time.monotonic()
         return time.monotonic() - self._last_activity
 
-    def _free_orphans(self) -> None:
-        """Free buffers whose trainer is gone for good and whose snapshots are all decided."""
+    def _look_after_orphans(self) -> None:
+        """Notice trainers that died without a connection; free what nobody will come back for."""
         for held in list(self.intake.held.values()):
+            if held.owner is None and not held.buffer.has_live_writer():
+                held.died()
             if held.writer_alive or held.next() is not None or held.writing:
                 continue
             gone_for = held.orphaned_seconds
             if held.free_when_decided or gone_for > self.settings.memory_seconds:
-                self.free(held)
+                self.intake.release(held)
 
     async def _close(
         self, server: asyncio.Server, watch: InboxWatch, metrics: MetricsServer | None
     ) -> None:
         server.close()
-        tasks = [*self._connections, *self._writers.values()]
+        workers = [held.worker for held in self.intake.held.values() if held.worker]
+        tasks = [*self._connections, *workers]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -169,10 +170,10 @@ class Service:
         except CkptmgrError as error:
             warning("buffer_stranded", buffer=held.buffer.id, why=str(error))
             return
-        writer = Writer(held, job, self._pipeline, self._count_queue)
+        writer = Writer(held, job, self._pipeline, self._count)
         task = asyncio.create_task(writer.run(), name=f"writer {held.buffer.id[:8]}")
         task.add_done_callback(self._writer_ended)
-        self._writers[held.buffer.id] = task
+        held.worker = task
         held.wake.set()
 
     def _writer_ended(self, task: asyncio.Task[None]) -> None:
@@ -182,21 +183,16 @@ class Service:
             self._fault = task.exception()
             self._ending.set()
 
-    def free(self, held: Held) -> None:
-        """Stop the worker of a buffer and free its memory."""
-        task = self._writers.pop(held.buffer.id, None)
-        if task is not None:
-            task.cancel()
-        self.intake.release(held)
-
-    def _count_queue(self) -> None:
+    def _count(self) -> None:
+        """Bring the gauges up to date: on every ticket, and whenever a worker turns around."""
         queued: dict[str, int] = dict.fromkeys((job.label for job in self.jobs.values()), 0)
         for held in self.intake.held.values():
             job = self.jobs.get(held.binding.url)
-            if job is not None and held.next() is not None:
-                queued[job.label] += 1
+            if job is not None:
+                queued[job.label] += held.undecided()
         for label, count in queued.items():
             self.metrics.queue.labels(label).set(count)
+        self.metrics.trainers.set(sum(held.writer_alive for held in self.intake.held.values()))
 
     def _ticket(self) -> None:
         """Something was sealed. The tickets only say where to look first."""
@@ -205,6 +201,7 @@ class Service:
             held = self.intake.held.get(buffer_id)
             if held is not None:
                 held.wake.set()
+        self._count()
 
     # -- connections --------------------------------------------------------------------------
 
@@ -216,7 +213,7 @@ class Service:
         requests = Requests(self)
         try:
             pid = control.check_peer(sock)
-            with self._watch_death(pid, requests):
+            with self._watch_death(pid, task):
                 while (request := await control.read_request(reader)) is not None:
                     await control.send_reply(writer, await requests.answer(request))
         except (CkptmgrError, ConnectionError) as error:
@@ -228,26 +225,30 @@ class Service:
             writer.close()
 
     @contextlib.contextmanager
-    def _watch_death(self, pid: int, requests: Requests) -> Any:
-        """Tell `requests` when process `pid` dies.
+    def _watch_death(self, pid: int, task: asyncio.Task[None]) -> Any:
+        """End `task`, which serves a connection, when process `pid` at its other end dies.
 
         The end of the connection is not enough: data loader workers inherit the socket and may
-        outlive the trainer. `pid` is 0 when the peer is in a pid namespace that we can not see.
+        outlive the trainer, and nobody reads while a request is carried out. `pid` is 0 when the
+        peer is in a pid namespace that we can not see.
         """
         try:
             pidfd = os.pidfd_open(pid) if pid else -1
         except OSError:
             pidfd = -1
         loop = asyncio.get_running_loop()
+
+        def died() -> None:
+            loop.remove_reader(pidfd)  # it stays readable for ever
+            task.cancel()
+
         if pidfd >= 0:
-            loop.add_reader(pidfd, requests.trainer_died)
+            loop.add_reader(pidfd, died)
         try:
             yield
         finally:
             if pidfd >= 0:
                 loop.remove_reader(pidfd)
-                if select.select([pidfd], [], [], 0)[0]:
-                    requests.trainer_died()
                 os.close(pidfd)
 
     # -- requests of more than one session ----------------------------------------------------

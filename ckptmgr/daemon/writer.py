@@ -32,11 +32,11 @@ RETRY_SECONDS_MIN, RETRY_SECONDS_MAX = 1.0, 30.0
 class Writer:
     """The worker of one buffer. `run` ends only by cancellation."""
 
-    def __init__(self, held: Held, job: Job, pipeline: Pipeline, idle: Callable[[], None]) -> None:
+    def __init__(self, held: Held, job: Job, pipeline: Pipeline, count: Callable[[], None]) -> None:
         self._held = held
         self._job = job
         self._pipeline = pipeline
-        self._idle = idle
+        self._count = count
 
     async def run(self) -> None:
         """Write whatever is sealed and undecided; sleep until woken when there is nothing."""
@@ -44,8 +44,8 @@ class Writer:
         while True:
             self._held.wake.clear()
             snapshot = self._held.next()
+            self._count()
             if snapshot is None:
-                self._idle()
                 await self._held.wake.wait()
                 continue
             try:
@@ -73,13 +73,7 @@ class Writer:
         except StoreError:
             raise
         except CkptmgrError as error:
-            kind = type(error).__name__
-            self._job.metrics.failures.labels(self._job.label, kind).inc()
-            warning("given_up", step=str(snapshot.id), kind=kind, why=str(error))
-            # A register that another incarnation may use is left alone.
-            if not isinstance(error, RegisterConflictError):
-                await self._give_up(snapshot.id, f"{kind}: {error.message}")
-            await self._held.settle(snapshot, Outcome.ABORTED, str(error))
+            await self._refuse(snapshot, error)
         else:
             await self._settle(snapshot, decision)
         finally:
@@ -142,14 +136,36 @@ class Writer:
             self._job.metrics.aborts.labels(self._job.label).inc()
             await self._held.settle(snapshot, Outcome.ABORTED, decision.why)
 
-    async def _give_up(self, step: StepId, why: str) -> None:
-        """ABORT first, and only if it wins delete; what fails here is left to collection."""
-        store = self._job.store
-        try:
-            if (await abort_step(store, step, why)).committed:
+    async def _refuse(self, snapshot: Snapshot, error: CkptmgrError) -> None:
+        """Give up what can not be committed; told only when the register says so.
+
+        Raises:
+            StoreError: the register could not be decided; the snapshot stays undecided.
+        """
+        kind = type(error).__name__
+        # A register that another incarnation may use is left alone.
+        if not isinstance(error, RegisterConflictError):
+            decision = await self._abort(snapshot.id, f"{kind}: {error.message}")
+            if decision.committed:
+                await self._settle(snapshot, decision)
                 return
+        self._job.metrics.failures.labels(self._job.label, kind).inc()
+        warning("given_up", step=str(snapshot.id), kind=kind, why=str(error))
+        await self._held.settle(snapshot, Outcome.ABORTED, str(error))
+
+    async def _abort(self, step: StepId, why: str) -> Decision:
+        """ABORT first, and only if it wins delete."""
+        store = self._job.store
+        decision = await abort_step(store, step, why)
+        if not decision.committed:
             for prefix in (keys.packs(step), keys.manifests(step)):
                 for key in await store.list(prefix):
                     await store.delete(key)
+        return decision
+
+    async def _give_up(self, step: StepId, why: str) -> None:
+        """Abort a step whose slot is gone; what fails here is left to collection."""
+        try:
+            await self._abort(step, why)
         except CkptmgrError as error:
             warning("give_up_failed", step=str(step), why=str(error))

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from ckptmgr.config import CHUNK_BYTES, MIB
 from ckptmgr.errors import (
     ChunkDamagedError,
+    CkptmgrError,
     MissingObjectError,
     ObjectNotFoundError,
     StoreError,
     StoreUnreachableError,
 )
-from ckptmgr.repository.budget import BufferPool
+from ckptmgr.repository.budget import BufferPool, in_thread
 from ckptmgr.repository.codec import Codec
 from ckptmgr.restore.plan import Plan, Read
 from ckptmgr.restore.verify import check_stored, subject_of, unpack
@@ -41,60 +42,61 @@ async def fetch(
         StoreUnreachableError: the store can not be read now.
     """
     reads = iter(plan.reads)
-    async with pool.lease() as lease:
-        try:
-            async with asyncio.TaskGroup() as group:
-                for lane in range(min(LANES, len(plan.reads))):
-                    room = lease[lane * _LANE_BYTES : (lane + 1) * _LANE_BYTES]
-                    group.create_task(_lane(store, reads, target, room, progress))
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None
+    failures: list[CkptmgrError] = []
 
+    async def lane(room: memoryview) -> None:
+        for read in reads:
+            try:
+                await _one(store, read, target, room)
+            except CkptmgrError as error:
+                # Not raised here: that would cancel the other lanes amid a chunk, and the memory
+                # that they read into is handed back as soon as this function ends.
+                failures.append(error)
+            if failures:
+                return
+            progress(read.chunk.raw_bytes)
 
-async def _lane(
-    store: Store,
-    reads: Iterator[Read],
-    target: memoryview,
-    room: memoryview,
-    progress: Callable[[int], None],
-) -> None:
-    for read in reads:
-        try:
-            await _one(store, read, target, room)
-        except ObjectNotFoundError as error:
-            raise MissingObjectError("is gone", subject=read.key) from error
-        except StoreUnreachableError:
-            raise
-        except StoreError as error:
-            raise ChunkDamagedError(error.message, subject=read.key) from error
-        progress(read.chunk.raw_bytes)
+    async with pool.lease() as lease, asyncio.TaskGroup() as group:
+        for at in range(min(LANES, len(plan.reads))):
+            group.create_task(lane(lease[at * _LANE_BYTES : (at + 1) * _LANE_BYTES]))
+    if failures:
+        raise failures[0]
 
 
 async def _one(store: Store, read: Read, target: memoryview, room: memoryview) -> None:
-    chunk, subject = read.chunk, subject_of(read.key, read.chunk)
-    if not 0 < chunk.stored_bytes <= len(room) - CHUNK_BYTES:
-        raise ChunkDamagedError(f"has {chunk.stored_bytes} stored bytes", subject=subject)
-    if read.direct and chunk.codec == Codec.NONE:
-        start = read.moves[0].target
-        into = target[start : start + chunk.raw_bytes]
-        if chunk.stored_bytes != chunk.raw_bytes:
-            raise ChunkDamagedError("has another length than its chunk", subject=subject)
-        await store.get(read.key, chunk.pack_offset, into=into)
-        await asyncio.to_thread(check_stored, chunk, into, subject=subject)
-        return
-    raw_room, stored_room = room[:CHUNK_BYTES], room[CHUNK_BYTES:]
-    stored = await store.get(read.key, chunk.pack_offset, into=stored_room[: chunk.stored_bytes])
-    await asyncio.to_thread(_place, read, stored, raw_room[: chunk.raw_bytes], target, subject)
-
-
-def _place(
-    read: Read, stored: memoryview, raw: memoryview, target: memoryview, subject: str
-) -> None:
+    """Bring one chunk to its places in `target`, and leave no view of it behind."""
     if read.direct:
         start = read.moves[0].target
-        unpack(read.chunk, stored, target[start : start + len(raw)], subject=subject)
+        with target[start : start + read.chunk.raw_bytes] as raw:
+            await _bring(store, read, raw, room[CHUNK_BYTES:])
         return
-    unpack(read.chunk, stored, raw, subject=subject)
+    raw = room[: read.chunk.raw_bytes]
+    await _bring(store, read, raw, room[CHUNK_BYTES:])
+    await in_thread(_spread, read, raw, target)
+
+
+async def _bring(store: Store, read: Read, raw: memoryview, room: memoryview) -> None:
+    """Fill `raw` with the verified bytes of a chunk; `room` is for the stored ones."""
+    chunk, subject = read.chunk, subject_of(read.key, read.chunk)
+    plain = chunk.codec == Codec.NONE
+    if not 0 < chunk.stored_bytes <= len(room) or (plain and chunk.stored_bytes != len(raw)):
+        raise ChunkDamagedError(f"has {chunk.stored_bytes} stored bytes", subject=subject)
+    into = raw if plain else room[: chunk.stored_bytes]
+    try:
+        await store.get(read.key, chunk.pack_offset, into=into)
+    except ObjectNotFoundError as error:
+        raise MissingObjectError("is gone", subject=read.key) from error
+    except StoreUnreachableError:
+        raise
+    except StoreError as error:
+        raise ChunkDamagedError(error.message, subject=read.key) from error
+    if plain:
+        await in_thread(check_stored, chunk, raw, subject=subject)
+    else:
+        await in_thread(unpack, chunk, into, raw, subject=subject)
+
+
+def _spread(read: Read, raw: memoryview, target: memoryview) -> None:
     for move in read.moves:
         piece = raw[move.source : move.source + move.nbytes]
         target[move.target : move.target + move.nbytes] = piece
