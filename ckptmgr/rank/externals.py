@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ckptmgr.errors import StateMismatchError
 from ckptmgr.rank.tensors import LEAF_TYPES, dtype_name, dtype_of, is_leaf, why_not
 from ckptmgr.staging.paths import Trail
 from ckptmgr.staging.values import External, LeafInValueError, numpy_dtype, refuse
@@ -211,7 +212,10 @@ def _assemble_sparse(kind: str, attributes: Any, children: Any) -> Tensor:
 
 
 def _assemble_generator(device: str, children: Any) -> torch.Generator:
-    generator = torch.Generator(device)
+    try:
+        generator = torch.Generator(device)
+    except RuntimeError as error:
+        raise StateMismatchError(f"a generator of {device} can not be made here") from error
     generator.set_state(children["state"])
     return generator
 

@@ -14,19 +14,23 @@ def unwrapped(name: str) -> str:
 
 
 def match_names(saved: Iterable[str], live: Iterable[str]) -> dict[str, str]:
-    """Which live name each saved name means; names without a partner are left out.
+    """Which live name each saved name means, in the order of the saved ones.
+
+    Names without a partner are left out.
 
     Equal names match. The others match when they are equal without wrappers, if that is
     unambiguous on both sides.
     """
-    left, right = set(saved), set(live)
-    matched = {name: name for name in left & right}
-    theirs = _unique(left - right)
-    ours = _unique(right - left)
-    return matched | {theirs[bare]: ours[bare] for bare in theirs.keys() & ours.keys()}
+    left, right = list(saved), list(live)
+    both = set(left) & set(right)
+    theirs = _unique(name for name in left if name not in both)
+    ours = _unique(name for name in right if name not in both)
+    matched = {name: name for name in both}
+    matched |= {theirs[bare]: ours[bare] for bare in theirs.keys() & ours.keys()}
+    return {name: matched[name] for name in left if name in matched}
 
 
-def _unique(names: set[str]) -> dict[str, str]:
+def _unique(names: Iterable[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     twice: set[str] = set()
     for name in names:

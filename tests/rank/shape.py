@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import struct
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +46,8 @@ def random_bits(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor
 
 def bytes_of(tensor: Tensor) -> bytes:
     """The logical elements, row by row."""
-    plain = tensor.detach().resolve_conj().resolve_neg().cpu()
+    whole = tensor if tensor.layout == torch.strided else tensor.to_dense()
+    plain = whole.detach().resolve_conj().resolve_neg().cpu()
     if plain.dtype.itemsize == 1 and plain.dtype != torch.bool:
         plain = plain.view(torch.uint8)
     flat = plain.contiguous().flatten()
@@ -136,7 +137,7 @@ def _plain(item: Any) -> Any:
     if isinstance(item, tuple):
         return type(item), tuple(_plain(part) for part in item)
     if isinstance(item, (set, frozenset)):
-        return type(item), Counter(repr(_plain(part)) for part in item)
+        return type(item), frozenset((type(part), _plain(part)) for part in item)
     return item
 
 

@@ -1,0 +1,382 @@
+"""The face of the training loop, with a real daemon."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import end_processes_of, needs_root, owners_of
+from torch import nn
+from training import Training, uninterrupted
+
+import ckptmgr
+from ckptmgr.errors import (
+    CkptmgrError,
+    HostMemoryError,
+    NothingToRestoreError,
+    StateError,
+    StateMismatchError,
+    StepOrderError,
+    SupersededError,
+    UnsupportedLeafError,
+    UsageError,
+)
+from ckptmgr.staging.control import Stated, Status
+from ckptmgr.staging.launch import connect
+
+STEPS = 24
+
+
+class CrashError(Exception):
+    """Stands for whatever ends a training."""
+
+
+def run(url: str, until: int, *, every: int = 5, crash: bool = False, **options: Any) -> Training:
+    """Train to `until`, resuming first; leave by an exception if `crash`."""
+    training = Training()
+    try:
+        with ckptmgr.Checkpointer(url, training.state, every=every, **options) as ckpt:
+            step = ckpt.restore()
+            for number in range(step + 1, until + 1):
+                loss = training.train_one_step(number)
+                handle = ckpt.step(number, tags={"loss": loss})
+                if handle is not None:
+                    handle.committed(30)
+            if crash:
+                raise CrashError
+    except CrashError:
+        pass
+    training.resumed = ckpt.restored  # type: ignore[attr-defined]
+    return training
+
+
+def ls(url: str) -> list[dict[str, Any]]:
+    done = subprocess.run(
+        ["ckptmgr", "ls", url, "--json"], check=True, capture_output=True, text=True
+    )
+    found: list[dict[str, Any]] = json.loads(done.stdout)
+    return found
+
+
+def committed(url: str) -> list[str]:
+    return [row["id"] for row in ls(url) if row["state"] in ("committed", "verified")]
+
+
+def wipe(runtime: Path) -> None:
+    """Lose host memory, as a reboot does."""
+    end_processes_of(runtime)
+    subprocess.run(["rm", "-rf", str(runtime)], check=True)
+
+
+def daemon_state(runtime: Path) -> dict[str, Any]:
+    with connect(runtime) as client:
+        return client.ask(Status(), Stated).state
+
+
+@pytest.mark.parametrize("overlap", [None, True])
+@pytest.mark.parametrize("source", ["memory", "store"])
+def test_resume_is_bit_exact(
+    runtime: Path, store_url: str, source: str, overlap: bool | None
+) -> None:
+    truth = uninterrupted(STEPS)
+    run(store_url, 12, crash=True, overlap=overlap)
+    if source == "store":
+        wipe(runtime)
+    resumed = run(store_url, STEPS, overlap=overlap)
+    assert resumed.resumed.source == source  # type: ignore[attr-defined]
+    assert resumed.resumed.step == 10  # type: ignore[attr-defined]
+    assert resumed.digest() == truth.digest()
+    assert resumed.losses == {step: truth.losses[step] for step in range(11, STEPS + 1)}
+
+
+def test_only_multiples_of_the_cadence_are_saved(runtime: Path, store_url: str) -> None:
+    run(store_url, STEPS, every=5, keep=10)
+    assert committed(store_url) == ["1.20", "1.15", "1.10", "1.5"]
+    assert [row["tags"]["loss"] for row in ls(store_url)]
+
+
+def test_keep_gives_old_steps_up(runtime: Path, store_url: str) -> None:
+    run(store_url, STEPS, every=2, keep=3)
+    assert committed(store_url)[:3] == ["1.24", "1.22", "1.20"]
+    assert len(committed(store_url)) <= 4, "one more while a collection is under way"
+
+
+def test_steps_must_increase(runtime: Path, store_url: str) -> None:
+    with ckptmgr.Checkpointer(store_url, {"x": torch.ones(3)}, every=1) as ckpt:
+        ckpt.step(3)
+        with pytest.raises(StepOrderError):
+            ckpt.step(3)
+        with pytest.raises(StepOrderError):
+            ckpt.save(2)
+        for wrong in (-1, 1.0, "4", True):
+            with pytest.raises(UsageError):
+                ckpt.step(wrong)  # type: ignore[arg-type]
+        ckpt.step(4)
+
+
+def test_outside_the_block_it_says_so(store_url: str) -> None:
+    ckpt = ckptmgr.Checkpointer(store_url, {"x": torch.ones(3)})
+    for use in (lambda: ckpt.step(1), lambda: ckpt.save(1), ckpt.restore):
+        with pytest.raises(UsageError, match="outside its block"):
+            use()
+
+
+@pytest.mark.parametrize(
+    "options", [{"keep": 0}, {"slots": 1}, {"slots": 4}, {"codec": "lz4"}, {"every": "often"}]
+)
+def test_wrong_options_are_refused(store_url: str, options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        ckptmgr.Checkpointer(store_url, {"x": torch.ones(3)}, **options)
+
+
+def test_many_ranks_are_refused(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="2 ranks"):
+        ckptmgr.Checkpointer(store_url, {"x": torch.ones(3)})
+
+
+def test_a_leaf_that_can_not_be_stored_is_named_on_entering(runtime: Path, store_url: str) -> None:
+    state = {"good": torch.ones(3), "bad": {"inner": [1, lambda: 0]}}
+    with pytest.raises(UnsupportedLeafError, match="bad/inner/1") as caught:
+        ckptmgr.Checkpointer(store_url, state).__enter__()
+    assert isinstance(caught.value, StateError)
+    assert not owners_of(runtime), "no daemon was started for a state that can not be saved"
+
+
+def test_another_model_is_refused_and_nothing_is_changed(runtime: Path, store_url: str) -> None:
+    run(store_url, 6, crash=True)
+    other = Training()
+    other.model[3] = nn.Linear(12, 13)
+    before = other.digest()
+    with (
+        pytest.raises(StateMismatchError, match=r"model/3\.weight"),
+        ckptmgr.Checkpointer(store_url, other.state) as ckpt,
+    ):
+        ckpt.restore()
+    assert other.digest() == before
+
+
+def test_a_step_can_be_chosen(runtime: Path, store_url: str) -> None:
+    run(store_url, STEPS, every=5, keep=10)
+    truth = uninterrupted(10)
+    for choice in (10, "10", "1.10"):
+        training = Training()
+        with ckptmgr.Checkpointer(store_url, training.state) as ckpt:
+            assert ckpt.restore(choice) == 10
+        assert training.digest() == truth.digest()
+    with ckptmgr.Checkpointer(store_url, Training().state) as ckpt:
+        with pytest.raises(NothingToRestoreError):
+            ckpt.restore(11)
+        with pytest.raises(UsageError):
+            ckpt.restore("ten")
+
+
+def test_required_means_required(runtime: Path, store_url: str) -> None:
+    with ckptmgr.Checkpointer(store_url, {"x": torch.ones(3)}) as ckpt:
+        assert ckpt.restore() == 0
+        with pytest.raises(NothingToRestoreError):
+            ckpt.restore(required=True)
+
+
+def test_tags_are_scalars(runtime: Path, store_url: str) -> None:
+    with ckptmgr.Checkpointer(store_url, {"x": torch.ones(3)}, every=None) as ckpt:
+        tags = {"loss": torch.tensor(0.5), "norm": math.nan, "lr": 1e-3, "note": "ok", "n": 3}
+        assert ckpt.save(1, tags=tags).committed(30)
+        with pytest.raises(UsageError, match="not a scalar"):
+            ckpt.save(2, tags={"bad": [1]})
+    assert ls(store_url)[0]["tags"] == {
+        "loss": 0.5,
+        "norm": "nan",
+        "lr": 1e-3,
+        "note": "ok",
+        "n": 3,
+    }
+
+
+def test_plain_python_comes_back_in_the_mapping(runtime: Path, store_url: str) -> None:
+    inner = {"seen": [1, 2]}
+    state: dict[str, Any] = {"x": torch.ones(3), "epoch": 3, "inner": inner}
+    with ckptmgr.Checkpointer(store_url, state, every=None) as ckpt:
+        ckpt.save(1)
+    state["x"].zero_()
+    state["epoch"] = 0
+    inner["seen"].append(9)
+    with ckptmgr.Checkpointer(store_url, state) as ckpt:
+        assert ckpt.restore() == 1
+    assert state["epoch"] == 3
+    assert state["inner"] is inner
+    assert inner == {"seen": [1, 2]}
+    assert state["x"].tolist() == [1, 1, 1]
+
+
+def test_an_older_attempt_ends_itself(runtime: Path, store_url: str) -> None:
+    old_state, new_state = {"x": torch.ones(4)}, {"x": torch.zeros(4)}
+    with ckptmgr.Checkpointer(store_url, new_state, every=1) as new:
+        old = ckptmgr.Checkpointer(store_url, old_state, every=1)
+        old.__enter__()
+        assert (new.attempt, old.attempt) == (1, 2)
+        new, old = old, new  # the one that claimed later is the newer one
+        handle = new.save(1)
+        assert handle.committed(30)
+        stale = old.save(50)
+        with pytest.raises(CkptmgrError, match="attempt 2 is active"):
+            stale.committed(30)
+        with pytest.raises(SupersededError):
+            old.step(51)
+        new.__exit__(None, None, None)
+    assert committed(store_url) == ["2.1"]
+
+
+def test_training_goes_on_without_the_store(runtime: Path, tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    training = Training()
+    with ckptmgr.Checkpointer(root, training.state, every=1, keep=2) as ckpt:
+        training.train_one_step(1)
+        assert ckpt.save(1).committed(30)
+        root.rename(tmp_path / "away")
+        for step in range(2, 12):
+            training.train_one_step(step)
+            ckpt.step(step)
+        assert ckpt.stats.failures == 0
+        sealed = ckpt.stats.snapshots
+        (tmp_path / "away").rename(root)
+        training.train_one_step(12)
+        assert ckpt.save(12).committed(60)
+    assert 2 < sealed < 12, "two slots were filled, then it waited for the store"
+    assert committed(str(root))[0] == "1.12"
+    assert training.digest() == uninterrupted(12).digest(), "training was not disturbed"
+
+
+def test_leaving_with_a_dead_store_is_bounded_and_loses_nothing(
+    runtime: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "store"
+    state = {"x": torch.arange(1000.0)}
+    with (
+        pytest.warns(RuntimeWarning, match="goes on trying"),
+        ckptmgr.Checkpointer(root, state, every=1, drain_timeout=0.5) as ckpt,
+    ):
+        assert ckpt.save(1).committed(30)
+        root.rename(tmp_path / "away")
+        ckpt.step(2)
+    (tmp_path / "away").rename(root)
+    subprocess.run(["ckptmgr", "drain", "--timeout", "60"], check=True)
+    assert committed(str(root)) == ["1.2", "1.1"]
+
+
+def test_a_killed_daemon_is_replaced_and_adopts(runtime: Path, store_url: str) -> None:
+    training = Training()
+    with ckptmgr.Checkpointer(store_url, training.state, every=1) as ckpt:
+        for step in range(1, 31):
+            training.train_one_step(step)
+            ckpt.step(step)
+            if step in (10, 20):
+                os.kill(daemon_state(runtime)["pid"], signal.SIGKILL)
+        assert ckpt.save(31).committed(60)
+        assert ckpt.stats.failures == 0
+    assert committed(store_url)[0] == "1.31"
+
+
+def test_a_state_that_grows_moves_to_a_larger_buffer(runtime: Path, store_url: str) -> None:
+    state: dict[str, Any] = {"x": torch.ones(1000), "more": []}
+    with ckptmgr.Checkpointer(store_url, state, every=None) as ckpt:
+        ckpt.save(1).committed(30)
+        state["more"] = [torch.full((500_000,), float(n)) for n in range(4)]
+        ckpt.save(2).committed(30)
+        state["more"].append("y" * 3_000_000)
+        assert ckpt.save(3).committed(30)
+    found = ckptmgr.load(store_url)
+    assert [t.sum().item() for t in found["more"][:4]] == [0.0, 5e5, 1e6, 1.5e6]
+    assert len(found["more"][4]) == 3_000_000
+
+
+def test_a_removed_buffer_is_replaced(runtime: Path, store_url: str) -> None:
+    state = {"x": torch.ones(1000)}
+    with ckptmgr.Checkpointer(store_url, state, every=None) as ckpt:
+        ckpt.save(1).committed(30)
+        for path in (runtime / "buffers").iterdir():
+            path.unlink()
+        pid = daemon_state(runtime)["pid"]
+        os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while _pid_or_none(runtime) in (None, pid):
+            assert time.monotonic() < deadline, "no new daemon"
+            time.sleep(0.05)
+        assert ckpt.save(2).committed(30)
+    assert committed(store_url) == ["1.2", "1.1"]
+
+
+def _pid_or_none(runtime: Path) -> int | None:
+    try:
+        return int(daemon_state(runtime)["pid"])
+    except CkptmgrError:
+        return None
+
+
+def test_an_emptied_store_starts_anew_and_says_so(runtime: Path, tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    run(str(root), 12, crash=True)
+    subprocess.run(["rm", "-rf", str(root)], check=True)
+    training = Training()
+    with (
+        pytest.warns(RuntimeWarning, match="the store was emptied, or is not mounted"),
+        ckptmgr.Checkpointer(root, training.state, every=5) as ckpt,
+    ):
+        assert ckpt.restore() == 0
+        for step in range(1, 7):
+            training.train_one_step(step)
+            ckpt.step(step)
+    assert committed(str(root)) == ["1.5"]
+
+
+def test_damage_falls_back_and_says_so(runtime: Path, tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    run(str(root), 12, every=5)
+    wipe(runtime)
+    for pack in (root / "data/00000001/000000000010").rglob("*.pack"):
+        blob = bytearray(pack.read_bytes())
+        blob[5000] ^= 1
+        pack.write_bytes(blob)
+    training = Training()
+    with ckptmgr.Checkpointer(root, training.state) as ckpt:
+        with pytest.warns(RuntimeWarning, match="fell back to step 5"):
+            assert ckpt.restore() == 5
+        assert ckpt.restored is not None
+        assert ckpt.restored.skipped[0][0] == "1.10"
+    assert training.digest() == uninterrupted(5).digest()
+
+
+def test_too_little_shared_memory_is_an_error_with_a_way_out(
+    runtime: Path, store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs_root()
+    small = runtime / "small"
+    small.mkdir(mode=0o700)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m,mode=0700", "t", small], check=True)
+    try:
+        monkeypatch.setenv("CKPTMGR_RUNTIME_DIR", str(small))
+        with pytest.raises(HostMemoryError, match="shm-size"):
+            ckptmgr.Checkpointer(store_url, {"x": torch.ones(10_000_000)}).__enter__()
+    finally:
+        end_processes_of(small)
+        subprocess.run(["umount", small], check=True)
+
+
+def test_memory_is_freed_after_a_clean_end_and_kept_after_a_crash(
+    runtime: Path, store_url: str
+) -> None:
+    run(store_url, 6, crash=True)
+    assert list((runtime / "buffers").iterdir())
+    run(store_url, 12)
+    deadline = time.monotonic() + 30
+    while list((runtime / "buffers").iterdir()):
+        assert time.monotonic() < deadline, "the buffer of a finished job was not freed"
+        time.sleep(0.05)
