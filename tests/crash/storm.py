@@ -1,4 +1,4 @@
-"""The oracle of the kill storm: starts processes, kills them at aimed instants, judges what is left.
+"""The oracle of the kill storm: starts processes, kills them, judges what is left.
 
 It lives outside every process that is killed. It knows what was acknowledged from the trainer's
 pipe, what host memory holds from peek.py, and what the store holds by reading it.
@@ -38,7 +38,7 @@ INSIDE = {"mid-copy", "mid-seal", "mid-restore", "mid-persist", "mid-commit"}
 Id = tuple[int, int]
 
 
-class Verdict(AssertionError):
+class BrokenPromiseError(AssertionError):
     """A promise was broken."""
 
 
@@ -96,10 +96,9 @@ class Storm:
     # -- processes ----------------------------------------------------------------------------
 
     def environment(self) -> dict[str, str]:
-        tree = str(HERE.parents[1])
         return {
             **os.environ,
-            "PYTHONPATH": tree,
+            "PYTHONPATH": os.pathsep.join(map(str, [HERE.parents[1], HERE.parent])),
             "CKPTMGR_RUNTIME_DIR": str(self.runtime),
             "CKPTMGR_IDLE_SECONDS": "120",
         }
@@ -166,7 +165,9 @@ class Storm:
             if not alive and seen < count:
                 self.judge_events()
                 log = (self.root / "trainer.log").read_text().splitlines()[-15:]
-                raise Verdict("\n".join([f"no {names} from the trainer", *log, *self.tail()]))
+                raise BrokenPromiseError(
+                    "\n".join([f"no {names} from the trainer", *log, *self.tail()])
+                )
         self.judge_events()
 
     def tail(self) -> list[str]:
@@ -194,7 +195,9 @@ class Storm:
         self.trainer = None
         if status != -signal.SIGKILL:
             log = (self.root / "trainer.log").read_text().splitlines()[-15:]
-            raise Verdict("\n".join([f"trainer ended by itself: {status}", *log, *self.tail()]))
+            raise BrokenPromiseError(
+                "\n".join([f"trainer ended by itself: {status}", *log, *self.tail()])
+            )
 
     def kill_daemon(self) -> bool:
         """SIGKILL the daemon and wait for its end; False if there is none."""
@@ -235,12 +238,12 @@ class Storm:
     def judge_restore(self, trainer: Trainer, event: dict[str, Any]) -> None:
         found = tuple(event["id"])
         if event["fault"]:
-            raise Verdict(f"torn or mixed state restored: {event}")
+            raise BrokenPromiseError(f"torn or mixed state restored: {event}")
         if event["skipped"]:
-            raise Verdict(f"a step was skipped: {event}")
+            raise BrokenPromiseError(f"a step was skipped: {event}")
         expected = trainer.expected or (0, 0)
         if found != expected:
-            raise Verdict(
+            raise BrokenPromiseError(
                 "\n".join([f"resumed from {found}, not from {expected}: {event}", *self.tail()])
             )
         self.facts[f"restored from {event['source'] or 'nothing'}"] += 1
@@ -255,24 +258,24 @@ class Storm:
         catalog = Catalog(store)
         try:
             listing = await list_steps(store)
-            commits = [
-                one for one in listing.standing() if (await catalog.decision(one)).committed
-            ]
+            commits = [one for one in listing.standing() if (await catalog.decision(one)).committed]
             newest = max(((s.attempt, s.step) for s in commits), default=None)
             floor = max([*self.acked, *filter(None, [self.latest])], default=None)
             if floor is not None and (newest is None or newest < floor):
-                raise Verdict(f"latest went back to {newest}; {floor} was acknowledged or seen")
+                raise BrokenPromiseError(
+                    f"latest went back to {newest}; {floor} was acknowledged or seen"
+                )
             self.latest = newest
             for one in sorted(self.acked):
                 step = StepId(*one)
                 if step in listing.retired:
                     continue
                 if step not in commits:
-                    raise Verdict(f"acknowledged commit {step} is lost")
+                    raise BrokenPromiseError(f"acknowledged commit {step} is lost")
                 if one not in self.sure:
                     await self.check(catalog, step)
         except CkptmgrError as error:
-            raise Verdict(f"store can not be read: {error}") from error
+            raise BrokenPromiseError(f"store can not be read: {error}") from error
         finally:
             await store.aclose()
 
@@ -284,7 +287,7 @@ class Storm:
         except (MissingObjectError, ObjectNotFoundError) as error:
             damage = [error]
         if damage and step not in (await list_steps(catalog.store)).retired:
-            raise Verdict(f"acknowledged commit {step} is damaged: {damage}")
+            raise BrokenPromiseError(f"acknowledged commit {step} is damaged: {damage}")
         self.facts["acknowledged commits verified"] += 1
         self.sure.add((step.attempt, step.step))
 

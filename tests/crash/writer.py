@@ -12,25 +12,23 @@ import contextlib
 import json
 import os
 import random
+import signal
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from content import content, fault_in, layout_of, values_of  # noqa: E402
-
-from ckptmgr.rank.link import Link, Wanted  # noqa: E402
-from ckptmgr.staging.control import Done, Release, Restore, Restored, Wait, Waited  # noqa: E402
-from ckptmgr.staging.hostbuffer import (  # noqa: E402
+from ckptmgr.rank.link import Link, Wanted
+from ckptmgr.staging.control import Done, Release, Restore, Restored, Wait, Waited
+from ckptmgr.staging.hostbuffer import (
     TAGS_BYTES_MAX,
     HostBuffer,
     table_bytes_needed,
 )
-from ckptmgr.staging.slots import free_slot, superseded_slot  # noqa: E402
-from ckptmgr.types import Outcome, StepId  # noqa: E402
+from ckptmgr.staging.slots import free_slot, superseded_slot
+from ckptmgr.types import Outcome, StepId
+from crash.content import content, fault_in, layout_of, values_of
 
 COPY_PIECES = 64
 ASK_SECONDS = 120.0
@@ -126,6 +124,7 @@ class Trainer:
         live = content(link.attempt, step, self.nbytes).reshape(-1).view(np.uint8)
         values = values_of(link.attempt, step)
         slot = self.slot()
+        link.wait_populated(slot)
         self.tell("copy", step=step)
         writer = link.buffer.begin(slot)
         view = writer.data
@@ -173,15 +172,18 @@ class Trainer:
     def train(self) -> None:
         self.attach()
         first = self.restore() + 1
-        self.link.wait_populated()
         for step in range(first, first + self.options.steps):
             self.save(step)
+            if self.options.linger:
+                continue
             if self.random.random() < 0.5:
                 self.wait(step)
             else:
                 time.sleep(self.random.uniform(0, 0.02))
             self.look()
         self.tell("finished")
+        if self.options.linger:
+            signal.pause()
         self.link.close(clean=False)
 
 
@@ -195,6 +197,7 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name}", required=True)
     for name in ("seed", "mib", "pipe", "keep", "steps"):
         parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--linger", action="store_true", help="save, then wait to be killed")
     return parser.parse_args(arguments)
 
 

@@ -1,0 +1,94 @@
+"""After the trainer's SIGKILL the daemon commits alone, and host memory is enough to resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from crash.peek import slots_below
+from driven import Daemon, Trainer, until
+from rigged import Rig
+
+pytestmark = pytest.mark.reliability
+
+READS = [("get", "data/"), ("get", "man/"), ("get", "commit/")]
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Rig:
+    return Rig(tmp_path)
+
+
+def committed(rig: Rig, step: int, attempt: int = 1) -> bool:
+    return (rig.path / f"commit/{attempt:08d}/{step:012d}").exists()
+
+
+def test_daemon_commits_the_last_snapshot_of_a_killed_trainer(runtime: Path, rig: Rig) -> None:
+    rig.obey(("put_new", "data/00000001/000000000002/", "hold"))
+    environment = rig.environment()
+    with Daemon(runtime, environment=environment) as daemon:
+        with Trainer(runtime, rig.url, steps=2, environment=environment) as trainer:
+            trainer.await_event("finished")
+            until(lambda: rig.asked("put_new", "data/00000001/000000000002/"), "the write began")
+            trainer.kill()
+        daemon.await_event("trainer_died")
+        assert committed(rig, 1)
+        assert not committed(rig, 2)
+        rig.obey()
+        until(lambda: committed(rig, 2), "the daemon commits without a trainer")
+        until(lambda: not any(s.undecided for s in slots_below(runtime)), "it is settled")
+
+
+def test_restart_resumes_from_host_memory_though_the_store_refuses_reads(
+    runtime: Path, rig: Rig
+) -> None:
+    environment = rig.environment()
+    with Daemon(runtime, environment=environment) as daemon:
+        with Trainer(runtime, rig.url, steps=2, environment=environment) as trainer:
+            trainer.await_event("finished")
+        daemon.await_event("committed", 2)
+        rig.obey(*((op, prefix, "refuse") for op, prefix in READS))
+        with Trainer(runtime, rig.url, steps=0, environment=environment) as trainer:
+            restored = trainer.await_event("restored")
+    assert (restored["id"], restored["source"]) == ([1, 2], "memory")
+    assert restored["fault"] == ""
+
+
+def test_restart_of_everything_reads_no_step_from_the_store(runtime: Path, rig: Rig) -> None:
+    """A daemon that has nothing else to do, so that every read would be the restore's."""
+    environment = rig.environment()
+    with Daemon(runtime, environment=environment) as daemon:
+        with Trainer(runtime, rig.url, steps=2, environment=environment) as trainer:
+            trainer.await_event("finished")
+        daemon.await_event("committed", 2)
+    rig.obey(*((op, prefix, "refuse") for op, prefix in READS))
+    before = {read: rig.asked(*read) for read in READS}
+    with (
+        Daemon(runtime, environment=environment),
+        Trainer(runtime, rig.url, steps=0, environment=environment) as trainer,
+    ):
+        restored = trainer.await_event("restored")
+    assert (restored["id"], restored["source"]) == ([1, 2], "memory")
+    assert restored["fault"] == ""
+    assert {read: rig.asked(*read) for read in READS} == before
+
+
+def test_the_refusing_store_would_have_shown_a_read(runtime: Path, rig: Rig) -> None:
+    """The proof above can fail: with host memory lost, the same restart meets the refusal."""
+    environment = rig.environment()
+    with Daemon(runtime, environment=environment) as daemon:
+        with Trainer(runtime, rig.url, steps=2, environment=environment) as trainer:
+            trainer.await_event("finished")
+        daemon.await_event("committed", 2)
+    for path in (runtime / "buffers").iterdir():
+        path.unlink()
+    rig.obey(*((op, prefix, "refuse") for op, prefix in READS))
+    before = rig.asked("get", "commit/")
+    with (
+        Daemon(runtime, environment=environment) as daemon,
+        Trainer(runtime, rig.url, steps=0, environment=environment) as trainer,
+    ):
+        with pytest.raises(AssertionError, match="StorePermissionError"):
+            trainer.await_event("restored")
+        assert rig.asked("get", "commit/") > before

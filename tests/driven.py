@@ -1,0 +1,285 @@
+"""Real daemons and ranks for tests: a daemon in a process of its own, a rank without torch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from ckptmgr.errors import DaemonUnreachableError
+from ckptmgr.rank.link import Link, Wanted
+from ckptmgr.staging.control import (
+    Done,
+    Release,
+    Restore,
+    Restored,
+    Stated,
+    Status,
+    Wait,
+    Waited,
+)
+from ckptmgr.staging.hostbuffer import TAGS_BYTES_MAX, HostBuffer, table_bytes_needed
+from ckptmgr.staging.launch import connect
+from ckptmgr.staging.slots import free_slot
+from ckptmgr.types import Snapshot
+from crash.content import content, fault_in, layout_of, values_of
+
+TREE = Path(__file__).parents[1]
+PYTHON_PATH = os.pathsep.join(map(str, [TREE, TREE / "tests"]))
+PATIENCE_SECONDS = 60.0
+"""Bound of every wait: far above what is ever needed, so that only a hang meets it."""
+
+
+def until(holds: Callable[[], Any], what: str) -> Any:
+    """Wait for something that another process will do; its first true value."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        found = holds()
+        if found:
+            return found
+        assert time.monotonic() < deadline, f"never happened: {what}"
+        time.sleep(0.005)
+
+
+def events_of(log: Path) -> list[dict[str, Any]]:
+    """The JSON lines of a daemon's log; whatever else is in it is left out."""
+    with contextlib.suppress(FileNotFoundError):
+        lines = log.read_text().splitlines()
+        return [json.loads(line) for line in lines if line.startswith("{")]
+    return []
+
+
+class Daemon:
+    """`ckptmgr daemon` as a child; `log` is what it writes to stderr."""
+
+    def __init__(
+        self,
+        runtime: Path,
+        *arguments: str,
+        environment: dict[str, str] | None = None,
+        wait: bool = True,
+    ) -> None:
+        self.runtime = runtime
+        self.log = runtime / "daemon.log"
+        before = len(self.events("started"))
+        environment = {
+            "PYTHONPATH": PYTHON_PATH,
+            **(environment or dict(os.environ)),
+            "CKPTMGR_RUNTIME_DIR": str(runtime),
+        }
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "ckptmgr.cli", "daemon", *arguments],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        if wait:
+            until(lambda: len(self.events("started")) > before or self.gone(), "daemon starts")
+            until(self.answers, "daemon answers")
+
+    def gone(self) -> bool:
+        return self.process.poll() is not None
+
+    def answers(self) -> bool:
+        assert not self.gone(), self.log.read_text()
+        try:
+            connect(self.runtime).close()
+        except DaemonUnreachableError:
+            return False
+        return True
+
+    def events(self, name: str | None = None) -> list[dict[str, Any]]:
+        return [e for e in events_of(self.log) if name in (None, e["event"])]
+
+    def await_event(self, name: str, count: int = 1) -> dict[str, Any]:
+        """Wait for the `count`-th event of a name in the log of this runtime directory."""
+        until(lambda: len(self.events(name)) >= count, f"event {name} in\n{self.log.read_text()}")
+        return self.events(name)[count - 1]
+
+    def status(self) -> dict[str, Any]:
+        with connect(self.runtime) as client:
+            return client.ask(Status(), Stated).state
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        """Signal it and wait for its end; returns its exit status."""
+        self.process.send_signal(number)
+        return self.process.wait(PATIENCE_SECONDS)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+class Rank:
+    """Rank 0 of a job in this process: a Link and states of crash/content.py."""
+
+    def __init__(
+        self,
+        runtime: Path,
+        url: str,
+        *,
+        mib: int = 1,
+        codec: str = "none",
+        keep: int = 3,
+        slots: int = 2,
+    ) -> None:
+        self.nbytes = mib << 20
+        layout, _ = layout_of(self.nbytes)
+        table = table_bytes_needed(len(layout), len(values_of(0, 0)) + TAGS_BYTES_MAX)
+        self.link = Link(runtime, Wanted(url, 0, 1, slots, codec, keep, table, self.nbytes))
+
+    @property
+    def attempt(self) -> int:
+        return self.link.attempt
+
+    @property
+    def buffer(self) -> HostBuffer:
+        return self.link.buffer
+
+    def free_slot(self) -> int:
+        """A slot that may be written; waits for the daemon to free one."""
+
+        def look() -> int | None:
+            sealed = [(s, self.buffer.outcome(s)) for s in self.buffer.snapshots()]
+            found = free_slot(self.buffer.capacity.slots, sealed)
+            return None if found is None else found + 1
+
+        return int(until(look, "a slot is free")) - 1
+
+    def seal(self, step: int, slot: int | None = None) -> Snapshot:
+        """Copy and seal the state of a step; the daemon is not told."""
+        chosen = self.free_slot() if slot is None else slot
+        writer = self.buffer.begin(chosen)
+        view = writer.data
+        state = content(self.attempt, step, self.nbytes)
+        np.frombuffer(view, np.uint8)[: self.nbytes] = state.reshape(-1).view(np.uint8)
+        view.release()
+        layout, layout_hash = layout_of(self.nbytes)
+        return writer.seal(
+            attempt=self.attempt,
+            nonce=self.link.nonce,
+            rank=0,
+            world=1,
+            step=step,
+            layout=layout,
+            layout_hash=layout_hash,
+            values=values_of(self.attempt, step),
+            tags={"attempt": self.attempt, "step": step},
+            data_bytes=self.nbytes,
+            stall_seconds=0.001,
+        )
+
+    def save(self, step: int, slot: int | None = None) -> Snapshot:
+        """Seal a step and tell the daemon."""
+        sealed = self.seal(step, slot)
+        self.link.sealed()
+        return sealed
+
+    def wait(self, step: int, seconds: float = PATIENCE_SECONDS) -> Waited:
+        return self.link.ask(Wait(step, seconds), Waited, seconds + PATIENCE_SECONDS)
+
+    def restore(self, request: Restore | None = None) -> Restored:
+        """Ask for a step, check it bit by bit, and release it."""
+        reply = self.link.ask(request or Restore(), Restored, PATIENCE_SECONDS)
+        if reply.attempt:
+            self.check(reply)
+        self.link.ask(Release(), Done)
+        return reply
+
+    def check(self, reply: Restored) -> None:
+        if Path(reply.path) == self.buffer.path:
+            check_slot(self.buffer, reply)
+            return
+        with HostBuffer.open(Path(reply.path)) as other:
+            check_slot(other, reply)
+
+    def close(self, *, clean: bool = False) -> None:
+        self.link.close(clean=clean)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def check_slot(buffer: HostBuffer, reply: Restored) -> None:
+    """Every bit of a restored slot is that of its step."""
+    snapshot = buffer.snapshot(reply.slot)
+    assert snapshot is not None
+    assert (snapshot.attempt, snapshot.step) == (reply.attempt, reply.step)
+    table = buffer.table(snapshot)
+    view = buffer.data(reply.slot)
+    found = bytes(view[: snapshot.data_bytes])
+    view.release()
+    assert not fault_in(found, reply.attempt, reply.step, snapshot.data_bytes)
+    assert table.values == values_of(reply.attempt, reply.step)
+    assert table.tags == {"attempt": reply.attempt, "step": reply.step}
+
+
+class Trainer:
+    """crash/writer.py as a child: saves `steps` steps, then waits to be killed."""
+
+    def __init__(
+        self, runtime: Path, url: str, *, steps: int, environment: dict[str, str], mib: int = 1
+    ) -> None:
+        read, write = os.pipe()
+        options = {
+            "runtime": runtime,
+            "url": url,
+            "codec": "none",
+            "seed": 1,
+            "mib": mib,
+            "keep": 3,
+            "pipe": write,
+            "steps": steps,
+        }
+        self._log = runtime / "trainer.log"
+        with self._log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [
+                    sys.executable,
+                    str(TREE / "tests/crash/writer.py"),
+                    "--linger",
+                    *(f"--{name}={value}" for name, value in options.items()),
+                ],
+                env={**environment, "CKPTMGR_RUNTIME_DIR": str(runtime)},
+                pass_fds=[write],
+                stdout=log,
+                stderr=log,
+            )
+        os.close(write)
+        self._lines = os.fdopen(read, "r")
+
+    def await_event(self, name: str) -> dict[str, Any]:
+        """Read on until the trainer tells an event of this name."""
+        for line in self._lines:
+            event: dict[str, Any] = json.loads(line)
+            if event["event"] == name:
+                return event
+        raise AssertionError(f"no {name}:\n{self._log.read_text()}")
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self._lines.close()

@@ -1,0 +1,133 @@
+"""A store that tests rig from outside the daemon: a local store that obeys rules.
+
+The rules are a JSON file beside the store, read before every operation; every operation is written
+to a log beside it before it is carried out. A daemon finds it as it finds any plugin: by an entry
+point of an installed distribution.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ckptmgr.errors import StoreFullError, StorePermissionError, StoreUnreachableError
+from ckptmgr.store.base import Buffers, PutResult, Store
+from ckptmgr.store.local import LocalStore
+
+T = TypeVar("T")
+
+LOOK_SECONDS = 0.005
+
+
+class RiggedStore(Store):
+    """A local store; `refuse`, `full` and `dead` fail, `hold` waits."""
+
+    durable_on_return = LocalStore.durable_on_return
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._path = Path(url.removeprefix("rigged://"))
+        self._inner = LocalStore(str(self._path))
+
+    @property
+    def url(self) -> str:
+        return self._url
+
+    async def put_new(self, key: str, buffers: Buffers) -> PutResult:
+        return await self._obey("put_new", key, lambda: self._inner.put_new(key, buffers))
+
+    async def get(
+        self,
+        key: str,
+        offset: int = 0,
+        length: int | None = None,
+        into: memoryview | None = None,
+    ) -> memoryview:
+        return await self._obey("get", key, lambda: self._inner.get(key, offset, length, into))
+
+    async def list(self, prefix: str) -> list[str]:
+        return await self._obey("list", prefix, lambda: self._inner.list(prefix))
+
+    async def delete(self, key: str) -> None:
+        await self._obey("delete", key, lambda: self._inner.delete(key))
+
+    async def make_durable(self, key: str) -> None:
+        await self._obey("make_durable", key, lambda: self._inner.make_durable(key))
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+    async def _obey(self, operation: str, key: str, work: Callable[[], Awaitable[T]]) -> T:
+        log(self._path, f"{operation} {key}")
+        while (rule := rule_for(self._path, operation, key)) is not None:
+            if rule == "refuse":
+                raise StorePermissionError("is refused by the test", subject=key)
+            if rule == "dead":
+                raise StoreUnreachableError("is dead by the test's will", subject=key)
+            if rule == "full":
+                raise StoreFullError("is full by the test's will", subject=key)
+            await asyncio.sleep(LOOK_SECONDS)
+        return await work()
+
+
+def log(store: Path, line: str) -> None:
+    fd = os.open(f"{store}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.write(fd, line.encode() + b"\n")
+    os.close(fd)
+
+
+def rule_for(store: Path, operation: str, key: str) -> str | None:
+    """What to do with an operation; None to carry it out."""
+    try:
+        rules = json.loads(Path(f"{store}.rules").read_bytes())
+    except FileNotFoundError:
+        return None
+    for found, prefix, action in rules:
+        if found in (operation, "*") and key.startswith(prefix):
+            return str(action)
+    return None
+
+
+class Rig:
+    """The test's end: rules to set, a log to read, and what a process needs to find the plugin."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / "store"
+        self.url = f"rigged://{self.path}"
+        self.file_url = f"file://{self.path}"
+        self._site = directory / "site"
+        info = self._site / "rigged-1.0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: rigged\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text("[ckptmgr.stores]\nrigged = rigged:RiggedStore\n")
+
+    @property
+    def python_path(self) -> str:
+        """Where a process finds the distribution, this module, and the tree."""
+        here = Path(__file__).parent
+        return os.pathsep.join([str(self._site), str(here), str(here.parent)])
+
+    def obey(self, *rules: tuple[str, str, str]) -> None:
+        """Replace the rules: (operation or '*', key prefix, 'refuse', 'full', 'dead' or 'hold')."""
+        temporary = Path(f"{self.path}.rules.new")
+        temporary.write_text(json.dumps(rules))
+        temporary.rename(f"{self.path}.rules")
+
+    def operations(self) -> list[tuple[str, str]]:
+        """Every operation so far, those that were refused too."""
+        try:
+            lines = Path(f"{self.path}.log").read_text().splitlines()
+        except FileNotFoundError:
+            return []
+        return [(line.partition(" ")[0], line.partition(" ")[2]) for line in lines]
+
+    def asked(self, operation: str, prefix: str) -> int:
+        """How often an operation on keys of a prefix was asked for."""
+        return sum(op == operation and key.startswith(prefix) for op, key in self.operations())
+
+    def environment(self, **more: Any) -> dict[str, str]:
+        return {**os.environ, "PYTHONPATH": self.python_path, **more}
