@@ -10,7 +10,7 @@ import asyncio
 import json
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +21,18 @@ import xxhash
 
 from ckptmgr.config import BUDGET_BYTES, CHUNK_BYTES
 from ckptmgr.daemon.pipeline import Pipeline, Source
-from ckptmgr.daemon.resume import claim_attempt, parent_of, publish_have, put_active
+from ckptmgr.daemon.resume import (
+    claim_attempt,
+    decide_resume,
+    parent_of,
+    publish_have,
+    put_active,
+)
+from ckptmgr.daemon.retain import collect
 from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.catalog import Catalog
-from ckptmgr.repository.commit import Decision, commit_step
+from ckptmgr.repository.commit import Decision, abort_step, commit_step
+from ckptmgr.repository.hold import put_hold
 from ckptmgr.staging.hostbuffer import (
     Capacity,
     HostBuffer,
@@ -186,6 +194,20 @@ async def save_steps(
     ]
 
 
+async def save_every_kind(store: Store) -> list[SavedStep]:
+    """A store with every kind of object; returns the two steps that stand, older first.
+
+    Of attempt 1, step 10 is retired, 20 held, 25 aborted, 30 verified; attempt 2 has resumed.
+    """
+    saved = await save_steps(store, (10, 20, 30))
+    await collect(Catalog(store), BufferPool(BUDGET_BYTES), 2)
+    await abort_step(store, StepId(1, 25), "given up by the test")
+    await put_hold(store, saved[1].id, "test", "for the test")
+    attempt, _ = await claim_attempt(store, 1, "")
+    await decide_resume(store, attempt, 0, saved[2].id)
+    return saved[1:]
+
+
 async def objects_of(store: Store) -> Objects:
     """Every object of a store."""
     return {key: bytes(await store.get(key)) for key in await store.list("")}
@@ -204,13 +226,13 @@ def memory_store(objects: Mapping[str, bytes | bytearray]) -> MemoryStore:
 
 
 def made_in_memory(
-    steps: tuple[int, ...] = STEPS, codec: str = "planes"
+    make: Callable[[Store], Awaitable[list[SavedStep]]] = save_steps,
 ) -> tuple[list[SavedStep], Objects]:
-    """Steps saved into a memory store, and its objects."""
+    """What `make` saves into a memory store, and all objects of the store."""
 
     async def main() -> tuple[list[SavedStep], Objects]:
         store = memory_store({})
-        return await save_steps(store, steps, codec), await objects_of(store)
+        return await make(store), await objects_of(store)
 
     return asyncio.run(main())
 

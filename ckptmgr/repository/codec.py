@@ -126,8 +126,9 @@ def _decode_planes(stored: memoryview, raw: memoryview, subject: str) -> None:
         raise ChunkDamagedError(f"has byte planes of {itemsize} bytes", subject=subject)
     if rest_at + count * (itemsize - 1) != len(stored):
         raise ChunkDamagedError("has byte planes of another length", subject=subject)
-    elements = np.frombuffer(raw, np.uint8).reshape(-1, itemsize)
     top = _decompress(stored[_PLANES_HEAD.size : rest_at], count, subject)
+    # From here on nothing fails: an error would keep these arrays, and so the memory, alive.
+    elements = np.frombuffer(raw, np.uint8).reshape(-1, itemsize)
     elements[:, -1] = np.frombuffer(top, np.uint8)
     elements[:, :-1] = np.frombuffer(stored[rest_at:], np.uint8).reshape(-1, itemsize - 1)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,12 @@ def safetensors_header(leaves: tuple[Leaf, ...], notes: dict[str, str]) -> bytes
     entries: dict[str, Any] = {"__metadata__": notes}
     at = 0
     for leaf in leaves:
+        if leaf.path in entries:
+            raise UnsupportedLeafError(
+                "safetensors has one tensor of a name, and none of this one",
+                subject=leaf.path,
+                hint="Use --format torch.",
+            )
         if leaf.dtype not in SAFETENSORS_DTYPES or leaf.global_shape is not None:
             raise UnsupportedLeafError(
                 f"safetensors has no {leaf.dtype}", subject=leaf.path, hint="Use --format torch."
@@ -125,17 +132,40 @@ async def write_safetensors(
     plan = plan_leaves(manifest, leaves)
     path = directory / "state.safetensors"
     with path.open("x+b") as file:
-        os.ftruncate(file.fileno(), len(header) + plan.target_bytes)
-        with mmap.mmap(file.fileno(), 0) as mapped, memoryview(mapped) as view:
-            view[: len(header)] = header
-            with view[len(header) :] as target:
+        _take_space(file.fileno(), len(header) + plan.target_bytes, path)
+        mapped = mmap.mmap(file.fileno(), 0)
+        try:
+            with memoryview(mapped) as view, view[len(header) :] as target:
+                view[: len(header)] = header
                 await fetch(store, plan, target, pool, progress)
             mapped.flush()
+        finally:
+            # A read that was cancelled may hold a piece until its call into the kernel ends.
+            with suppress(BufferError):
+                mapped.close()
     _check_header(path, leaves)
     values = directory / "values.json"
     async with aiofiles.open(values, "x") as text:
         await text.write(json.dumps(readable_values(manifest), indent=1))
     return [path, values]
+
+
+def _take_space(descriptor: int, nbytes: int, path: Path) -> None:
+    """Give the file its length and its blocks: a disk that is full under a mapping kills us.
+
+    Raises:
+        CkptmgrError: there is no room.
+    """
+    try:
+        os.posix_fallocate(descriptor, 0, nbytes)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise CkptmgrError(
+                f"{nbytes >> 20} MiB can not be written: {error.strerror}",
+                subject=str(path.parent),
+                hint="Free space, or give --to a directory on another disk.",
+            ) from error
+        os.ftruncate(descriptor, nbytes)
 
 
 def _check_header(path: Path, leaves: tuple[Leaf, ...]) -> None:

@@ -10,7 +10,15 @@ from typing import Any
 from ckptmgr.errors import DamageError, ObjectNotFoundError, StoreError, StoreUnreachableError
 from ckptmgr.repository import keys
 from ckptmgr.repository.catalog import Hold, Retired, Verified
-from ckptmgr.repository.commit import Active, Claim, Decision, Have, Resume, read_record
+from ckptmgr.repository.commit import (
+    Active,
+    Claim,
+    Decision,
+    Format,
+    Have,
+    Resume,
+    read_record,
+)
 from ckptmgr.repository.manifest import read_manifest
 from ckptmgr.repository.pack import check_pack_header
 from ckptmgr.repository.record import Kind, unseal
@@ -21,6 +29,7 @@ from ckptmgr.types import PAGE_BYTES, StepId
 _READS_AT_ONCE = 16
 
 _TYPES: dict[str, tuple[Kind, type[Any]]] = {
+    "format": (Kind.FORMAT, Format),
     "claim": (Kind.CLAIM, Claim),
     "active": (Kind.ACTIVE, Active),
     "have": (Kind.HAVE, Have),
@@ -31,7 +40,8 @@ _TYPES: dict[str, tuple[Kind, type[Any]]] = {
     "verified": (Kind.VERIFIED, Verified),
 }
 _NAME = re.compile(
-    r"attempts/[0-9]{8}/(claim|active|have/[^/]+|resume/[0-9]{4})"
+    r"format"
+    r"|attempts/[0-9]{8}/(claim|active|have/[^/]+|resume/[0-9]{4})"
     r"|(commit|retired|verified)/[0-9]{8}/[0-9]{12}"
     r"|holds/[0-9]{8}/[0-9]{12}/[^/]+"
     r"|man/[0-9]{8}/[0-9]{12}/[0-9]{6}"
@@ -42,8 +52,8 @@ _PREFIXES = ("data/", "man/", "commit/", "verified/", "retired/", "holds/", "att
 
 
 async def list_objects(store: Store) -> list[str]:
-    """Every key below the prefixes of the format, save `tags/`, which is reserved."""
-    return [key for prefix in _PREFIXES for key in await store.list(prefix)]
+    """Every key of the format, save those of `tags/`, which is reserved; `format` comes last."""
+    return [key for prefix in _PREFIXES for key in await store.list(prefix)] + [keys.FORMAT]
 
 
 async def verify_records(store: Store, found: Iterable[str]) -> list[Damage]:

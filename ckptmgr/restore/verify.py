@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ from ckptmgr.errors import (
     StoreError,
     StoreUnreachableError,
 )
-from ckptmgr.repository.budget import BufferPool
+from ckptmgr.repository.budget import BufferPool, in_thread
 from ckptmgr.repository.catalog import Catalog
 from ckptmgr.repository.chunk import Chunk, hash_of
 from ckptmgr.repository.codec import Codec, decode
@@ -113,7 +112,7 @@ async def _verify_pack(
         except StoreError as error:
             return [Damage(key, 0, error.message)]
         progress(nbytes)
-        return damage + await asyncio.to_thread(_check_pack, manifest, index, lease[:nbytes])
+        return damage + await in_thread(_check_pack, manifest, index, lease[:nbytes])
 
 
 async def verify_end(store: Store, key: str, nbytes: int) -> list[Damage]:
