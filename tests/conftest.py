@@ -5,43 +5,13 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from ckptmgr.config import open_private_dir
-
-
-def needs_root() -> None:
-    """Skip the calling test, with the reason in the summary, where it is not run by root."""
-    if os.getuid() != 0:
-        pytest.skip("NEEDS ROOT: not checked in this run; run the suite as root to check it")
-
-
-def owners_of(directory: Path) -> set[int]:
-    """Pids of the processes that hold a file of `directory` open or mapped, without our own."""
-    found = set()
-    prefix = f"{directory}/"
-    for proc in Path("/proc").glob("[0-9]*"):
-        try:
-            links = [os.readlink(link) for link in (proc / "fd").iterdir()]
-            maps = (proc / "maps").read_text()
-        except OSError:
-            continue  # it ended while we looked, or it is not ours
-        if prefix in maps or any(link.startswith(prefix) for link in links):
-            found.add(int(proc.name))
-    return found - {os.getpid()}
-
-
-def end_processes_of(directory: Path) -> None:
-    """SIGKILL, by pid, whatever still runs on the runtime directory of a test."""
-    for pid in owners_of(directory):
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+from processes import end_processes_of
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import needs_root
+from processes import needs_root
 
 MIB = 1 << 20
 BLOCK_BYTES = 4096

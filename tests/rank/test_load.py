@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_checkpointer import run
-from training import Training, uninterrupted
+from training import Training, run, uninterrupted
 
 import ckptmgr
 from ckptmgr.errors import NothingToRestoreError, StateMismatchError

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+
+import ckptmgr
+from ckptmgr.rank.handle import RestoredStep
+
+STEPS = 24
 
 
 class Batches:
@@ -37,6 +45,7 @@ class Training:
 
     model: nn.Module = field(init=False)
     losses: dict[int, str] = field(default_factory=dict)
+    resumed: RestoredStep | None = None
 
     def __post_init__(self) -> None:
         torch.manual_seed(1)
@@ -91,3 +100,43 @@ def uninterrupted(steps: int) -> Training:
     for step in range(1, steps + 1):
         training.train_one_step(step)
     return training
+
+
+def command(*arguments: str) -> str:
+    """Run `ckptmgr` and return what it prints."""
+    line = [sys.executable, "-m", "ckptmgr.cli", *arguments]
+    return subprocess.run(line, check=True, capture_output=True, text=True).stdout
+
+
+class CrashError(Exception):
+    """Stands for whatever ends a training."""
+
+
+def run(url: str, until: int, *, every: int = 5, crash: bool = False, **options: Any) -> Training:
+    """Train to `until`, resuming first; leave by an exception if `crash`."""
+    training = Training()
+    try:
+        with ckptmgr.Checkpointer(url, training.state, every=every, **options) as ckpt:
+            step = ckpt.restore()
+            for number in range(step + 1, until + 1):
+                loss = training.train_one_step(number)
+                handle = ckpt.step(number, tags={"loss": loss})
+                if handle is not None:
+                    handle.committed(30)
+            if crash:
+                raise CrashError
+    except CrashError:
+        pass
+    training.resumed = ckpt.restored
+    return training
+
+
+def ls(url: str) -> list[dict[str, Any]]:
+    """What `ckptmgr ls --json` says."""
+    found: list[dict[str, Any]] = json.loads(command("ls", url, "--json"))
+    return found
+
+
+def committed(url: str) -> list[str]:
+    """The steps that can be restored, newest first."""
+    return [row["id"] for row in ls(url) if row["state"] in ("committed", "verified")]

@@ -25,7 +25,7 @@ from ckptmgr.store import local, posix
 from ckptmgr.store.base import PutResult, Store
 from ckptmgr.store.local import LocalStore
 from ckptmgr.testing import StoreSuite
-from conftest import needs_root
+from processes import needs_root
 
 
 class TestPromises(StoreSuite):

@@ -26,7 +26,7 @@ from ckptmgr.store import local
 from ckptmgr.store.base import PutResult
 from ckptmgr.store.local import LocalStore
 from ckptmgr.store.posix import store_error
-from conftest import needs_root
+from processes import needs_root
 from scale import scaled
 
 WRITER = Path(__file__).with_name("killed_writer.py")
