@@ -53,6 +53,9 @@ owner has put to another use."""
 TEMPORARIES = ".tmp"
 """Directory of unfinished objects; no key can name it, for its first character is a dot."""
 
+LEFTOVER_SECONDS = 24 * 3600.0
+"""Age at which an unfinished object is taken for a dead writer's: no put takes so long."""
+
 T = TypeVar("T")
 Work = Callable[["_Call[Any]"], T]
 
@@ -132,6 +135,7 @@ class LocalStore(Store):
         self._hung: set[_Call[Any]] = set()
         self._bounce = threading.local()
         self._direct = True
+        self._swept = False
 
     @property
     def url(self) -> str:
@@ -234,6 +238,9 @@ class LocalStore(Store):
             self._tree.directory(parts[:-1], durable=True, make=True) as directory,
             self._tree.directory([TEMPORARIES], durable=False, make=True) as temporaries,
         ):
+            if not self._swept:
+                self._swept = True
+                self._sweep(call, time.time() - LEFTOVER_SECONDS)
             try:
                 self._write(call, name, temporaries, buffers)
                 call.check()

@@ -437,3 +437,19 @@ async def test_an_unmounted_store_is_not_written_to_the_disk_below(
     finally:
         subprocess.run(["umount", mount_point], check=False)
         await store.aclose()
+
+
+async def test_leftovers_of_dead_writers_go_with_the_first_put(tmp_path: Path) -> None:
+    temporaries = tmp_path / ".tmp"
+    temporaries.mkdir(mode=0o700)
+    old, young = temporaries / "old", temporaries / "young"
+    for path in (old, young):
+        path.write_bytes(b"half an object")
+    os.utime(old, (0, 0))
+    store = LocalStore(str(tmp_path))
+    try:
+        await store.put_new("a/b", [memoryview(b"x")])
+    finally:
+        await store.aclose()
+    assert not old.exists()
+    assert young.exists()
