@@ -137,7 +137,8 @@ def host_buffer(url: str, data_bytes: int, slots: int = 2) -> Iterator[HostBuffe
     directory.mkdir(mode=0o700)
     capacity = Capacity(slots, TABLE_BYTES, round_up(max(data_bytes, 1), PAGE_BYTES))
     try:
-        with HostBuffer.create(directory, Binding(url, 0, 1), capacity) as buffer:
+        binding = Binding(url, 0, 1, codec="planes", keep=2)
+        with HostBuffer.create(directory, binding, capacity) as buffer:
             yield buffer
     finally:
         shutil.rmtree(directory)

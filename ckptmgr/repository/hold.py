@@ -64,6 +64,13 @@ async def release_hold(store: Store, step: StepId, hold_id: str) -> None:
     await store.delete(keys.hold(step, hold_id))
 
 
+async def _release_perhaps(store: Store, step: StepId, hold_id: str) -> None:
+    """Whether the hold was put is not known; left there, it would keep the step's data for long."""
+    with suppress(StoreError, TimeoutError):
+        async with asyncio.timeout(STORE_TIMEOUT_SECONDS):
+            await release_hold(store, step, hold_id)
+
+
 @asynccontextmanager
 async def held_step(store: Store, step: StepId) -> AsyncIterator[None]:
     """Keep retention away from a step while it is read.
@@ -79,11 +86,9 @@ async def held_step(store: Store, step: StepId) -> AsyncIterator[None]:
         # Reading must not need a store that can be written: it is then that people restore.
         # Without a hold, a step that is retired meanwhile reads as damage.
         held = False
+        await _release_perhaps(store, step, hold_id)
     except BaseException:
-        # Whether it was put is not known; left there, it would keep the step's data for ever.
-        with suppress(StoreError, TimeoutError):
-            async with asyncio.timeout(STORE_TIMEOUT_SECONDS):
-                await release_hold(store, step, hold_id)
+        await _release_perhaps(store, step, hold_id)
         raise
     try:
         yield
