@@ -8,6 +8,9 @@ from enum import Enum, IntEnum
 
 import msgspec
 
+MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for bytes that are not the message they should be."""
+
 PAGE_BYTES = 4096
 """Alignment of everything that may be written with O_DIRECT or registered for RDMA."""
 

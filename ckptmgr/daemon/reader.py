@@ -30,6 +30,7 @@ from ckptmgr.errors import (
     RegisterConflictError,
 )
 from ckptmgr.repository import keys
+from ckptmgr.repository.budget import in_thread
 from ckptmgr.repository.catalog import standing_steps
 from ckptmgr.repository.commit import FROM_SCRATCH
 from ckptmgr.repository.hold import held_step
@@ -245,6 +246,8 @@ class Reader:
             len(manifest.layout), len(manifest.values) + TAGS_BYTES_MAX
         )
         buffer, slot = self._room(session, table_bytes, layout.data_bytes)
+        # A store into a hole of a full tmpfs would kill this process.
+        await in_thread(buffer.populate, slot)
         writer = buffer.begin(slot)
         data = writer.data
         try:

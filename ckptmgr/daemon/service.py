@@ -22,7 +22,7 @@ from ckptmgr.daemon.pipeline import Pipeline
 from ckptmgr.daemon.reader import Reader
 from ckptmgr.daemon.requests import Requests
 from ckptmgr.daemon.writer import Writer
-from ckptmgr.errors import CkptmgrError, DaemonError
+from ckptmgr.errors import CkptmgrError, DaemonError, UsageError
 from ckptmgr.metrics import Metrics
 from ckptmgr.repository.budget import BufferPool
 from ckptmgr.staging import control
@@ -30,6 +30,9 @@ from ckptmgr.staging.inbox import LOCK, SOCKET, InboxWatch, prepare, take_ticket
 
 FETCHED = "fetched"
 _SIGTERM_DRAIN_SECONDS = 60.0
+
+URL_CHARS_MAX = 2048
+"""Every job's URL is in the reply to `status`, whose length is bounded."""
 
 LOOK_SECONDS_MAX = 2.0
 """How often the daemon looks for buffers to free and for idleness: nothing waits for it."""
@@ -152,8 +155,10 @@ class Service:
         """The job of a store URL, opened when first needed.
 
         Raises:
-            UsageError: the URL names no store.
+            UsageError: the URL names no store, or does not fit into a host buffer's header.
         """
+        if len(url) > URL_CHARS_MAX:
+            raise UsageError(f"has more than {URL_CHARS_MAX} characters", subject=url[:80] + "...")
         if url not in self.jobs:
             self.jobs[url] = Job.open(
                 url, self.metrics, self.pool, self.settings.store_timeout_seconds

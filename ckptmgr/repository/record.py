@@ -11,6 +11,7 @@ import msgspec
 import zstandard
 
 from ckptmgr.errors import RecordDamagedError, UnsupportedFormatError
+from ckptmgr.types import MALFORMED
 
 MAGIC = b"\x89CKPT\r\n\x1a"
 VERSION = 1
@@ -127,5 +128,5 @@ def _decode(key: str, raw: bytes | memoryview, type_: type[T], *, packed: bool) 
         if packed:
             return msgspec.msgpack.decode(raw, type=type_)
         return msgspec.json.decode(raw, type=type_)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except MALFORMED as error:
         raise RecordDamagedError(f"has a malformed payload: {error}", subject=key) from error

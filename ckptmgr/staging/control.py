@@ -20,6 +20,7 @@ import msgspec
 from ckptmgr import errors
 from ckptmgr.config import CONTROL_FRAME_BYTES_MAX, CONTROL_TIMEOUT_SECONDS
 from ckptmgr.errors import ControlProtocolError, DaemonError, DaemonUnreachableError
+from ckptmgr.types import MALFORMED
 
 PROTOCOL = 1
 """Version of these messages: a daemon outlives the installation that it was started from."""
@@ -232,7 +233,7 @@ class Client:
             raise DaemonUnreachableError(
                 f"does not answer: {error.strerror or error}", subject=str(self.path)
             ) from error
-        except msgspec.MsgspecError as error:
+        except MALFORMED as error:
             raise ControlProtocolError(f"malformed reply: {error}") from error
         if isinstance(reply, Failed):
             _raise(reply)
@@ -299,7 +300,7 @@ async def read_request(reader: asyncio.StreamReader) -> Request | None:
         return _requests.decode(await reader.readexactly(length))
     except (asyncio.IncompleteReadError, ConnectionError):
         return None
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except MALFORMED as error:
         raise ControlProtocolError(f"malformed request: {error}") from error
 
 

@@ -24,7 +24,7 @@ import xxhash
 
 from ckptmgr.errors import HostBufferDamagedError, HostMemoryError, TornSnapshotError
 from ckptmgr.staging.sharedmap import SharedMap, memory_barrier
-from ckptmgr.types import PAGE_BYTES, Binding, Outcome, SlotState, Snapshot, Tags
+from ckptmgr.types import MALFORMED, PAGE_BYTES, Binding, Outcome, SlotState, Snapshot, Tags
 
 MAGIC = b"CKPTHB\r\n"
 VERSION = 1
@@ -103,7 +103,10 @@ class HostBuffer:
         self._map = mapped
         self.id = bytes(mapped.view[32:48]).hex()
         length = struct.unpack_from("<I", mapped.view, 48)[0]
-        self.binding = _decode_binding(mapped.view[_BINDING_AT : _BINDING_AT + length])
+        try:
+            self.binding = _decode_binding(mapped.view[_BINDING_AT : _BINDING_AT + length])
+        except MALFORMED as error:
+            raise HostBufferDamagedError("has no readable binding", subject=str(path)) from error
         self._words = mapped.view.cast("Q")
 
     # -- life ---------------------------------------------------------------------------------
@@ -138,7 +141,13 @@ class HostBuffer:
         fd = os.open(temporary, flags, 0o600)
         try:
             os.ftruncate(fd, capacity.file_bytes)
-            os.pwrite(fd, page, 0)
+            # The daemon's page too: a store into a hole of a full tmpfs would kill the daemon.
+            os.pwrite(fd, page.ljust(_SLOTS_AT, b"\0"), 0)
+        except OSError as error:
+            os.unlink(temporary)
+            raise HostMemoryError(
+                f"can not be made: {error.strerror}", subject=str(temporary)
+            ) from error
         finally:
             os.close(fd)
         os.rename(temporary, path)  # the name appears only when the header is whole
@@ -256,6 +265,7 @@ class HostBuffer:
         if state is not SlotState.SEALED:
             return None
         at = self.slot_at(slot)
+        reserved = bytes(self._map.view[at + 8 : at + _SEALED_AT])
         record = bytes(self._map.view[at + _SEALED_AT : at + _SEALED_HASH_AT])
         digest = bytes(self._map.view[at + _SEALED_HASH_AT : at + _SEALED_HASH_AT + 16])
         memory_barrier()
@@ -264,6 +274,7 @@ class HostBuffer:
         fields = _SEALED.unpack(record)
         inside = (
             fields[0] == generation
+            and not any(reserved)
             and table_bytes_needed(fields[6], fields[7]) <= self.capacity.table_bytes
             and fields[8] <= self.capacity.data_bytes
         )
@@ -320,7 +331,7 @@ class HostBuffer:
             )
         try:
             tags, plain = _decode_values(values)
-        except msgspec.MsgspecError as error:
+        except MALFORMED as error:
             raise HostBufferDamagedError(
                 f"values can not be read: {error}", subject=str(self.path)
             ) from error
@@ -474,7 +485,9 @@ def _read_header(fd: int, path: Path) -> Capacity:
         raise HostBufferDamagedError(f"has version {version}, not {VERSION}", subject=str(path))
     binding = page[_BINDING_AT : _BINDING_AT + min(length, PAGE_BYTES)]
     hashed = page[:_HEADER_HASH_AT] + binding
-    if xxhash.xxh3_128_digest(hashed) != page[_HEADER_HASH_AT : _HEADER_HASH_AT + 16]:
+    reserved = page[_HEADER_HASH_AT + 16 : _BINDING_AT]
+    digest = page[_HEADER_HASH_AT : _HEADER_HASH_AT + 16]
+    if xxhash.xxh3_128_digest(hashed) != digest or any(reserved):
         raise HostBufferDamagedError("has a damaged header", subject=str(path))
     capacity = Capacity(slots, table_bytes, data_bytes)
     if found.st_size != capacity.file_bytes:

@@ -19,13 +19,22 @@ SOCKET = "control.sock"
 LOCK = "daemon.lock"
 LOG = "daemon.log"
 
+_SOCKET_PATH_BYTES_MAX = 107  # sun_path of unix(7), without its final zero
+
 
 def prepare(runtime: Path) -> None:
     """Make (or check) the runtime directory and the two directories in it.
 
     Raises:
-        HostMemoryError: one of them is not a private directory of this user.
+        HostMemoryError: one of them is not a private directory of this user, or the path is
+            longer than the name of a socket may be.
     """
+    if len(os.fsencode(runtime / SOCKET)) > _SOCKET_PATH_BYTES_MAX:
+        raise HostMemoryError(
+            "is too long a path for a control socket",
+            subject=str(runtime),
+            hint="Set CKPTMGR_RUNTIME_DIR to a shorter path on tmpfs.",
+        )
     for path in (runtime, runtime / BUFFERS, runtime / INBOX):
         open_private_dir(path)
 

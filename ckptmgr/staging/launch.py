@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from ckptmgr.config import START_SECONDS_MAX
-from ckptmgr.errors import DaemonUnreachableError
+from ckptmgr.errors import DaemonUnreachableError, HostMemoryError
 from ckptmgr.staging.control import Client
 from ckptmgr.staging.inbox import LOG, SOCKET, prepare
 
@@ -60,7 +60,12 @@ def _start(runtime: Path) -> subprocess.Popen[bytes]:
     path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
     environ = {**os.environ, "PYTHONPATH": path, "CKPTMGR_RUNTIME_DIR": str(runtime)}
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-    log = os.open(runtime / LOG, flags, 0o600)
+    try:
+        log = os.open(runtime / LOG, flags, 0o600)
+    except OSError as error:
+        raise HostMemoryError(
+            f"log can not be opened: {error.strerror}", subject=str(runtime / LOG)
+        ) from error
     try:
         # A session of its own: Ctrl-C and a scheduler's signals to the job do not reach it.
         return subprocess.Popen(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from ckptmgr.errors import HostBufferDamagedError
-from ckptmgr.types import PAGE_BYTES, Layout
+from ckptmgr.types import MALFORMED, PAGE_BYTES, Layout
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_layout = msgspec.msgpack.Decoder(Layout).decode
@@ -24,11 +24,12 @@ def decode_layout(encoded: bytes | memoryview, *, subject: str) -> Layout:
     """
     try:
         layout = _decode_layout(encoded)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except MALFORMED as error:
         raise HostBufferDamagedError(f"layout can not be read: {error}", subject=subject) from error
     end = 0
     for group in layout.groups:
-        if group.offset != end or group.nbytes % PAGE_BYTES or group.itemsize not in range(1, 17):
+        whole_pages = group.nbytes >= 0 and group.nbytes % PAGE_BYTES == 0
+        if group.offset != end or not whole_pages or group.itemsize not in range(1, 17):
             raise HostBufferDamagedError("layout has overlapping groups", subject=subject)
         end += group.nbytes
     if end != layout.data_bytes:
