@@ -123,6 +123,10 @@ class HostBuffer:
             raise HostMemoryError("URL is too long for a host buffer", subject=binding.url)
         if not SLOTS_MIN <= capacity.slots <= SLOTS_MAX:
             raise HostMemoryError(f"a host buffer has 1 to 3 slots, not {capacity.slots}")
+        if not all(
+            n >= 0 and n % PAGE_BYTES == 0 for n in (capacity.table_bytes, capacity.data_bytes)
+        ):
+            raise HostMemoryError(f"regions must be whole pages: {capacity}", subject=binding.url)
         _check_space(directory, capacity.file_bytes)
         buffer_id = secrets.token_bytes(16)
         head = _HEADER.pack(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from watchdog.events import FileMovedEvent, FileSystemEvent, FileSystemEventHandler
@@ -63,7 +64,8 @@ def take_tickets(runtime: Path) -> set[str]:
     for entry in os.scandir(inbox):
         if not entry.name.startswith("."):
             taken.add(entry.name.partition(".")[0])
-            os.unlink(entry.path)
+            with suppress(OSError):  # what is no ticket stays, and must not hide those that are
+                os.unlink(entry.path)
     return taken
 
 
