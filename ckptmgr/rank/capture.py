@@ -16,11 +16,11 @@ from torch.optim import Optimizer
 from ckptmgr.errors import UnsupportedLeafError, UsageError
 from ckptmgr.rank.externals import externalize
 from ckptmgr.rank.frame import Frame, make_frame, sources_again
-from ckptmgr.rank.overlap import CopyThread, Job, copy_tensors
-from ckptmgr.rank.randomness import RNG_KEY, read_generators
+from ckptmgr.rank.overlap import CopyThread, Job
+from ckptmgr.rank.randomness import RNG_KEY, Generators
 from ckptmgr.rank.tensors import LEAF_TYPES, is_leaf, local_part
 from ckptmgr.rank.twins import predicted_state_dict
-from ckptmgr.rank.views import ViewCache
+from ckptmgr.rank.views import ViewCache, cuda_in_use
 from ckptmgr.staging.hostbuffer import table_bytes_needed
 from ckptmgr.staging.tree import Flat, Seams, StructureChangedError, flatten
 from ckptmgr.staging.values import LeafInValueError, encode_values, refuse
@@ -196,10 +196,12 @@ class Capture:
         try:
             views = self._views.of(prepared.layout, data).leaves
             later = self._leaves_for_later(prepared)
-            now = set(range(len(views))).difference(later) if later else range(len(views))
-            copy_tensors([views[at] for at in now], [prepared.sources[at] for at in now])
             if later:
+                now = sorted(set(range(len(views))).difference(later))
+                self._thread.copy([views[at] for at in now], [prepared.sources[at] for at in now])
                 self._thread.start(self._job(prepared, views, later, copy))
+            else:
+                self._thread.copy(views, prepared.sources)
         except Exception as failure:  # noqa: BLE001 - handed to the owner of the snapshot
             error, later = failure, []
         if not later:
@@ -220,7 +222,7 @@ class Capture:
         """Leaves that only a hooked optimizer changes, so that they may be copied behind it."""
         overlap = self._overlap
         if overlap is None:
-            overlap = any(source.is_cuda for source in prepared.sources)
+            overlap = cuda_in_use() and any(source.is_cuda for source in prepared.sources)
         self._hook(self._optimizers if overlap else [])
         if not overlap:
             return []
@@ -277,7 +279,7 @@ def _collection_paused() -> Iterator[None]:
 
 def live_state(state: MutableMapping[str, Any], *, rng: bool) -> dict[str, Any]:
     """The mapping to flatten: the user's, and the generators of the process."""
-    return {**state, RNG_KEY: read_generators()} if rng else dict(state)
+    return {**state, RNG_KEY: Generators()} if rng else dict(state)
 
 
 def keeps_own_state(item: Any) -> bool:

@@ -60,8 +60,13 @@ class ObjectLoad:
         self.live.load_state_dict(backup)
 
     def apply(self) -> None:
-        """Load it; the object may keep what it is given."""
+        """Load it; the object may keep what it is given.
+
+        It is asked for its state at once: a loader then makes the iterator that goes on from there,
+        and draws a number for it, before the generators are put back.
+        """
         self.live.load_state_dict(self.state)
+        self.live.state_dict()
 
 
 @dataclass(slots=True)

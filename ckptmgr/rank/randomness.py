@@ -24,6 +24,21 @@ def read_generators() -> dict[str, Any]:
     }
 
 
+class Generators:
+    """The generators as an object of the state: read when the walk comes to it.
+
+    It is the last one, because a state_dict may draw numbers (a loader that starts its iterator).
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `read_generators`."""
+        return read_generators()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `write_generators`."""
+        write_generators(state)
+
+
 def _cuda_states() -> list[torch.Tensor]:
     in_use: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return torch.cuda.get_rng_state_all() if in_use else []

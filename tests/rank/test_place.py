@@ -11,17 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import nn
+from torchdata.stateful_dataloader import StatefulDataLoader
 
-from ckptmgr.errors import HostBufferDamagedError, RecordDamagedError, StateMismatchError
-from ckptmgr.rank.capture import Capture
-from ckptmgr.rank.externals import assemble
+from ckptmgr.errors import StateMismatchError
 from ckptmgr.rank.names import match_names
-from ckptmgr.rank.place import Saved, check, place, rebuild
-from ckptmgr.staging.values import External
-from ckptmgr.types import Layout, Leaf
+from ckptmgr.rank.place import check, place, rebuild
 from rank.shape import bytes_of, difference, tensors
 from rank.slot import snapshot
 
@@ -408,6 +403,39 @@ def test_generators_of_the_process_come_back_last() -> None:
         assert draw() != expected
 
 
+@pytest.mark.parametrize("batches_before", [0, 1, 5, 13, 14])
+def test_a_loader_goes_on_with_the_next_batch_and_the_same_random_numbers(
+    batches_before: int,
+) -> None:
+    torch.manual_seed(7)
+    state, live = _loader(), _loader()
+    batches = iter(state["loader"])
+    seen = [next(batches).tolist() for _ in range(batches_before)]
+    with snapshot(state, rng=True) as saved:
+        expected = [[batch.tolist() for batch in batches], draw()]
+        expected += [[batch.tolist() for batch in state["loader"]], draw()]
+        place(live, saved)
+        found = [[batch.tolist() for batch in live["loader"]], draw()]
+        found += [[batch.tolist() for batch in live["loader"]], draw()]
+    assert found == expected
+    batches_seen = [*seen, *found[0]]
+    assert sorted(at for batch in batches_seen for at in batch) == list(range(40))
+
+
+def _loader() -> dict[str, Any]:
+    loader: Any = StatefulDataLoader(range(40), batch_size=3, shuffle=True)
+    return {"loader": loader}
+
+
+def test_a_snapshot_before_the_first_batch_does_not_shift_the_random_numbers() -> None:
+    torch.manual_seed(8)
+    state, live = _loader(), _loader()
+    with snapshot(state, rng=True) as saved:
+        expected = [[batch.tolist() for batch in state["loader"]], draw()]
+        place(live, saved)
+        assert [[batch.tolist() for batch in live["loader"]], draw()] == expected
+
+
 def test_damaged_generators_are_found_before_anything_is_changed() -> None:
     class Faked(dict[str, Any]):
         pass
@@ -417,81 +445,3 @@ def test_damaged_generators_are_found_before_anything_is_changed() -> None:
     with snapshot({"x": torch.ones(2), "rng": rng}) as saved, pytest.raises(StateMismatchError):
         place({"x": x}, saved)
     assert x.tolist() == [0.0, 0.0]
-
-
-# -- damage -----------------------------------------------------------------------------------
-
-
-def saved_of(*leaves: Leaf, tree: bytes = b"\x93\x17\x00\x00", size: int = 4096) -> Saved:
-    return Saved(Layout(leaves, (), size, tree), b"\x90", memoryview(bytes(size)))
-
-
-@pytest.mark.parametrize(
-    "leaf",
-    [
-        Leaf("x", "float32", (3,), 0, 8),
-        Leaf("x", "nosuch", (3,), 0, 12),
-        Leaf("x", "float32", (-1, -3), 0, 12),
-        Leaf("x", "float32", (3,), 2, 12),
-        Leaf("x", "Tensor", (3,), 0, 12),
-        Leaf("x", "float32", (1 << 40, 1 << 40), 0, 0),
-        Leaf("x", "float32", (3,), 4092, 12),
-    ],
-)
-def test_leaves_that_do_not_fit_their_bytes_are_refused(leaf: Leaf) -> None:
-    with pytest.raises(HostBufferDamagedError):
-        rebuild(saved_of(leaf))
-
-
-def test_short_data_and_unknown_leaves_are_refused() -> None:
-    leaf = Leaf("x", "float32", (3,), 0, 12)
-    assert torch.equal(rebuild(saved_of(leaf)), torch.zeros(3))
-    with pytest.raises(HostBufferDamagedError):
-        rebuild(Saved(Layout((leaf,), (), 4096, b"\x01"), b"\x90", memoryview(b"x")))
-    with pytest.raises(RecordDamagedError):
-        rebuild(saved_of(leaf, tree=b"\x93\x17\x07\x00"))
-
-
-PARTS = st.recursive(
-    st.one_of(st.none(), st.integers(-2, 5), st.integers(-(1 << 70), 1 << 70), st.text(max_size=4),
-              st.floats(), st.sampled_from(["float32", "qint8", "cpu", "cuda:0", "<f4", "<U9",
-                                            "PCG64", "MT19937", "<M8[ns]", "strided"])),
-    lambda inner: st.lists(inner, max_size=4),
-    max_leaves=6,
-)  # fmt: skip
-KINDS = [
-    "torch.dtype", "torch.device", "torch.layout", "torch.memory_format", "torch.Size",
-    "torch.Generator", "torch.sparse_coo", "torch.sparse_csr", "torch.sparse_bsc", "torch.sparse_x",
-    "torch.per_tensor_affine", "torch.per_channel_affine", "numpy.ndarray", "numpy.Generator",
-    "numpy.RandomState", "random.Random", "os.system",
-]  # fmt: skip
-CHILDREN = ("state", "indices", "values", "compressed", "plain", "int_repr", "scales",
-            "zero_points", "elements")  # fmt: skip
-
-
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.sampled_from(KINDS), PARTS, st.lists(st.integers(-3, 5), max_size=6))
-def test_malformed_objects_are_damaged_records(kind: str, parts: Any, numbers: list[int]) -> None:
-    tensor = torch.tensor(numbers, dtype=torch.int64)
-    children = dict.fromkeys(CHILDREN, tensor)
-    capture = Capture({"x": dict.fromkeys(CHILDREN, tensor)}, rng=False)
-    assert capture.prepare().layout.leaves
-    with contextlib.suppress(Exception):
-        assemble(External(kind, parts, children))
-    tree = _encoded(kind, parts)
-    leaf = Leaf("x", "int64", (len(numbers),), 0, 8 * len(numbers))
-    try:
-        rebuild(saved_of(leaf, tree=tree))
-    except (RecordDamagedError, StateMismatchError):
-        return
-
-
-def _encoded(kind: str, parts: Any) -> bytes:
-    import msgspec
-
-    from ckptmgr.staging import values as v
-
-    former = v.Former(lambda item, trail: None, careful=True)
-    named = [part for name in CHILDREN for part in (name, [v.LEAF, 0, 0])]
-    form = [v.EXTERNAL, kind, former.form(parts, None), *named]
-    return msgspec.msgpack.encode(form)
