@@ -13,7 +13,7 @@ from ckptmgr.daemon.log import event, warning
 from ckptmgr.errors import HostMemoryError
 from ckptmgr.staging.hostbuffer import Capacity, HostBuffer
 from ckptmgr.staging.inbox import BUFFERS
-from ckptmgr.types import Binding, Outcome, Snapshot, StepId
+from ckptmgr.types import Binding, Outcome, Snapshot
 
 _RESULTS_MAX = 1000
 """Decided steps remembered per buffer for `wait`; older ones are looked up in the store."""
@@ -39,7 +39,8 @@ class Held:
     """One host buffer in the daemon's care.
 
     `owner` is the session that it was given to; None when that is over, though its trainer may
-    live on without a connection. `worker` writes its snapshots.
+    live on without a connection. `worker` writes its snapshots. `results` are by nonce and step:
+    attempts are numbered anew in a store that was emptied.
     """
 
     buffer: HostBuffer
@@ -50,9 +51,9 @@ class Held:
     free_when_decided: bool = False
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     decided: asyncio.Condition = field(default_factory=asyncio.Condition)
-    results: OrderedDict[StepId, tuple[Outcome, str]] = field(default_factory=OrderedDict)
+    results: OrderedDict[tuple[str, int], tuple[Outcome, str]] = field(default_factory=OrderedDict)
     last_failure: str = ""
-    writing: StepId | None = None
+    writing: Snapshot | None = None
     _freed: bool = False
     _damaged: set[tuple[int, int]] = field(default_factory=set)
 
@@ -120,7 +121,7 @@ class Held:
     async def settle(self, snapshot: Snapshot, outcome: Outcome, why: str = "") -> None:
         """Record what became of a snapshot, in the buffer and for those who wait."""
         self.buffer.settle(snapshot.slot, snapshot.generation, outcome)
-        self.results[snapshot.id] = (outcome, why)
+        self.results[snapshot.nonce, snapshot.step] = (outcome, why)
         while len(self.results) > _RESULTS_MAX:
             self.results.popitem(last=False)
         await self.tell()

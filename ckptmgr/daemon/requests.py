@@ -180,40 +180,42 @@ class Requests:
 
     async def _wait(self, request: control.Wait) -> control.Reply:
         session = self._attached()
-        held, step = session.held, StepId(session.attempt, request.step)
+        held, wanted = session.held, (session.nonce, request.step)
         if held is None:
             raise UsageError("attach first", subject="control socket")
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(request.timeout_seconds), held.decided:
-                await held.decided.wait_for(lambda: self._known(step))
+                await held.decided.wait_for(lambda: self._known(wanted))
         for one in self._service.intake.of_job(session.job.url, session.rank):
-            if step in one.results:
-                outcome, why = one.results[step]
+            if wanted in one.results:
+                outcome, why = one.results[wanted]
                 return control.Waited(int(outcome), why)
-        return await self._look_up(session, step)
+        return await self._look_up(session, request.step)
 
-    def _known(self, step: StepId) -> bool:
+    def _known(self, wanted: tuple[str, int]) -> bool:
         """Whether there is nothing to wait for: decided, or in no slot of this host."""
         session = self._attached()
         buffers = self._service.intake.of_job(session.job.url, session.rank)
-        if any(step in one.results for one in buffers):
+        if any(wanted in one.results for one in buffers):
             return True
-        pending = [s.id for one in buffers for s, o in one.snapshots() if o is Outcome.UNDECIDED]
-        return step not in pending and step not in [one.writing for one in buffers]
+        pending = [s for one in buffers for s, o in one.snapshots() if o is Outcome.UNDECIDED]
+        pending += [one.writing for one in buffers if one.writing is not None]
+        return wanted not in [(s.nonce, s.step) for s in pending]
 
-    async def _look_up(self, session: Session, step: StepId) -> control.Reply:
+    async def _look_up(self, session: Session, step: int) -> control.Reply:
         """Ask the store about a step that this daemon does not remember."""
         held = session.held
         failure = held.last_failure if held is not None else ""
-        if not self._known(step):
+        if not self._known((session.nonce, step)):
             return control.Waited(int(Outcome.UNDECIDED), failure or "still being written")
         try:
-            decision = await session.job.catalog.decision(step)
+            decision = await session.job.catalog.decision(StepId(session.attempt, step))
         except ObjectNotFoundError:
             return control.Waited(int(Outcome.ABORTED), "superseded before it was stored")
         except StoreError as error:
             return control.Waited(int(Outcome.UNDECIDED), str(error))
-        outcome = Outcome.COMMITTED if decision.committed else Outcome.ABORTED
+        ours = decision.committed and decision.nonce == session.nonce
+        outcome = Outcome.COMMITTED if ours else Outcome.ABORTED
         return control.Waited(int(outcome), decision.why)
 
 

@@ -64,7 +64,7 @@ class Writer:
             return
 
     async def _write(self, snapshot: Snapshot) -> None:
-        self._held.writing = snapshot.id
+        self._held.writing = snapshot
         try:
             decision = await self._commit(snapshot)
         except TornSnapshotError:

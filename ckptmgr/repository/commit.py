@@ -208,9 +208,16 @@ def commit_of(manifests: Sequence[SealedManifest], parent: StepId) -> Decision:
 async def commit_step(
     store: Store, manifests: Sequence[SealedManifest], parent: StepId
 ) -> Decision:
-    """Decide a step whose manifests are all durable; returns what the register holds."""
+    """Decide a step whose manifests are all durable; returns what the register holds.
+
+    Raises:
+        RegisterConflictError: it holds the commit of other manifests.
+    """
     commit = commit_of(manifests, parent)
-    return await decide(store, Kind.COMMIT, keys.commit(commit.id), commit)
+    decided = await decide(store, Kind.COMMIT, keys.commit(commit.id), commit)
+    if decided.committed and decided.manifests != commit.manifests:
+        raise RegisterConflictError("holds another commit", subject=keys.commit(commit.id))
+    return decided
 
 
 async def abort_step(store: Store, step: StepId, why: str) -> Decision:

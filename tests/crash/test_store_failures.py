@@ -124,7 +124,7 @@ class Stage:
             await decided
             if self.job._retention is not None:
                 await asyncio.wait([self.job._retention])
-        return self.held.results[StepId(1, step)][0]
+        return self.held.results[self.nonce, step][0]
 
 
 @asynccontextmanager

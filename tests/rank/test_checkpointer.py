@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from training import STEPS, Training, command, committed, ls, run, uninterrupted
+from training import STEPS, CrashError, Training, command, committed, ls, run, uninterrupted
 
 import ckptmgr
 from ckptmgr.errors import (
@@ -343,3 +343,20 @@ def test_memory_is_freed_after_a_clean_end_and_kept_after_a_crash(
     while list((runtime / "buffers").iterdir()):
         assert time.monotonic() < deadline, "the buffer of a finished job was not freed"
         time.sleep(0.05)
+
+
+def test_a_commit_in_an_emptied_store_is_not_taken_for_one_in_the_new(
+    runtime: Path, tmp_path: Path
+) -> None:
+    """Attempts and steps are numbered anew; the daemon that is still there remembers the old."""
+    root = tmp_path / "store"
+    for _ in range(2):
+        state = {"x": torch.ones(500_000)}
+        ckpt = ckptmgr.Checkpointer(root, state, every=None)
+        ckpt.__enter__()
+        for step in (1, 2, 3):
+            assert ckpt.save(step).committed(30)
+            assert f"1.{step}" in committed(str(root))
+        with contextlib.suppress(CrashError):
+            ckpt.__exit__(CrashError, CrashError(), None)
+        subprocess.run(["rm", "-rf", str(root)], check=True)
