@@ -10,7 +10,8 @@ from typing import Any
 
 from ckptmgr.rank.capture import Capture, Prepared
 from ckptmgr.rank.place import Saved
-from ckptmgr.staging.hostbuffer import Capacity, HostBuffer, round_up
+from ckptmgr.staging.bufferfile import Capacity
+from ckptmgr.staging.hostbuffer import HostBuffer, round_up
 from ckptmgr.staging.layout import decode_layout
 from ckptmgr.types import PAGE_BYTES, Binding
 
@@ -28,7 +29,8 @@ def buffer_for(prepared: Prepared) -> Iterator[HostBuffer]:
         # Old bytes between the leaves would show in a comparison of slots.
         for slot in range(SLOTS):
             with buffer.data(slot) as data:
-                data[:] = b"\xa5" * len(data)
+                used = min(len(data), 1 << 20)
+                data[:used] = b"\xa5" * used
         yield buffer
     finally:
         buffer.unlink()

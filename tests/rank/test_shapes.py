@@ -17,7 +17,8 @@ from ckptmgr.rank.place import place, rebuild
 from rank import shapes
 from rank.shape import Shape, bytes_of, difference, tensors, ties
 from rank.shapes import SHAPES
-from rank.slot import snapshot
+from rank.slot import buffer_for, read, seal, snapshot
+from scale import FULL
 
 EXACT = [shape for shape in SHAPES if shape.refused is None]
 REFUSED = [shape for shape in SHAPES if shape.refused is not None]
@@ -131,3 +132,30 @@ def test_oracle_sees_what_it_must(spoil: str) -> None:
 def test_bytes_of_conjugate_views_are_those_of_their_values() -> None:
     values = torch.tensor([1 + 2j, 3 - 4j])
     assert bytes_of(values.conj()) == bytes_of(torch.tensor([1 - 2j, 3 + 4j]))
+
+
+@pytest.mark.reliability
+@pytest.mark.skipif(not FULL, reason="needs 9 GiB of memory; CKPTMGR_RELIABILITY=1 runs it")
+def test_more_than_2_to_the_31_elements_and_4_gib() -> None:
+    count = (1 << 31) + 5
+    row = torch.arange(1 << 15, dtype=torch.int16)
+    live = torch.zeros(count, dtype=torch.int16)
+    ends = {0: 7, count - 1: -3, 1 << 31: 11}
+    state = {"x": row.repeat(count // row.numel() + 1)[:count]}
+    for at, value in ends.items():
+        state["x"][at] = value
+    capture = Capture(state, rng=False)
+    prepared = capture.prepare()
+    with buffer_for(prepared) as buffer:
+        heard: list[BaseException | None] = []
+        capture.copy(prepared, buffer.data(0), heard.append)
+        capture.close()
+        assert heard == [None]
+        state.clear()
+        prepared.sources.clear()
+        seal(buffer, 0, prepared)
+        saved = read(buffer, 0)
+        place({"x": live}, saved)
+        saved.data.release()
+    assert {at: int(live[at]) for at in ends} == ends
+    assert torch.equal(live[1 << 30 : (1 << 30) + row.numel()], row)
