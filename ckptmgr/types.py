@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import Enum, IntEnum
+from typing import Annotated
 
 import msgspec
 
@@ -62,6 +63,11 @@ class Group(msgspec.Struct, frozen=True, array_like=True):
     is_float: bool
 
 
+LEAVES_MAX = 1 << 22
+"""Leaves (and groups) of one layout. An array that declares more is refused before it is read: a
+leaf may be 6 bytes in a hostile file and is a hundred in memory."""
+
+
 class Layout(msgspec.Struct, frozen=True, array_like=True):
     """Where every leaf of a snapshot is; computed once, constant from step to step.
 
@@ -69,8 +75,8 @@ class Layout(msgspec.Struct, frozen=True, array_like=True):
     in place of each tensor and the index of a value in place of each plain Python value.
     """
 
-    leaves: tuple[Leaf, ...]
-    groups: tuple[Group, ...]
+    leaves: Annotated[tuple[Leaf, ...], msgspec.Meta(max_length=LEAVES_MAX)]
+    groups: Annotated[tuple[Group, ...], msgspec.Meta(max_length=LEAVES_MAX)]
     data_bytes: int
     tree: bytes
 

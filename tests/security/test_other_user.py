@@ -15,8 +15,9 @@ import pytest
 
 from ckptmgr.config import open_private_dir
 from ckptmgr.errors import ControlProtocolError, DaemonUnreachableError, HostMemoryError
+from ckptmgr.staging.bufferfile import Capacity
 from ckptmgr.staging.control import check_peer
-from ckptmgr.staging.hostbuffer import Capacity, HostBuffer
+from ckptmgr.staging.hostbuffer import HostBuffer
 from ckptmgr.staging.inbox import BUFFERS, INBOX, SOCKET, prepare
 from ckptmgr.staging.launch import connect
 from ckptmgr.types import PAGE_BYTES, Binding
