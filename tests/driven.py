@@ -32,6 +32,7 @@ from ckptmgr.staging.launch import connect
 from ckptmgr.staging.slots import free_slot
 from ckptmgr.types import Snapshot
 from crash.content import content, fault_in, layout_of, values_of
+from rigged import Rig
 
 TREE = Path(__file__).parents[1]
 PYTHON_PATH = os.pathsep.join(map(str, [TREE, TREE / "tests"]))
@@ -235,7 +236,14 @@ class Trainer:
     """crash/writer.py as a child: saves `steps` steps, then waits to be killed."""
 
     def __init__(
-        self, runtime: Path, url: str, *, steps: int, environment: dict[str, str], mib: int = 1
+        self,
+        runtime: Path,
+        url: str,
+        *,
+        steps: int,
+        environment: dict[str, str],
+        mib: int = 1,
+        fork: bool = False,
     ) -> None:
         read, write = os.pipe()
         options = {
@@ -255,6 +263,7 @@ class Trainer:
                     sys.executable,
                     str(TREE / "tests/crash/writer.py"),
                     "--linger",
+                    *(["--fork"] if fork else []),
                     *(f"--{name}={value}" for name, value in options.items()),
                 ],
                 env={**environment, "CKPTMGR_RUNTIME_DIR": str(runtime)},
@@ -264,6 +273,11 @@ class Trainer:
             )
         os.close(write)
         self._lines = os.fdopen(read, "r")
+
+    @classmethod
+    def of(cls, runtime: Path, rig: Rig, *, steps: int, fork: bool = False) -> Trainer:
+        """A trainer that saves into a rigged store."""
+        return cls(runtime, rig.url, steps=steps, environment=rig.environment(), fork=fork)
 
     def await_event(self, name: str) -> dict[str, Any]:
         """Read on until the trainer tells an event of this name."""

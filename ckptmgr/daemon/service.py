@@ -109,9 +109,10 @@ class Service:
 
     async def _wait_for_change(self) -> None:
         """Sleep until the daemon ends, or until it is time to look at idle buffers again."""
-        idle = self.settings.idle_seconds or LOOK_SECONDS_MAX
+        idle = self.settings.idle_seconds
+        pause = min(max(idle / 10, 0.05), LOOK_SECONDS_MAX) if idle else LOOK_SECONDS_MAX
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._ending.wait(), min(max(idle / 10, 0.05), LOOK_SECONDS_MAX))
+            await asyncio.wait_for(self._ending.wait(), pause)
 
     def _idle_for(self) -> float:
         if self._connections or self.intake.undecided():
@@ -223,6 +224,8 @@ class Service:
                     await control.send_reply(writer, await requests.answer(request))
         except (CkptmgrError, ConnectionError) as error:
             warning("connection_refused", why=str(error))
+        except asyncio.CancelledError:
+            return  # by us: the process at the other end is dead, or the daemon ends
         finally:
             self._connections.discard(task)
             self._last_activity = time.monotonic()

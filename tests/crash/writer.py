@@ -181,6 +181,8 @@ class Trainer:
             else:
                 time.sleep(self.random.uniform(0, 0.02))
             self.look()
+        if self.options.fork and os.fork() == 0:
+            signal.pause()  # as a data loader's worker, with every descriptor of the trainer
         self.tell("finished")
         if self.options.linger:
             signal.pause()
@@ -198,6 +200,7 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
     for name in ("seed", "mib", "pipe", "keep", "steps"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--linger", action="store_true", help="save, then wait to be killed")
+    parser.add_argument("--fork", action="store_true", help="leave a child behind")
     return parser.parse_args(arguments)
 
 
