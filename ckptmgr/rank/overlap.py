@@ -197,33 +197,38 @@ class CopyThread:
         self._put(job)
 
     def _put(self, job: Job | Errand) -> None:
-        if self._thread is None:
+        if not self._runs():
+            self._jobs = queue.Queue(maxsize=1)
             self._thread = threading.Thread(target=self._run, name="ckptmgr-copy", daemon=True)
             self._thread.start()
         self._jobs.put(job)
+
+    def _runs(self) -> bool:
+        """Whether there is a thread: a forked child has none, whatever its parent was doing."""
+        return self._thread is not None and self._thread.is_alive()
 
     def settle(self) -> None:
         """Wait until the leaves in flight may be written again.
 
         Call it in the thread that trains: that it is here shows that it is not writing.
         """
-        job = self._job
-        if job is not None:
+        job, self._job = self._job, None
+        if job is not None and self._runs():
             job.quiet.set()
             job.judged.wait()
-            self._job = None
 
     def close(self) -> None:
         """Finish what is in flight and end the thread."""
         self.settle()
-        if self._thread is not None:
+        if self._thread is not None and self._runs():
             self._jobs.put(None)
             self._thread.join()
-            self._thread = None
+        self._thread = None
 
     def _run(self) -> None:
         _use_one_core()
-        while (job := self._jobs.get()) is not None:
+        jobs = self._jobs
+        while (job := jobs.get()) is not None:
             job.run()
             del job  # its sources may be the only references to tensors that training dropped
 

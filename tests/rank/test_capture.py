@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
 import threading
 from collections.abc import Callable
@@ -169,6 +170,33 @@ def test_overlap_by_default_is_off_without_a_gpu() -> None:
     assert heard == [None]
     assert not loop.optimizer._optimizer_step_pre_hooks
     capture.close()
+
+
+def test_a_child_that_is_forked_in_between_can_train_and_capture() -> None:
+    loop = Loop(width=300)
+    capture = Capture(loop.state, rng=False, overlap=True)
+    prepared, expected = capture.prepare(), reference(loop.state)
+    with buffer_for(prepared) as buffer:
+        heard: list[BaseException | None] = []
+        copy = capture.copy(prepared, buffer.data(0), heard.append)
+        child = os.fork()
+        if child == 0:
+            good = False
+            try:
+                loop.step()
+                own = memoryview(bytearray(prepared.data_bytes))
+                good = copied(capture, capture.prepare(), own) == [None]
+                capture.close()
+            finally:
+                os._exit(0 if good else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert copy.wait(WAIT_SECONDS_MAX)
+        assert heard == [None]
+        seal(buffer, 0, prepared)
+        saved = read(buffer, 0)
+        assert differs(saved, expected) == []
+        saved.data.release()
+        capture.close()
 
 
 def test_hooks_and_thread_end_with_close() -> None:
