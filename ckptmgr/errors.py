@@ -7,6 +7,7 @@ CkptmgrError                     exit 1
 |  +- UnsupportedLeafError                a leaf that can not be stored exactly, with its path
 |  +- StateMismatchError                  saved and live leaves, shapes or dtypes differ
 +- HostMemoryError               exit 1   shared host memory can not be had or is not ours
+|  +- HostMemoryFullError                 not enough of it
 |  +- HostBufferDamagedError              a host buffer whose own description does not hold
 |  +- TornSnapshotError                   a leaf changed while it was being copied
 +- DaemonError                   exit 1   the sidecar can not be reached or answered with a fault
@@ -92,6 +93,15 @@ class StateMismatchError(StateError):
 
 class HostMemoryError(CkptmgrError):
     """Shared host memory can not be created, mapped or trusted."""
+
+
+class HostMemoryFullError(HostMemoryError):
+    """There is not enough shared memory for a host buffer."""
+
+    default_hint = (
+        "Enlarge /dev/shm (docker: --shm-size, Kubernetes: a memory-medium emptyDir) or set "
+        "CKPTMGR_RUNTIME_DIR to a larger tmpfs."
+    )
 
 
 class HostBufferDamagedError(HostMemoryError):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import xxhash
 
-from ckptmgr.staging.hostbuffer import TAGS_BYTES_MAX, Capacity, HostBuffer, table_bytes_needed
+from ckptmgr.staging.bufferfile import Capacity
+from ckptmgr.staging.hostbuffer import TAGS_BYTES_MAX, HostBuffer, table_bytes_needed
 from ckptmgr.types import PAGE_BYTES, Binding, Snapshot, Tags
 
 BINDING = Binding("file:///somewhere", 0, 1)

@@ -33,12 +33,8 @@ from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.catalog import Catalog
 from ckptmgr.repository.commit import Decision, abort_step, commit_step
 from ckptmgr.repository.hold import put_hold
-from ckptmgr.staging.hostbuffer import (
-    Capacity,
-    HostBuffer,
-    round_up,
-    table_bytes_needed,
-)
+from ckptmgr.staging.bufferfile import Capacity
+from ckptmgr.staging.hostbuffer import HostBuffer, round_up, table_bytes_needed
 from ckptmgr.staging.layout import encode_layout
 from ckptmgr.staging.tree import Seams, encode_tree, flatten
 from ckptmgr.staging.values import encode_values

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ckptmgr.daemon.log import event, warning
-from ckptmgr.errors import HostMemoryError
-from ckptmgr.staging.hostbuffer import Capacity, HostBuffer
+from ckptmgr.errors import HostMemoryError, HostMemoryFullError
+from ckptmgr.staging.bufferfile import Capacity
+from ckptmgr.staging.hostbuffer import HostBuffer
 from ckptmgr.staging.inbox import BUFFERS
 from ckptmgr.types import Binding, Outcome, Snapshot
 
@@ -44,6 +45,7 @@ class Held:
     """
 
     buffer: HostBuffer
+    note: str = ""
     writer_alive: bool = False
     owner: Any = None
     worker: asyncio.Task[None] | None = None
@@ -137,6 +139,24 @@ class Held:
             await self.decided.wait_for(lambda: self.next() is None)
 
 
+def make_buffer(directory: Path, binding: Binding, capacity: Capacity) -> tuple[HostBuffer, str]:
+    """A new buffer, and what a person should do about it.
+
+    Where the tmpfs is too small (containers have 64 MiB) the job is not failed: the buffer is made
+    without a name. It then survives the trainer, but not the daemon.
+
+    Raises:
+        HostMemoryFullError: not enough memory either way.
+    """
+    try:
+        return HostBuffer.create(directory, binding, capacity), ""
+    except HostMemoryFullError as error:
+        buffer = HostBuffer.create_unnamed(binding, capacity)
+        note = f"host memory will not survive the daemon: {error}"
+        warning("shared_memory_small", buffer=buffer.id, why=note)
+        return buffer, note
+
+
 class Intake:
     """All host buffers below a runtime directory."""
 
@@ -190,7 +210,7 @@ class Intake:
             if same and fits and tight and same_options and not buffer.has_live_writer():
                 return held, False
         self._free_for(binding)
-        held = Held(HostBuffer.create(self._directory, binding, capacity))
+        held = Held(*make_buffer(self._directory, binding, capacity))
         self.held[held.buffer.id] = held
         return held, True
 

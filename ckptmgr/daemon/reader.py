@@ -8,7 +8,7 @@ from pathlib import Path
 
 import xxhash
 
-from ckptmgr.daemon.intake import Held, Intake
+from ckptmgr.daemon.intake import Held, Intake, make_buffer
 from ckptmgr.daemon.job import Job
 from ckptmgr.daemon.log import event, warning
 from ckptmgr.daemon.resume import (
@@ -37,14 +37,9 @@ from ckptmgr.repository.hold import held_step
 from ckptmgr.repository.manifest import Manifest
 from ckptmgr.restore.fetch import fetch
 from ckptmgr.restore.plan import plan_whole
+from ckptmgr.staging.bufferfile import Capacity
 from ckptmgr.staging.control import Restored
-from ckptmgr.staging.hostbuffer import (
-    TAGS_BYTES_MAX,
-    Capacity,
-    HostBuffer,
-    round_up,
-    table_bytes_needed,
-)
+from ckptmgr.staging.hostbuffer import TAGS_BYTES_MAX, HostBuffer, round_up, table_bytes_needed
 from ckptmgr.staging.slots import free_slot
 from ckptmgr.types import PAGE_BYTES, Binding, Outcome, Snapshot, StepId
 
@@ -280,7 +275,7 @@ class Reader:
                 return buffer, slot
         capacity = Capacity(1, table_bytes, round_up(data_bytes, PAGE_BYTES))
         binding = Binding(session.job.url, session.rank, 1)
-        buffer = HostBuffer.create(self._fetched, binding, capacity)
+        buffer, _ = make_buffer(self._fetched, binding, capacity)
         session.lent.append(buffer)
         return buffer, 0
 

@@ -20,7 +20,7 @@ from ckptmgr.errors import (
 )
 from ckptmgr.repository import keys
 from ckptmgr.staging import control
-from ckptmgr.staging.hostbuffer import SLOTS_MAX, Capacity
+from ckptmgr.staging.bufferfile import SLOTS_MAX, Capacity
 from ckptmgr.store.registry import normalise_url
 from ckptmgr.types import Binding, Outcome, StepId
 
@@ -115,7 +115,7 @@ class Requests:
         else:
             await self._remember_resume(session)
         event("attached", job=job.label, attempt=attempt, rank=request.rank, new=new_buffer)
-        return control.Attached(str(held.buffer.path), attempt, nonce)
+        return control.Attached(str(held.buffer.path), attempt, nonce, held.note)
 
     async def _remember_resume(self, session: Session) -> None:
         """A daemon before this one knew what the attempt resumed from; the store still does."""

@@ -255,6 +255,8 @@ class Link:
 
 
 def _open_locked(attached: Attached) -> HostBuffer:
+    if attached.note:
+        warnings.warn(f"ckptmgr: {attached.note}", RuntimeWarning, stacklevel=2)
     buffer = HostBuffer.open(Path(attached.path))
     if not buffer.lock_for_writing():
         buffer.close()

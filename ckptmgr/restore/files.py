@@ -22,13 +22,8 @@ from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.manifest import Manifest
 from ckptmgr.restore.fetch import fetch
 from ckptmgr.restore.plan import plan_leaves, plan_whole
-from ckptmgr.staging.hostbuffer import (
-    TAGS_BYTES_MAX,
-    Capacity,
-    HostBuffer,
-    round_up,
-    table_bytes_needed,
-)
+from ckptmgr.staging.bufferfile import Capacity
+from ckptmgr.staging.hostbuffer import TAGS_BYTES_MAX, HostBuffer, round_up, table_bytes_needed
 from ckptmgr.staging.revive import decode_tree, decode_values
 from ckptmgr.store.base import Store
 from ckptmgr.types import PAGE_BYTES, Binding, Leaf

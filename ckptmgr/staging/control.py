@@ -56,11 +56,12 @@ class Attach(Message, frozen=True):
 
 
 class Attached(Message, frozen=True):
-    """The buffer to use and the attempt to write under."""
+    """The buffer to use and the attempt to write under; `note` is something a person should do."""
 
     path: str
     attempt: int
     nonce: str
+    note: str = ""
 
 
 class Restore(Message, frozen=True):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import secrets
 import struct
 import threading
 import time
@@ -23,17 +22,21 @@ import msgspec
 import xxhash
 
 from ckptmgr.errors import HostBufferDamagedError, HostMemoryError, TornSnapshotError
+from ckptmgr.staging.bufferfile import (
+    BINDING_AT,
+    SLOTS_AT,
+    Capacity,
+    is_unnamed,
+    make_named,
+    make_unnamed,
+    open_buffer,
+    read_header,
+)
 from ckptmgr.staging.sharedmap import SharedMap, memory_barrier
 from ckptmgr.types import MALFORMED, PAGE_BYTES, Binding, Outcome, SlotState, Snapshot, Tags
 
-MAGIC = b"CKPTHB\r\n"
-VERSION = 1
-SLOTS_MIN, SLOTS_MAX = 1, 3  # one slot: a buffer lent to a reader, never written by a rank
-
-_HEADER = struct.Struct("<8sIIQQ16sI12x")
 _SEALED = struct.Struct("<QQQ16sIIQQQdd16s16s")
-_HEADER_HASH_AT, _BINDING_AT = 64, 128
-_DAEMON_PAGE_AT, _SLOTS_AT = PAGE_BYTES, 2 * PAGE_BYTES
+_DAEMON_PAGE_AT = PAGE_BYTES
 _SEALED_AT = 64
 _SEALED_HASH_AT = _SEALED_AT + _SEALED.size
 _VALUES_ALIGN = 64
@@ -67,29 +70,6 @@ class Table:
     tags: Tags
 
 
-@dataclass(frozen=True, slots=True)
-class Capacity:
-    """Size of a buffer: slots, and bytes of each slot's table and data region (page multiples)."""
-
-    slots: int
-    table_bytes: int
-    data_bytes: int
-
-    @property
-    def slot_bytes(self) -> int:
-        """Bytes of one slot with its header page."""
-        return PAGE_BYTES + self.table_bytes + self.data_bytes
-
-    @property
-    def file_bytes(self) -> int:
-        """Bytes of the whole file."""
-        return _SLOTS_AT + self.slots * self.slot_bytes
-
-    def holds(self, table_bytes: int, data_bytes: int) -> bool:
-        """Whether a snapshot of this size fits into a slot."""
-        return table_bytes <= self.table_bytes and data_bytes <= self.data_bytes
-
-
 class HostBuffer:
     """A mapped host buffer. One process writes slots, one daemon settles them, any may read.
 
@@ -104,7 +84,7 @@ class HostBuffer:
         self.id = bytes(mapped.view[32:48]).hex()
         length = struct.unpack_from("<I", mapped.view, 48)[0]
         try:
-            self.binding = _decode_binding(mapped.view[_BINDING_AT : _BINDING_AT + length])
+            self.binding = _decode_binding(mapped.view[BINDING_AT : BINDING_AT + length])
         except MALFORMED as error:
             raise HostBufferDamagedError("has no readable binding", subject=str(path)) from error
         self._words = mapped.view.cast("Q")
@@ -116,46 +96,23 @@ class HostBuffer:
         """Make a buffer file in `directory`; sparse until somebody populates or writes it.
 
         Raises:
-            HostMemoryError: no space, or a binding or capacity that can not be described.
+            HostMemoryFullError: no space in `directory`.
+            HostMemoryError: a binding or capacity that can not be described.
         """
-        encoded = _encode(binding)
-        if len(encoded) > PAGE_BYTES - _BINDING_AT:
-            raise HostMemoryError("URL is too long for a host buffer", subject=binding.url)
-        if not SLOTS_MIN <= capacity.slots <= SLOTS_MAX:
-            raise HostMemoryError(f"a host buffer has 1 to 3 slots, not {capacity.slots}")
-        if not all(
-            n >= 0 and n % PAGE_BYTES == 0 for n in (capacity.table_bytes, capacity.data_bytes)
-        ):
-            raise HostMemoryError(f"regions must be whole pages: {capacity}", subject=binding.url)
-        _check_space(directory, capacity.file_bytes)
-        buffer_id = secrets.token_bytes(16)
-        head = _HEADER.pack(
-            MAGIC,
-            VERSION,
-            capacity.slots,
-            capacity.table_bytes,
-            capacity.data_bytes,
-            buffer_id,
-            len(encoded),
-        )
-        page = head + xxhash.xxh3_128_digest(head + encoded) + bytes(48) + encoded
-        path = directory / f"{buffer_id.hex()}.buf"
-        temporary = directory / f".{buffer_id.hex()}"
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(temporary, flags, 0o600)
-        try:
-            os.ftruncate(fd, capacity.file_bytes)
-            # The daemon's page too: a store into a hole of a full tmpfs would kill the daemon.
-            os.pwrite(fd, page.ljust(_SLOTS_AT, b"\0"), 0)
-        except OSError as error:
-            os.unlink(temporary)
-            raise HostMemoryError(
-                f"can not be made: {error.strerror}", subject=str(temporary)
-            ) from error
-        finally:
-            os.close(fd)
-        os.rename(temporary, path)  # the name appears only when the header is whole
-        return cls.open(path)
+        return cls.open(make_named(directory, binding, capacity))
+
+    @classmethod
+    def create_unnamed(cls, binding: Binding, capacity: Capacity) -> HostBuffer:
+        """Make a buffer without a name, outside every tmpfs mount; it dies with this process.
+
+        Its `path` is good for other processes of this user as long as this one lives.
+
+        Raises:
+            HostMemoryFullError: not enough memory.
+        """
+        fd = make_unnamed(binding, capacity)
+        path = Path(f"/proc/{os.getpid()}/fd/{fd}")
+        return cls(path, fd, SharedMap(fd, capacity.file_bytes), capacity)
 
     @classmethod
     def open(cls, path: Path) -> HostBuffer:
@@ -165,14 +122,9 @@ class HostBuffer:
             HostMemoryError: it is not a file of this user, or can not be mapped.
             HostBufferDamagedError: its header does not hold.
         """
+        fd = open_buffer(path)
         try:
-            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError as error:
-            raise HostMemoryError(
-                f"can not be opened: {error.strerror}", subject=str(path)
-            ) from error
-        try:
-            capacity = _read_header(fd, path)
+            capacity = read_header(fd, path)
             return cls(path, fd, SharedMap(fd, capacity.file_bytes), capacity)
         except BaseException:
             os.close(fd)
@@ -186,7 +138,8 @@ class HostBuffer:
 
     def unlink(self) -> None:
         """Remove the file; whoever has it mapped keeps the memory until it closes."""
-        self.path.unlink(missing_ok=True)
+        if not is_unnamed(self.path):
+            self.path.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         return self
@@ -234,7 +187,7 @@ class HostBuffer:
 
     def slot_at(self, slot: int) -> int:
         """Offset of a slot in the file."""
-        return _SLOTS_AT + slot * self.capacity.slot_bytes
+        return SLOTS_AT + slot * self.capacity.slot_bytes
 
     def data_at(self, slot: int) -> int:
         """Offset of a slot's data region in the file; a multiple of the page size."""
@@ -463,37 +416,3 @@ class SlotWriter:
             view[start : start + len(layout)] = layout
         values_at = start + round_up(len(layout), _VALUES_ALIGN)
         view[values_at : values_at + len(values)] = values
-
-
-def _check_space(directory: Path, file_bytes: int) -> None:
-    found = os.statvfs(directory)
-    free = found.f_bavail * found.f_frsize
-    if free < file_bytes:
-        raise HostMemoryError(
-            f"needs {file_bytes >> 20} MiB of shared memory, {free >> 20} MiB are free",
-            subject=str(directory),
-            hint="Enlarge /dev/shm (docker: --shm-size, Kubernetes: a memory-medium emptyDir) "
-            "or set CKPTMGR_RUNTIME_DIR to a larger tmpfs.",
-        )
-
-
-def _read_header(fd: int, path: Path) -> Capacity:
-    found = os.fstat(fd)
-    if found.st_uid != os.getuid():
-        raise HostMemoryError("belongs to another user", subject=str(path))
-    page = os.pread(fd, PAGE_BYTES, 0)
-    if len(page) < PAGE_BYTES or page[:8] != MAGIC:
-        raise HostBufferDamagedError("is not a host buffer", subject=str(path))
-    _, version, slots, table_bytes, data_bytes, _, length = _HEADER.unpack_from(page)
-    if version != VERSION:
-        raise HostBufferDamagedError(f"has version {version}, not {VERSION}", subject=str(path))
-    binding = page[_BINDING_AT : _BINDING_AT + min(length, PAGE_BYTES)]
-    hashed = page[:_HEADER_HASH_AT] + binding
-    reserved = page[_HEADER_HASH_AT + 16 : _BINDING_AT]
-    digest = page[_HEADER_HASH_AT : _HEADER_HASH_AT + 16]
-    if xxhash.xxh3_128_digest(hashed) != digest or any(reserved):
-        raise HostBufferDamagedError("has a damaged header", subject=str(path))
-    capacity = Capacity(slots, table_bytes, data_bytes)
-    if found.st_size != capacity.file_bytes:
-        raise HostBufferDamagedError("has the wrong size", subject=str(path))
-    return capacity

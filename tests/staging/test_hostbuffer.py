@@ -16,10 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptmgr.errors import HostBufferDamagedError, HostMemoryError, TornSnapshotError
-from ckptmgr.staging.hostbuffer import (
-    Capacity,
-    HostBuffer,
-)
+from ckptmgr.staging.bufferfile import Capacity
+from ckptmgr.staging.hostbuffer import HostBuffer
 from ckptmgr.types import PAGE_BYTES, Binding, Outcome, SlotState, Snapshot, Tags
 from crash import peek
 from processes import needs_root

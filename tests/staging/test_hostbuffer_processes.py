@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from ckptmgr.errors import HostMemoryError, TornSnapshotError
-from ckptmgr.staging.hostbuffer import Capacity, HostBuffer
+from ckptmgr.staging.bufferfile import Capacity
+from ckptmgr.staging.hostbuffer import HostBuffer
 from ckptmgr.types import PAGE_BYTES
 from driven import PYTHON_PATH, until
 from processes import needs_root
