@@ -1,0 +1,116 @@
+"""A hold keeps retention away from a step for as long as its reader reads, and no longer."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from ckptmgr.errors import (
+    DamageError,
+    StoreFullError,
+    StorePermissionError,
+    StoreUnreachableError,
+)
+from ckptmgr.repository import keys
+from ckptmgr.repository.catalog import Retired, list_steps
+from ckptmgr.repository.commit import put_record
+from ckptmgr.repository.hold import (
+    held_step,
+    host_name,
+    left_behind,
+    put_hold,
+    release_hold,
+)
+from ckptmgr.repository.record import Kind
+from ckptmgr.store.base import check_key
+from ckptmgr.testing import Fault, FaultyStore
+from ckptmgr.types import StepId
+from small_step import memory_store
+
+STEP = StepId(1, 10)
+
+
+def test_a_hold_lasts_as_long_as_the_block() -> None:
+    async def main() -> None:
+        store = memory_store({})
+        async with held_step(store, STEP), held_step(store, STEP):
+            assert len((await list_steps(store)).holds[STEP]) == 2
+        assert (await list_steps(store)).holds == {}
+        with pytest.raises(ZeroDivisionError):
+            async with held_step(store, STEP):
+                raise ZeroDivisionError
+        assert await store.list("") == []
+
+    asyncio.run(main())
+
+
+def test_a_hold_by_a_person() -> None:
+    async def main() -> None:
+        store = memory_store({})
+        await put_hold(store, STEP, "abc", "for the paper")
+        assert (await list_steps(store)).holds == {STEP: ("abc",)}
+        await release_hold(store, STEP, "abc")
+        await release_hold(store, STEP, "abc")
+        assert await store.list("") == []
+
+    asyncio.run(main())
+
+
+def test_a_retired_step_can_not_be_held() -> None:
+    async def main() -> None:
+        store = memory_store({})
+        await put_record(store, Kind.RETIRED, keys.retired(STEP), Retired(1, 10))
+        with pytest.raises(DamageError, match="is retired"):
+            await put_hold(store, STEP, "abc", "")
+        with pytest.raises(DamageError, match="is retired"):
+            async with held_step(store, STEP):
+                pytest.fail("entered")
+        assert await store.list("holds/") == []
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("error", [StorePermissionError, StoreFullError])
+def test_a_store_that_takes_no_hold_can_be_read(error: Any) -> None:
+    async def main() -> None:
+        store = FaultyStore(
+            memory_store({}), [Fault(error("no"), operation="put_new", and_later=True)]
+        )
+        async with held_step(store, STEP):
+            pass
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("at", "when"), [(1, "before"), (1, "after"), (2, "before")])
+def test_a_hold_that_may_have_been_put_is_not_left_behind(at: int, when: Any) -> None:
+    async def main() -> None:
+        inner = memory_store({})
+        store = FaultyStore(inner, [Fault(StoreUnreachableError("no"), at=at, when=when)])
+        with pytest.raises(StoreUnreachableError):
+            async with held_step(store, STEP):
+                pytest.fail("entered")
+        assert await inner.list("") == []
+
+    asyncio.run(main())
+
+
+def test_only_a_dead_reader_of_this_host_left_its_hold_behind() -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    tail = "0123456789abcdef"
+    assert left_behind(f"reader.{host_name()}.{dead.pid}.{tail}")
+    assert not left_behind(f"reader.{host_name()}.{os.getpid()}.{tail}")
+    assert not left_behind(f"reader.{host_name()}.1.{tail}")
+    assert not left_behind(f"reader.another-host.{dead.pid}.{tail}")
+    for person in ("abc", "reader", f"reader.{host_name()}.{dead.pid}", f"reader..x.{tail}", ""):
+        assert not left_behind(person)
+
+
+def test_the_name_of_the_host_is_a_segment_of_a_key() -> None:
+    assert check_key(host_name())
