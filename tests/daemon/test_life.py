@@ -198,6 +198,11 @@ def test_undecided_memory_is_not_freed(runtime: Path, rig: Rig) -> None:
         daemon.await_event("freed")
 
 
+def is_stopped(pid: int) -> bool:
+    stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return {stat.rpartition(")")[2].split()[0] for stat in stats} == {"T"}
+
+
 def test_a_trainer_that_dies_without_a_connection_is_noticed(runtime: Path, rig: Rig) -> None:
     """It had not yet attached to the daemon that followed a killed one."""
     environment = rig.environment(CKPTMGR_MEMORY_SECONDS="0.1")
@@ -206,6 +211,7 @@ def test_a_trainer_that_dies_without_a_connection_is_noticed(runtime: Path, rig:
             trainer.await_event("finished")
             first.await_event("committed")
             trainer.process.send_signal(signal.SIGSTOP)
+            until(lambda: is_stopped(trainer.process.pid), "every thread of the trainer stops")
             first.end(signal.SIGKILL)
         with Daemon(runtime, environment=environment) as second:
             second.await_event("adopted")
