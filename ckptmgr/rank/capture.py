@@ -118,7 +118,7 @@ class Capture:
             UnsupportedLeafError: a leaf that can not be stored exactly, with its path.
         """
         self._optimizers.clear()
-        with _collection_paused():
+        with collection_paused():
             live = live_state(self._state, rng=self._rng)
             sources, values = self._again(live) or self._anew(live)
         frame = self._frame
@@ -266,7 +266,7 @@ class Capture:
 
 
 @contextmanager
-def _collection_paused() -> Iterator[None]:
+def collection_paused() -> Iterator[None]:
     """No cyclic garbage collection: 100,000 new objects start several, which find nothing."""
     was_enabled = gc.isenabled()
     gc.disable()

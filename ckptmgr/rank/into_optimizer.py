@@ -37,13 +37,17 @@ _LIKE_PARAMETER = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class OptimizerLoad:
-    """A state_dict that fits `optimizer`; `own_code` if hooks or an override take part."""
+    """A state_dict that fits `optimizer`; `own_code` if hooks or an override take part.
+
+    `writes` collects (live tensor, saved view): what is to be written in place after `apply`.
+    """
 
     path: str
     optimizer: Optimizer
     saved: dict[str, Any]
     clones: Clones
     own_code: bool
+    writes: list[tuple[Tensor, Tensor]]
 
     def backup(self) -> Any:
         """What `undo` needs; taken only where loading can fail half-way."""
@@ -55,46 +59,54 @@ class OptimizerLoad:
             self.optimizer.load_state_dict(backup)
 
     def apply(self) -> None:
-        """Load it; state tensors and tensor options that exist and fit are written in place."""
+        """Load it; state tensors and tensor options that exist and fit stay, and join `writes`."""
         before = {p: dict(state) for p, state in self.optimizer.state.items()}
         options = [dict(group) for group in self.optimizer.param_groups]
         if self.own_code:
             self.optimizer.load_state_dict(fresh(self.saved, self.clones))
         else:
             self.optimizer.load_state_dict(_with_stand_ins(self.saved, self.clones))
+        on_device = self._on_device()
         for number, param in enumerate(_params(self.optimizer)):
             saved = self.saved["state"].get(number)
             if isinstance(saved, dict):
-                self._place_state(param, saved, before.get(param, {}))
+                step_device = param.device if id(param) in on_device else torch.device("cpu")
+                self._place_state(param, saved, before.get(param, {}), step_device)
         pairs = zip(self.optimizer.param_groups, self.saved["param_groups"], strict=True)
         for (group, saved), old in zip(pairs, options, strict=True):
             self._place_options(group, saved, old)
 
-    def _place_state(self, param: Tensor, saved: dict[Any, Any], before: dict[Any, Any]) -> None:
+    def _on_device(self) -> set[int]:
+        """Parameters whose step count a kernel needs beside them; the others keep it on the CPU."""
+        return {
+            id(param)
+            for group in self.optimizer.param_groups
+            if group.get("capturable") or group.get("fused")
+            for param in group["params"]
+        }
+
+    def _place_state(
+        self,
+        param: Tensor,
+        saved: dict[Any, Any],
+        before: dict[Any, Any],
+        step_device: torch.device,
+    ) -> None:
         state = self.optimizer.state[param]
         for name, item in saved.items():
             # What hooks or an override made of it stays, unless only the dtype was lost.
             if type(item) is SavedLeaf:
                 if not self.own_code or _only_dtype_differs(state.get(name), item.view):
-                    state[name] = self._exact(name, item.view, before.get(name), param)
+                    device = step_device if name == "step" else param.device
+                    state[name] = self._exact(item.view, before.get(name), device)
             elif not self.own_code and isinstance(item, (list, tuple)):
                 state[name] = _to_device(fresh(item, self.clones), param.device)
 
-    def _exact(self, name: Any, view: Tensor, before: Any, param: Tensor) -> Tensor:
+    def _exact(self, view: Tensor, before: Any, device: torch.device) -> Tensor:
         if isinstance(before, Tensor) and fits(before, view):
-            write(before, view)
+            self.writes.append((before, view))
             return before
-        return exact_clone(view).to(self._device_of(name, param))
-
-    def _device_of(self, name: Any, param: Tensor) -> torch.device:
-        """Where new state goes: with its parameter, but step counts only if a kernel needs them."""
-        if name != "step":
-            return param.device
-        for group in self.optimizer.param_groups:
-            if any(param is member for member in group["params"]):
-                on_device = group.get("capturable") or group.get("fused")
-                return param.device if on_device else torch.device("cpu")
-        return torch.device("cpu")
+        return exact_clone(view).to(device)
 
     def _place_options(
         self, group: dict[str, Any], saved: dict[str, Any], before: dict[str, Any]
@@ -104,7 +116,7 @@ class OptimizerLoad:
                 continue
             old = before.get(name)
             if type(item) is SavedLeaf and isinstance(old, Tensor) and fits(old, item.view):
-                write(old, item.view)
+                self.writes.append((old, item.view))
                 group[name] = old
             elif not self.own_code:
                 group[name] = fresh(item, self.clones)
@@ -133,7 +145,12 @@ def write(live: Tensor, view: Tensor) -> None:
 
 
 def plan_optimizer(
-    path: str, optimizer: Optimizer, saved: Any, clones: Clones, problems: list[str]
+    path: str,
+    optimizer: Optimizer,
+    saved: Any,
+    clones: Clones,
+    writes: list[tuple[Tensor, Tensor]],
+    problems: list[str],
 ) -> OptimizerLoad | None:
     """Compare a saved state_dict with a live optimizer; what differs is added to `problems`."""
     if not isinstance(saved, dict) or not {"state", "param_groups"} <= saved.keys():
@@ -152,7 +169,7 @@ def plan_optimizer(
         if names and live_names and _bare(names) != _bare(live_names):
             problems.append(f"{path}/param_groups/{number}: has other parameters or another order")
     _compare_state(path, optimizer, saved["state"], problems)
-    return OptimizerLoad(path, optimizer, saved, clones, _has_own_code(optimizer))
+    return OptimizerLoad(path, optimizer, saved, clones, _has_own_code(optimizer), writes)
 
 
 def _bare(names: list[str]) -> list[str]:

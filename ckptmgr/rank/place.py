@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ckptmgr.errors import StateMismatchError
-from ckptmgr.rank.capture import keeps_own_state
+from ckptmgr.rank.capture import collection_paused, keeps_own_state
 from ckptmgr.rank.externals import GENERATORS, same_generator, take_over
 from ckptmgr.rank.into_module import plan_module, tensor_difference
 from ckptmgr.rank.into_optimizer import plan_optimizer, write
+from ckptmgr.rank.overlap import CopyThread
 from ckptmgr.rank.randomness import RNG_KEY, check_generators, write_generators
 from ckptmgr.rank.saved import Clones, Saved, SavedLeaf, fresh, read_state, rebuild
-from ckptmgr.rank.tensors import local_part
+from ckptmgr.rank.tensors import carried, local_part
 from ckptmgr.staging.paths import Trail, render
 from ckptmgr.staging.values import MAPPING_TAGS
 
@@ -113,10 +114,10 @@ def place(
         StateMismatchError: as for `check`, and nothing was changed; or an object refused its
             state, and those loaded before it were given their old state again.
     """
-    plan = _plan(state, saved, rng=rng, partial=partial)
-    _apply_loads(plan.loads)
-    for live, view in plan.writes:
-        write(live, view)
+    with collection_paused():
+        plan = _plan(state, saved, rng=rng, partial=partial)
+        _apply_loads(plan.loads)
+        _write_all(plan.writes)
     for array, found in plan.arrays:
         array[...] = found
     for generator, found in plan.generators:
@@ -235,7 +236,7 @@ def _merge_object(plan: Plan, live: Any, saved: Any, trail: Trail) -> Any:
     if isinstance(live, nn.Module):
         load = plan_module(path, live, saved, plan.clones, plan.problems)
     elif isinstance(live, Optimizer):
-        load = plan_optimizer(path, live, saved, plan.clones, plan.problems)
+        load = plan_optimizer(path, live, saved, plan.clones, plan.writes, plan.problems)
     else:
         # Its own clones: two objects never share what they were given.
         load = ObjectLoad(path, live, fresh(saved, Clones()))
@@ -299,6 +300,25 @@ def _apply_loads(loads: list[Load]) -> None:
             raise StateMismatchError(
                 f"refused its saved state: {error}", subject=load.path
             ) from error
+
+
+def _write_all(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Write into plain tensors of host memory all at once, on one core; into others one by one."""
+    plain = []
+    for live, view in pairs:
+        if live.is_cpu and live.is_contiguous() and not _is_special(live):
+            plain.append((carried(live.detach()), view))
+        else:
+            write(live, view)
+    thread = CopyThread()
+    try:
+        thread.copy([live for live, _ in plain], [view for _, view in plain])
+    finally:
+        thread.close()
+
+
+def _is_special(live: Tensor) -> bool:
+    return live.is_conj() or live.is_neg() or live.is_inference()
 
 
 def _fill(container: Any, items: Any) -> None:

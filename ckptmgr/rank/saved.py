@@ -16,7 +16,7 @@ from ckptmgr.rank.externals import assemble
 from ckptmgr.rank.tensors import IS_PARAMETER, REQUIRES_GRAD, carried, dtype_of
 from ckptmgr.staging.revive import decode_tree, decode_values
 from ckptmgr.staging.values import MAPPING_TAGS, External
-from ckptmgr.types import Layout
+from ckptmgr.types import Layout, Leaf
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,31 +47,25 @@ def leaf_views(saved: Saved) -> list[Tensor]:
         raise HostBufferDamagedError(
             f"{len(saved.data)} bytes of data, the layout has {layout.data_bytes}"
         )
-    base = torch.empty(0, dtype=torch.uint8)
-    if layout.data_bytes:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the memory may be read-only; it is never written
-            base = torch.frombuffer(saved.data, dtype=torch.uint8, count=layout.data_bytes)
-    views = []
-    for leaf in layout.leaves:
-        try:
-            dtype = dtype_of(leaf.dtype)
-            if (
-                leaf.nbytes != math.prod(leaf.shape) * dtype.itemsize
-                or min(leaf.shape, default=0) < 0
-            ):
-                raise ValueError(f"{leaf.nbytes} bytes for shape {list(leaf.shape)}")
-            piece = base[leaf.offset : leaf.offset + leaf.nbytes]
-            views.append(_as_dtype(piece, dtype).view(leaf.shape))
-        except (ValueError, RuntimeError) as error:
-            raise HostBufferDamagedError(str(error), subject=leaf.path) from error
-    return views
-
-
-def _as_dtype(piece: Tensor, dtype: torch.dtype) -> Tensor:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "ComplexHalf support is experimental"
-        return piece.view(dtype)
+        # The memory may be read-only; it is never written. ComplexHalf is experimental.
+        warnings.simplefilter("ignore")
+        base = torch.empty(0, dtype=torch.uint8)
+        if layout.data_bytes:
+            base = torch.frombuffer(saved.data, dtype=torch.uint8, count=layout.data_bytes)
+        return [_leaf_view(leaf, base) for leaf in layout.leaves]
+
+
+def _leaf_view(leaf: Leaf, base: Tensor) -> Tensor:
+    try:
+        dtype = dtype_of(leaf.dtype)
+        nbytes = math.prod(leaf.shape) * dtype.itemsize
+        if leaf.nbytes != nbytes or min(leaf.shape, default=0) < 0:
+            raise ValueError(f"{leaf.nbytes} bytes for shape {list(leaf.shape)}")
+        piece = base[leaf.offset : leaf.offset + leaf.nbytes]
+        return piece.view(dtype).view(leaf.shape)
+    except (ValueError, RuntimeError) as error:
+        raise HostBufferDamagedError(str(error), subject=leaf.path) from error
 
 
 def exact_clone(view: Tensor) -> Tensor:
