@@ -169,6 +169,14 @@ async def save_step(
 ) -> SavedStep:
     """One snapshot through the real pipeline to its commit."""
     encoded = encode_state(state)
+    decision = await commit_encoded(store, attempt, nonce, step, encoded, codec)
+    return SavedStep(decision.id, state, encoded, decision)
+
+
+async def commit_encoded(
+    store: Store, attempt: int, nonce: str, step: int, encoded: Encoded, codec: str = "planes"
+) -> Decision:
+    """What a slot would hold, through the real pipeline to its commit."""
     await put_active(store, attempt, nonce)
     with host_buffer(store.url, len(encoded.data)) as buffer:
         snapshot = fill_slot(buffer, 0, encoded, attempt=attempt, nonce=nonce, step=step)
@@ -176,8 +184,7 @@ async def save_step(
         pipeline = Pipeline(BufferPool(BUDGET_BYTES))
         manifest = await pipeline.write(source, codec, lambda _raw, _stored: None)
         parent = await parent_of(Catalog(store), snapshot.id)
-        decision = await commit_step(store, [manifest], parent)
-    return SavedStep(snapshot.id, state, encoded, decision)
+        return await commit_step(store, [manifest], parent)
 
 
 async def save_steps(

@@ -15,7 +15,7 @@ from typing import Any
 
 import aiofiles
 import xxhash
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ckptmgr.errors import CkptmgrError, UnsupportedLeafError, UsageError
 from ckptmgr.repository.budget import BufferPool
@@ -165,9 +165,13 @@ def _take_space(descriptor: int, nbytes: int, path: Path) -> None:
 
 def _check_header(path: Path, leaves: tuple[Leaf, ...]) -> None:
     """Let the library that others will read the file with have the last word on its header."""
-    with safe_open(path, framework="numpy") as opened:
-        if set(opened.keys()) != {leaf.path for leaf in leaves}:
-            raise CkptmgrError("safetensors reads other names than were written", subject=str(path))
+    try:
+        with safe_open(path, framework="numpy") as opened:
+            names = set(opened.keys())
+    except SafetensorError as error:
+        raise CkptmgrError(f"safetensors does not read it: {error}", subject=str(path)) from error
+    if names != {leaf.path for leaf in leaves}:
+        raise CkptmgrError("safetensors reads other names than were written", subject=str(path))
 
 
 def readable_values(manifest: Manifest) -> Any:
