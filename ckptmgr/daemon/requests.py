@@ -162,6 +162,9 @@ class Requests:
     async def _load(self, request: control.Load) -> control.Reply:
         _check_protocol(request.protocol)
         job = self._service.job(normalise_url(request.url))
+        if self._session is not None and self._session.held is not None:
+            raise UsageError("load on a connection of its own", subject="control socket")
+        await self._released()
         self._session = Session(job, request.rank)
         return await self._service.reader.restore(
             self._session, request.step, request.of_attempt, frozenset()
