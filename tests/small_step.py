@@ -43,7 +43,7 @@ from ckptmgr.store.memory import MemoryStore
 from ckptmgr.types import PAGE_BYTES, Binding, Group, Layout, Leaf, StepId
 
 HOST = "testhost"
-TABLE_BYTES = 1 << 17
+TABLE_BYTES = 1 << 14
 STEPS = (10, 20)
 
 Objects = dict[str, bytes]
@@ -85,6 +85,12 @@ class Encoded:
     data: bytes
 
 
+def arrays_of(state: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
+    """Every leaf of a state by its path."""
+    flat = flatten(state, _SEAMS)
+    return dict(zip(flat.paths(), flat.leaves, strict=True))
+
+
 @dataclass(frozen=True, slots=True)
 class SavedStep:
     """A committed step and what was saved: the oracle of a test."""
@@ -97,8 +103,7 @@ class SavedStep:
     @property
     def arrays(self) -> dict[str, np.ndarray[Any, Any]]:
         """Every leaf by its path."""
-        flat = flatten(self.state, _SEAMS)
-        return dict(zip(flat.paths(), flat.leaves, strict=True))
+        return arrays_of(self.state)
 
 
 def encode_state(state: Mapping[str, Any]) -> Encoded:
