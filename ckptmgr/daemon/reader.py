@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import xxhash
@@ -246,7 +247,13 @@ class Reader:
         writer = buffer.begin(slot)
         data = writer.data
         try:
-            await fetch(session.job.store, plan_whole(manifest), data, session.job.pool)
+            await fetch(
+                session.job.store,
+                plan_whole(manifest),
+                data,
+                session.job.pool,
+                populate=partial(buffer.populate_data, slot),
+            )
         finally:
             data.release()
         buffer.settle(slot, writer.generation, Outcome.COMMITTED)

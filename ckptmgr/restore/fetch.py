@@ -32,9 +32,12 @@ async def fetch(
     target: memoryview,
     pool: BufferPool,
     progress: Callable[[int], None] = lambda _: None,
+    populate: Callable[[int, int], None] | None = None,
 ) -> None:
     """Fill `target` (at least `plan.target_bytes` long) with verified bytes.
 
+    `populate` makes a range (start, end) of `target` present in memory before a chunk is read into
+    it: one call instead of a page fault every 4 KiB, which would take longer than the read.
     When it raises, some of `target` may have been written; nothing in it is to be used.
 
     Raises:
@@ -47,6 +50,9 @@ async def fetch(
     async def lane(room: memoryview) -> None:
         for read in reads:
             try:
+                if populate is not None and read.direct:
+                    start = read.moves[0].target
+                    await in_thread(populate, start, start + read.chunk.raw_bytes)
                 await _one(store, read, target, room)
             except CkptmgrError as error:
                 # Not raised here: that would cancel the other lanes amid a chunk, and the memory

@@ -183,6 +183,15 @@ class HostBuffer:
         start = self.slot_at(slot)
         self._map.populate(start, start + self.capacity.slot_bytes, stop)
 
+    def populate_data(self, slot: int, start: int, end: int) -> None:
+        """Make a range of a slot's data region present and writable in this process.
+
+        Raises:
+            HostMemoryError: not enough shared memory.
+        """
+        at = self.data_at(slot)
+        self._map.populate(at + start, at + end)
+
     # -- slots --------------------------------------------------------------------------------
 
     def slot_at(self, slot: int) -> int:
