@@ -21,13 +21,25 @@ def warning(name: str, **fields: Any) -> None:
     event(name, logging.WARNING, **fields)
 
 
+def fault(error: BaseException, **fields: Any) -> None:
+    """A fault of our own, with its traceback."""
+    _LOGGER.error("fault", extra={"fields": {**fields, "why": repr(error)}}, exc_info=error)
+
+
+def _name_and_fields(record: logging.LogRecord) -> tuple[str, dict[str, Any]]:
+    """Records of other libraries (asyncio tells of tasks that failed) are faults, too."""
+    if record.name == _LOGGER.name:
+        return record.getMessage(), getattr(record, "fields", {})
+    return "fault", {"why": record.getMessage()}
+
+
 class _JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        fields = getattr(record, "fields", {})
+        name, fields = _name_and_fields(record)
         line = {
             "at": round(record.created, 3),
             "level": record.levelname.lower(),
-            "event": record.getMessage(),
+            "event": name,
             **fields,
         }
         if record.exc_info:
@@ -38,9 +50,9 @@ class _JsonLines(logging.Formatter):
 class _HumanLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
-        fields = getattr(record, "fields", {})
-        text = " ".join(f"{name}={value}" for name, value in fields.items())
-        line = f"{clock} {record.getMessage():<18} {text}"
+        name, fields = _name_and_fields(record)
+        text = " ".join(f"{field}={value}" for field, value in fields.items())
+        line = f"{clock} {name:<18} {text}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
@@ -49,5 +61,6 @@ def configure(stream: TextIO = sys.stderr, *, debug: bool = False) -> None:
     target = logging.StreamHandler(stream)
     target.setFormatter(_HumanLines() if stream.isatty() else _JsonLines())
     _LOGGER.handlers[:] = [target]
+    logging.getLogger("asyncio").handlers[:] = [target]
     _LOGGER.setLevel(logging.DEBUG if debug else logging.INFO)
     _LOGGER.propagate = False

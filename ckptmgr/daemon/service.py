@@ -17,7 +17,7 @@ from ckptmgr.config import DRAIN_SECONDS, DaemonSettings
 from ckptmgr.daemon.http import MetricsServer
 from ckptmgr.daemon.intake import Held, Intake
 from ckptmgr.daemon.job import Job
-from ckptmgr.daemon.log import event, warning
+from ckptmgr.daemon.log import event, fault, warning
 from ckptmgr.daemon.pipeline import Pipeline
 from ckptmgr.daemon.reader import Reader
 from ckptmgr.daemon.requests import Requests
@@ -83,7 +83,8 @@ class Service:
             finally:
                 await self._close(server, watch, metrics)
             if self._fault is not None:
-                raise self._fault
+                fault(self._fault)
+                raise DaemonError("ended over a fault of its own; its log has the traceback")
 
     def _serve_metrics(self) -> MetricsServer | None:
         if self.settings.metrics_port < 0:
@@ -105,7 +106,10 @@ class Service:
                 return
         event("draining", undecided=self.intake.undecided())
         left = await self.drain(_SIGTERM_DRAIN_SECONDS)
-        event("drained" if not left else "drain_incomplete", left=left)
+        if left:
+            warning("drain_incomplete", left=left)
+        else:
+            event("drained", left=left)
 
     async def _wait_for_change(self) -> None:
         """Sleep until the daemon ends, or until it is time to look at idle buffers again."""
@@ -185,7 +189,6 @@ class Service:
     def _writer_ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and task.exception() is not None:
             # A fault of ours: end loudly. The snapshots stay in host memory for the next daemon.
-            warning("writer_failed", why=repr(task.exception()))
             self._fault = task.exception()
             self._ending.set()
 
