@@ -19,10 +19,11 @@ from ckptmgr.daemon.retain import NEWER_MIN, collect, garbage, mark_verified, vi
 from ckptmgr.errors import DamageError, StoreUnreachableError
 from ckptmgr.repository import keys
 from ckptmgr.repository.budget import BufferPool
-from ckptmgr.repository.catalog import Catalog, Listing, list_steps
-from ckptmgr.repository.commit import abort_step
+from ckptmgr.repository.catalog import Catalog, Listing, Verified, list_steps
+from ckptmgr.repository.commit import abort_step, put_record
 from ckptmgr.repository.hold import held_step, host_name, put_hold
 from ckptmgr.repository.pack import pack_header
+from ckptmgr.repository.record import Kind
 from ckptmgr.restore.check import verify_store
 from ckptmgr.store.base import Store
 from ckptmgr.store.local import LocalStore
@@ -226,6 +227,23 @@ def test_a_mark_of_verification_counts_for_its_own_register_only() -> None:
             (pack,) = await store.list(keys.packs(one.id))
             shelf[pack][5000] ^= 1
         assert await gather(store) == [], "a copied mark was believed"
+        assert "1.10" in await data_of(store)
+
+    run(main())
+
+
+def test_a_mark_of_verification_of_another_register_is_not_believed() -> None:
+    """The mark itself holds; the register that was read back then is not the one there now."""
+
+    async def main() -> None:
+        store = memory_store({})
+        saved = await save_steps(store, (10, 20, 30))
+        for one in saved[1:]:
+            mark = Verified(one.id.attempt, one.id.step, "00" * 32)
+            await put_record(store, Kind.VERIFIED, keys.verified(one.id), mark)
+            (pack,) = await store.list(keys.packs(one.id))
+            shelf_of(store)[pack][5000] ^= 1
+        assert await gather(store) == []
         assert "1.10" in await data_of(store)
 
     run(main())

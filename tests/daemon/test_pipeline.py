@@ -1,0 +1,146 @@
+"""A snapshot goes into the store as it was sealed, or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from ckptmgr.config import BUDGET_BYTES
+from ckptmgr.daemon.pipeline import Pipeline, Source
+from ckptmgr.errors import RegisterConflictError, StoreUnreachableError, TornSnapshotError
+from ckptmgr.repository import keys
+from ckptmgr.repository.budget import BufferPool
+from ckptmgr.repository.catalog import Catalog
+from ckptmgr.repository.commit import FROM_SCRATCH, commit_step
+from ckptmgr.repository.manifest import SealedManifest
+from ckptmgr.restore.fetch import fetch
+from ckptmgr.restore.plan import plan_whole
+from ckptmgr.staging.hostbuffer import HostBuffer
+from ckptmgr.store.base import Store
+from ckptmgr.testing import Fault, FaultyStore
+from ckptmgr.types import StepId
+from small_step import (
+    HOST,
+    Encoded,
+    encode_state,
+    fill_slot,
+    host_buffer,
+    memory_store,
+    shelf_of,
+    small_state,
+)
+
+STEP = StepId(1, 10)
+ENCODED = encode_state(small_state(10))
+NONCE = "ab" * 16
+CODECS = pytest.mark.parametrize("codec", ["none", "zstd", "planes", "auto"])
+
+
+def sealed_in(buffer: HostBuffer, encoded: Encoded = ENCODED, nonce: str = NONCE) -> Any:
+    return fill_slot(buffer, 0, encoded, attempt=1, nonce=nonce, step=10)
+
+
+async def write(store: Store, buffer: HostBuffer, snapshot: Any, codec: str) -> SealedManifest:
+    pipeline = Pipeline(BufferPool(BUDGET_BYTES))
+    return await pipeline.write(
+        Source(buffer, snapshot, store, HOST), codec, lambda _raw, _stored: None
+    )
+
+
+async def read(store: Store, sealed: SealedManifest) -> bytes:
+    target = bytearray(sum(chunk.raw_bytes for chunk in sealed.manifest.chunks))
+    await fetch(store, plan_whole(sealed.manifest), memoryview(target), BufferPool(1))
+    return bytes(target)
+
+
+@CODECS
+def test_what_was_sealed_comes_back(codec: str) -> None:
+    async def main() -> None:
+        store = memory_store({})
+        with host_buffer(store.url, len(ENCODED.data)) as buffer:
+            sealed = await write(store, buffer, sealed_in(buffer), codec)
+        decision = await commit_step(store, [sealed], FROM_SCRATCH)
+        (again,) = await Catalog(store).manifests(decision)
+        assert await read(store, again) == ENCODED.data
+        manifest = again.manifest
+        assert (manifest.layout, manifest.values) == (ENCODED.layout_bytes, ENCODED.values)
+        assert manifest.stored_bytes == sum(len(shelf_of(store)[k]) for k, _ in manifest.packs)
+        if codec != "auto":
+            expected = {"none": {0}, "zstd": {0, 1}, "planes": {0, 1, 2}}[codec]
+            assert {chunk.codec for chunk in manifest.chunks} == expected
+
+    asyncio.run(main())
+
+
+@CODECS
+@pytest.mark.parametrize("operation", ["get", "put_new"])
+def test_a_slot_that_is_reused_meanwhile_leaves_no_manifest(codec: str, operation: Any) -> None:
+    """The trainer writes the next step over it while the store is slow: nothing mixed gets out."""
+
+    async def main() -> None:
+        gate = asyncio.Event()
+        inner = memory_store({})
+        store = FaultyStore(inner, [Fault(operation=operation, gate=gate)])
+        with host_buffer(store.url, len(ENCODED.data)) as buffer:
+            writing = asyncio.create_task(write(store, buffer, sealed_in(buffer), codec))
+            while not any(made == operation for made, _ in store.operations):
+                await asyncio.sleep(0)
+            fill_slot(buffer, 0, encode_state(small_state(11)), attempt=1, nonce=NONCE, step=11)
+            gate.set()
+            with pytest.raises(TornSnapshotError):
+                await writing
+        assert await inner.list("man/") == []
+
+    asyncio.run(main())
+
+
+def test_a_manifest_of_the_same_snapshot_is_taken_over_and_made_durable() -> None:
+    """A daemon died after its manifest: the next one commits that, and writes nothing twice."""
+
+    async def main() -> None:
+        store = FaultyStore(memory_store({}))
+        with host_buffer(store.url, len(ENCODED.data)) as buffer:
+            snapshot = sealed_in(buffer)
+            first = await write(store, buffer, snapshot, "planes")
+            before = len(store.operations)
+            again = await write(store, buffer, snapshot, "zstd")
+        assert again == first
+        made = {operation for operation, _ in store.operations[before:]}
+        assert "put_new" not in made
+        assert store.operations[-1] == ("make_durable", keys.manifest(STEP, 0))
+
+    asyncio.run(main())
+
+
+def test_the_manifest_of_another_incarnation_is_left_alone() -> None:
+    async def main() -> None:
+        store = memory_store({})
+        with host_buffer(store.url, len(ENCODED.data)) as buffer:
+            first = await write(store, buffer, sealed_in(buffer), "none")
+        with host_buffer(store.url, len(ENCODED.data)) as buffer:
+            snapshot = sealed_in(buffer, nonce="cd" * 16)
+            with pytest.raises(RegisterConflictError):
+                await write(store, buffer, snapshot, "none")
+        assert bytes(shelf_of(store)[keys.manifest(STEP, 0)]) == first.record
+
+    asyncio.run(main())
+
+
+@CODECS
+def test_a_failed_put_leaves_no_manifest_and_can_be_tried_again(codec: str) -> None:
+    async def main() -> None:
+        for at in (1, 2):
+            fault = Fault(StoreUnreachableError("no"), operation="put_new", at=at)
+            store = FaultyStore(memory_store({}), [fault])
+            with host_buffer(store.url, len(ENCODED.data)) as buffer:
+                snapshot = sealed_in(buffer)
+                with pytest.raises(StoreUnreachableError):
+                    await write(store, buffer, snapshot, codec)
+                assert await store.list("man/") == []
+                assert await read(store, await write(store, buffer, snapshot, codec)) == (
+                    ENCODED.data
+                )
+
+    asyncio.run(main())
