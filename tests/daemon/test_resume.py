@@ -1,0 +1,196 @@
+"""Claims and resume decisions: one winner in every race, and the newest step first."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import secrets
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ckptmgr.daemon.resume import (
+    Standing,
+    claim_attempt,
+    decide_resume,
+    newest_active,
+    parent_of,
+    publish_have,
+    put_active,
+    rank_candidates,
+    resumed_from,
+    standing_of,
+    usable_in_memory,
+)
+from ckptmgr.errors import StoreUnreachableError
+from ckptmgr.repository import keys
+from ckptmgr.repository.catalog import Catalog
+from ckptmgr.repository.commit import FROM_SCRATCH, Decision, Have, abort_step, decide, get_record
+from ckptmgr.repository.record import Kind
+from ckptmgr.store.memory import MemoryStore
+from ckptmgr.store.registry import open_store
+from ckptmgr.testing import Fault, FaultyStore
+from ckptmgr.types import Outcome, Snapshot, StepId
+
+STEPS = st.builds(StepId, st.integers(1, 4), st.integers(0, 6))
+
+
+def memory_store() -> MemoryStore:
+    return MemoryStore(secrets.token_hex(8))
+
+
+def snapshot(attempt: int, step: int, nonce: str = "00" * 16) -> Snapshot:
+    return Snapshot(0, 1, attempt, nonce, 0, 1, step, 0, 0, 0, 0.0, 0.0)
+
+
+# ---- pure -------------------------------------------------------------------
+
+
+@given(st.lists(STEPS), st.lists(STEPS), st.frozensets(STEPS))
+def test_candidates_are_all_that_is_there_newest_attempt_first(
+    memory: list[StepId], standing: list[StepId], rejected: frozenset[StepId]
+) -> None:
+    found = rank_candidates(memory, standing, rejected)
+    ids = [one.id for one in found]
+    assert ids == sorted(set(ids), reverse=True)
+    assert set(ids) == (set(memory) | set(standing)) - rejected
+    for one in found:
+        assert (one.in_memory, one.in_store) == (one.id in memory, one.id in standing)
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.sampled_from(Outcome))))
+def test_memory_is_usable_unless_its_step_was_given_up(pairs: list[tuple[int, Outcome]]) -> None:
+    usable = usable_in_memory([(snapshot(1, step), outcome) for step, outcome in pairs])
+    assert [s.step for s in usable] == [step for step, o in pairs if o is not Outcome.ABORTED]
+
+
+# ---- claims -----------------------------------------------------------------
+
+
+def test_attempts_are_counted_from_one() -> None:
+    async def main() -> None:
+        store = memory_store()
+        assert [(await claim_attempt(store, 1, ""))[0] for _ in range(3)] == [1, 2, 3]
+
+    asyncio.run(main())
+
+
+def claim_some(url: str, count: int) -> list[tuple[int, str]]:
+    async def main() -> list[tuple[int, str]]:
+        store = open_store(url)
+        return [await claim_attempt(store, 1, "race") for _ in range(count)]
+
+    return asyncio.run(main())
+
+
+def test_processes_that_race_for_attempts_get_one_each(tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/store"
+    with multiprocessing.get_context("spawn").Pool(4) as pool:
+        claims = [c for found in pool.starmap(claim_some, [(url, 10)] * 4) for c in found]
+    assert sorted(attempt for attempt, _ in claims) == list(range(1, 41))
+    assert len({nonce for _, nonce in claims}) == 40
+
+
+def test_a_claim_whose_answer_is_lost_is_not_used_by_two() -> None:
+    """The put took effect and then failed: whoever asks again gets another attempt."""
+
+    async def main() -> None:
+        inner = memory_store()
+        lost = StoreUnreachableError("answer lost")
+        store = FaultyStore(
+            inner, [Fault(lost, operation="put_new", key="attempts/", when="after")]
+        )
+        with pytest.raises(StoreUnreachableError):
+            await claim_attempt(store, 1, "")
+        assert (await claim_attempt(store, 1, ""))[0] == 2
+
+    asyncio.run(main())
+
+
+def test_what_memory_holds_is_published_once() -> None:
+    async def main() -> None:
+        store = memory_store()
+        await publish_have(store, 1, [snapshot(1, 5), snapshot(1, 6)])
+        await publish_have(store, 1, [])
+        (key,) = await store.list("attempts/")
+        have = await get_record(store, Kind.HAVE, key, Have)
+        assert have.snapshots == ((1, 5, 0), (1, 6, 0))
+
+    asyncio.run(main())
+
+
+# ---- whose steps ------------------------------------------------------------
+
+
+def test_a_snapshot_belongs_to_the_store_that_knows_its_claim() -> None:
+    async def main() -> None:
+        store = memory_store()
+        attempt, nonce = await claim_attempt(store, 1, "")
+        assert await standing_of(store, snapshot(attempt, 1, nonce)) is Standing.OURS
+        assert await standing_of(store, snapshot(attempt, 1, "ff" * 16)) is Standing.OTHER
+        assert await standing_of(store, snapshot(attempt + 1, 1, nonce)) is Standing.MISSING
+
+    asyncio.run(main())
+
+
+def test_a_store_that_can_not_be_read_contradicts_nothing() -> None:
+    async def main() -> None:
+        store = FaultyStore(memory_store())
+        attempt, nonce = await claim_attempt(store, 1, "")
+        store.plan([Fault(StoreUnreachableError("gone"), operation="get", and_later=True)])
+        assert await standing_of(store, snapshot(attempt, 1, nonce)) is Standing.OURS
+
+    asyncio.run(main())
+
+
+def test_an_older_attempt_sees_the_newer_active_one() -> None:
+    async def main() -> None:
+        store = memory_store()
+        assert await newest_active(store) == 0
+        assert await put_active(store, 2, "b" * 32) == 2
+        assert await put_active(store, 1, "a" * 32) == 2
+        assert await put_active(store, 3, "c" * 32) == 3
+        assert not [k for k in await store.list("attempts/00000001/") if k.endswith("active")]
+
+    asyncio.run(main())
+
+
+# ---- decisions --------------------------------------------------------------
+
+
+def test_of_many_who_decide_one_wins_and_all_obey() -> None:
+    async def main() -> None:
+        store = memory_store()
+        choices = [StepId(1, step) for step in range(20)]
+        found = await asyncio.gather(*(decide_resume(store, 2, 0, one) for one in choices))
+        assert len(set(found)) == 1
+        assert await resumed_from(store, 2) == found[0]
+        assert await decide_resume(store, 2, 1, StepId(1, 3)) == StepId(1, 3)
+        assert await resumed_from(store, 2) == StepId(1, 3)
+        assert await resumed_from(store, 3) is None
+
+    asyncio.run(main())
+
+
+async def commit(store: MemoryStore, step: StepId) -> None:
+    record = Decision("COMMIT", step.attempt, step.step, world=1, manifests=("00",))
+    await decide(store, Kind.COMMIT, keys.commit(step), record)
+
+
+def test_the_parent_is_the_newest_commit_before() -> None:
+    async def main() -> None:
+        store = memory_store()
+        assert await parent_of(Catalog(store), StepId(1, 5)) == FROM_SCRATCH
+        for step in (StepId(1, 10), StepId(1, 20), StepId(2, 5)):
+            await commit(store, step)
+        await abort_step(store, StepId(1, 30), "no")
+        await store.put_new(keys.commit(StepId(1, 40)), [memoryview(b"damaged")])
+        catalog = Catalog(store)
+        assert await parent_of(catalog, StepId(1, 10)) == FROM_SCRATCH
+        assert await parent_of(catalog, StepId(1, 15)) == StepId(1, 10)
+        assert await parent_of(catalog, StepId(2, 1)) == StepId(1, 20)
+        assert await parent_of(catalog, StepId(3, 1)) == StepId(2, 5)
+
+    asyncio.run(main())
