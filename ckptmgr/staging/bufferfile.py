@@ -149,6 +149,9 @@ def _first_pages(buffer_id: bytes, binding: Binding, capacity: Capacity) -> byte
         raise HostMemoryError("URL is too long for a host buffer", subject=binding.url)
     if not SLOTS_MIN <= capacity.slots <= SLOTS_MAX:
         raise HostMemoryError(f"a host buffer has 1 to 3 slots, not {capacity.slots}")
+    for length in (capacity.table_bytes, capacity.data_bytes):
+        if length < 0 or length % PAGE_BYTES:
+            raise HostMemoryError(f"a region has whole pages, not {length} bytes")
     head = _HEADER.pack(
         MAGIC,
         VERSION,

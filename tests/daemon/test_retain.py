@@ -7,6 +7,7 @@ import random
 import secrets
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -102,8 +103,8 @@ def run(test: Awaitable[None]) -> None:
     asyncio.run(test)  # type: ignore[arg-type]
 
 
-async def gather(store: Store, keep: int = 2, **options: object) -> list[tuple[str, str]]:
-    done = await collect(Catalog(store), BufferPool(BUDGET_BYTES), keep, **options)  # type: ignore[arg-type]
+async def gather(store: Store, keep: int = 2, **options: Any) -> list[tuple[str, str]]:
+    done = await collect(Catalog(store), BufferPool(BUDGET_BYTES), keep, **options)
     return [(str(one.step), one.action) for one in done]
 
 
