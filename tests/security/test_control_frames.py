@@ -135,7 +135,14 @@ ODD: list[tuple[str, Any]] = [
     *(("run_id", value) for value in ("\0", "x" * 1_000_000)),
     *(
         ("url", value)
-        for value in ("", "nowhere://x", "file://", "s3://nowhere", "file:///\0", "memory://" + "x" * 5000)
+        for value in (
+            "",
+            "nowhere://x",
+            "file://",
+            "s3://nowhere",
+            "file:///\0",
+            "memory://" + "x" * 5000,
+        )
     ),
 ]
 
