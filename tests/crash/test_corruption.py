@@ -450,6 +450,29 @@ def test_the_commands_say_it_with_their_exit_codes(rig: Rig, tmp_path: Path) -> 
         path.write_bytes(rig.objects[key])
 
 
+def test_the_other_reading_commands_tell_damage_too(rig: Rig, tmp_path: Path) -> None:
+    url = write_tree(tmp_path / "store", rig.objects)
+    register = tmp_path / "store" / keys.commit(rig.newest.id)
+    register.write_bytes(register.read_bytes()[:-1])
+
+    status, entries, _ = ckptmgr("ls", url)
+    assert status == 0, "a damaged step hides the others"
+    assert {entry["id"]: bool(entry["damage"]) for entry in entries} == {
+        "1.30": True,
+        "1.25": False,
+        "1.20": False,
+        "1.10": False,
+    }
+    assert ckptmgr("show", url)[0] == ckptmgr("show", url, "1.30")[0] == 3
+    assert ckptmgr("show", url, "1.20")[0] == 0
+    assert ckptmgr("verify", url)[0] == 3
+    assert ckptmgr("verify", url, "1.20")[0] == 0
+    out = tmp_path / "out"
+    status, _, errors = ckptmgr("restore", url, "1.30", "--to", str(out))
+    assert (status, out.exists()) == (3, False)
+    assert str(keys.commit(rig.newest.id)) in errors
+
+
 def test_no_command_leaves_files_when_no_step_holds(rig: Rig, tmp_path: Path) -> None:
     url = write_tree(tmp_path / "store", rig.objects)
     for key in rig.keys_of("manifests"):
