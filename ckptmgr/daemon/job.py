@@ -40,6 +40,7 @@ class Job:
     last_commit: StepId | None = None
     resumed_from: dict[int, StepId] = field(default_factory=dict)
     _retention: asyncio.Task[None] | None = None
+    _retain_again: bool = False
 
     @classmethod
     def open(cls, url: str, metrics: Metrics, pool: BufferPool, timeout_seconds: float) -> Job:
@@ -75,16 +76,21 @@ class Job:
 
     def retain_soon(self, keep: int) -> None:
         """Give old steps up in the background, so that the next snapshot need not wait for it."""
+        self._retain_again = True
         if self._retention is None or self._retention.done():
             self._retention = asyncio.create_task(self._retain(keep), name=f"retain {self.label}")
 
     async def _retain(self, keep: int) -> None:
-        """One collection. Failures are logged: the next commit tries again."""
-        protected = frozenset(self.resumed_from.values())
-        try:
-            await collect(self.catalog, self.pool, keep, protected)
-        except CkptmgrError as error:
-            warning("retention_failed", job=self.label, why=str(error))
+        """Collect until no commit has come meanwhile. Failures are logged: the next commit tries
+        again.
+        """
+        while self._retain_again:
+            self._retain_again = False
+            protected = frozenset(self.resumed_from.values())
+            try:
+                await collect(self.catalog, self.pool, keep, protected)
+            except CkptmgrError as error:
+                warning("retention_failed", job=self.label, why=str(error))
 
     async def aclose(self) -> None:
         """End the collection that is under way, and close the store."""

@@ -178,6 +178,8 @@ class Reader:
         found = [
             (held, snapshot)
             for held in self._intake.of_job(session.job.url, session.rank)
+            # Another trainer that lives may write any slot of its buffer at any moment.
+            if held is session.held or not held.buffer.has_live_writer()
             for snapshot in usable_in_memory(held.snapshots())
         ]
         ours = []

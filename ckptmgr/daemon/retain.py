@@ -77,6 +77,7 @@ async def collect(
     commits = await _commits(catalog, listing)
     held = frozenset(listing.holds) | protected
     done: list[Given] = []
+    durable: set[StepId] = set()
     for step in victims([c.id for c in commits], held, keep):
         newer = [c for c in commits if c.id > step]
         if not dry_run and not await _one_verified(catalog, newer, listing, pool):
@@ -85,8 +86,10 @@ async def collect(
         done.append(Given(step, "retire", f"{len(newer)} newer commits, keep={keep}"))
         if not dry_run:
             # Visible is not durable: those that stand in for it must survive a power cut first.
-            for decision in newer:
-                await catalog.store.make_durable(keys.commit(decision.id))
+            for decision in newer[: max(keep, NEWER_MIN)]:
+                if decision.id not in durable:
+                    await catalog.store.make_durable(keys.commit(decision.id))
+                    durable.add(decision.id)
             await retire(catalog.store, step, f"keep={keep}")
     done += await _sweep(catalog, listing, commits, dry_run=dry_run)
     return done

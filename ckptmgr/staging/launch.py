@@ -38,17 +38,19 @@ def connect_or_start(runtime: Path) -> Client:
         return connect(runtime)
     except DaemonUnreachableError:
         started = _start(runtime)
-    # Somebody must reap it if it ends before this process does.
-    threading.Thread(target=started.wait, name="ckptmgr reaper", daemon=True).start()
     deadline = time.monotonic() + START_SECONDS_MAX
     never = threading.Event()
     while time.monotonic() < deadline:
         try:
             return connect(runtime)
         except DaemonUnreachableError:
-            # Exit 0 means that another process started one a moment earlier: go on looking.
-            if started.poll() not in (None, 0):
+            ended = started.poll()
+            if ended is not None and ended > 0:
                 break
+            # Exit 0: another process started one a moment earlier. That one may be killed as
+            # well as ours (a negative status): start again until the time is over.
+            if ended is not None:
+                started = _start(runtime)
             never.wait(_LOOK_SECONDS)
     raise DaemonUnreachableError(
         f"a daemon was started but does not answer: {_end_of_log(runtime)}", subject=str(runtime)
@@ -68,7 +70,7 @@ def _start(runtime: Path) -> subprocess.Popen[bytes]:
         ) from error
     try:
         # A session of its own: Ctrl-C and a scheduler's signals to the job do not reach it.
-        return subprocess.Popen(
+        started = subprocess.Popen(
             [sys.executable, "-m", "ckptmgr.cli", "daemon", "--auto"],
             cwd="/",
             env=environ,
@@ -79,6 +81,9 @@ def _start(runtime: Path) -> subprocess.Popen[bytes]:
         )
     finally:
         os.close(log)
+    # Somebody must reap it if it ends before this process does.
+    threading.Thread(target=started.wait, name="ckptmgr reaper", daemon=True).start()
+    return started
 
 
 def _end_of_log(runtime: Path) -> str:
