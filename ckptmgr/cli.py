@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import TracebackType
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -357,13 +358,27 @@ def _top(
 
 def main() -> None:
     """Run a command; an error is one line and a hint, a traceback only with --debug."""
+    sys.excepthook = _last_words
     try:
-        app(standalone_mode=True)
+        # Not `app()`, which puts an excepthook of its own in the place of ours.
+        typer.main.get_command(app)(standalone_mode=True)
     except CkptmgrError as error:
         if present.debug:
             raise
-        typer.echo(f"ckptmgr: {error}", err=True)
+        for line in f"ckptmgr: {error}".splitlines():
+            typer.echo(present.printable(line), err=True)
         sys.exit(error.exit_status)
+
+
+def _last_words(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """What nobody expected: the name of the error, and how to see where it came from."""
+    if present.debug:
+        sys.__excepthook__(kind, error, trace)
+        return
+    typer.echo(f"ckptmgr: {kind.__name__}: {present.printable(str(error))}", err=True)
+    typer.echo("hint: Run it again with `ckptmgr --debug` to see where.", err=True)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,24 @@ from ckptmgr.repository.manifest import Manifest
 debug = False
 """Whether errors show their traceback; set by --debug."""
 
-_console = Console()
+# Nothing that is shown is markup. Off a terminal nothing is cut or folded, so that a line of a
+# table stays a line for whoever reads it with grep.
+_console = Console(
+    markup=False,
+    highlight=False,
+    emoji=False,
+    soft_wrap=True,
+    width=None if sys.stdout.isatty() else 10_000,
+)
+
+
+def printable(text: str) -> str:
+    """One line of text, without the characters that would command a terminal."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
+def _print(text: str) -> None:
+    _console.print(printable(text))
 
 
 def size(length: float) -> str:
@@ -89,7 +106,7 @@ def entries(found: list[StepEntry]) -> None:
     for entry in found:
         decision = entry.decision
         done = decision is not None and decision.committed
-        table.add_row(
+        cells = (
             str(entry.id),
             f"{entry.state.value} (damaged)" if entry.damage else entry.state.value,
             age(decision.sealed_at) if decision and done else "",
@@ -99,6 +116,7 @@ def entries(found: list[StepEntry]) -> None:
             str(len(entry.holds) or ""),
             " ".join(f"{k}={v}" for k, v in (decision.tags if decision else {}).items()),
         )
+        table.add_row(*map(printable, cells))
     _console.print(table)
 
 
@@ -141,18 +159,18 @@ def step_json(decision: Decision, manifests: list[Manifest], *, tensors: bool) -
 def step(document: dict[str, Any]) -> None:
     """The tables of `show`."""
     for name in ("id", "parent", "nonce", "world", "tags"):
-        _console.print(f"{name:<8} {document[name]}")
-    _console.print(f"{'raw':<8} {size(document['raw_bytes'])}")
-    _console.print(f"{'stored':<8} {size(document['stored_bytes'])}")
+        _print(f"{name:<8} {document[name]}")
+    _print(f"{'raw':<8} {size(document['raw_bytes'])}")
+    _print(f"{'stored':<8} {size(document['stored_bytes'])}")
     table = Table("rank", "host", "leaves", "chunks", "packs", "raw", "stored", box=None)
     for rank in document["ranks"]:
         counts = (str(rank[name]) for name in ("leaves", "chunks", "packs"))
         sizes = (size(rank["raw_bytes"]), size(rank["stored_bytes"]))
-        table.add_row(str(rank["rank"]), rank["host"], *counts, *sizes)
+        table.add_row(str(rank["rank"]), printable(rank["host"]), *counts, *sizes)
     _console.print(table)
     for rank in document["ranks"]:
         for tensor in rank.get("tensors", ()):
-            _console.print(f"{tensor['path']} {tensor['dtype']} {tensor['shape']}", markup=False)
+            _print(f"{tensor['path']} {tensor['dtype']} {tensor['shape']}")
 
 
 NOT_COMMITTED = "is not committed: its save was cut short, or its commit record is gone"
@@ -164,22 +182,21 @@ def reports(found: list[dict[str, Any]]) -> None:
         step = report["step"] or "attempts"
         if not report["damage"]:
             how = "holds" if report["committed"] else NOT_COMMITTED
-            _console.print(f"{step} {how}", markup=False)
+            _print(f"{step} {how}")
         for damage in report["damage"]:
             where = f"{damage['key']} at {damage['offset']}"
-            _console.print(f"{step} DAMAGED {where}: {damage['what']}", markup=False)
+            _print(f"{step} DAMAGED {where}: {damage['what']}")
 
 
 def restored(document: dict[str, Any]) -> None:
     """The lines of `restore`."""
     for skipped in document["skipped"]:
-        _console.print(f"skipped {skipped['step']}: {skipped['why']}", markup=False)
+        _print(f"skipped {skipped['step']}: {skipped['why']}")
     for step in document["not_committed"]:
-        _console.print(f"{step} {NOT_COMMITTED}", markup=False)
-    _console.print(
+        _print(f"{step} {NOT_COMMITTED}")
+    _print(
         f"step {document['step']} ({size(document['bytes'])}) is in {document['to']}: "
         + ", ".join(document["files"]),
-        markup=False,
     )
 
 
@@ -187,31 +204,29 @@ def collected(done: list[dict[str, str]], *, dry_run: bool) -> None:
     """The lines of `gc`."""
     for one in done:
         verb = f"would {one['action']}" if dry_run else one["action"]
-        _console.print(f"{one['step']} {verb}: {one['why']}", markup=False)
+        _print(f"{one['step']} {verb}: {one['why']}")
     if not done:
-        _console.print("nothing to do")
+        _print("nothing to do")
 
 
 def status(state: dict[str, Any]) -> None:
     """The lines of `status`."""
-    _console.print(
+    _print(
         f"daemon {state['pid']}, metrics on 127.0.0.1:{state['metrics_port']}, "
         f"{state['trainers']} trainers, {state['undecided']} snapshots undecided",
-        markup=False,
     )
     for job in state["jobs"]:
-        _console.print(f"{job['url']}: last commit {job['last_commit'] or '-'}", markup=False)
+        _print(f"{job['url']}: last commit {job['last_commit'] or '-'}")
         for buffer in job["buffers"]:
             alive = "alive" if buffer["trainer_alive"] else "gone"
             line = f"  rank {buffer['rank']} {size(buffer['bytes'])}, trainer {alive}"
             if buffer["writing"]:
                 line += f", writing {buffer['writing']}"
-            _console.print(line, markup=False)
+            _print(line)
             for snapshot in buffer["snapshots"]:
-                _console.print(
+                _print(
                     f"    {snapshot['step']} {snapshot['outcome']}, {size(snapshot['bytes'])}, "
                     f"sealed {age(snapshot['sealed_at'])} ago",
-                    markup=False,
                 )
             if buffer["last_failure"]:
-                _console.print(f"    failing: {buffer['last_failure']}", markup=False)
+                _print(f"    failing: {buffer['last_failure'].partition(chr(10))[0]}")

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from functools import cache
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 from ckptmgr.staging.layout import encode_layout
+from ckptmgr.staging.values import LEAF, VALUE
 from ckptmgr.types import Group, Layout, Leaf
 
 BLOCK_BYTES = 4096
 WORDS = BLOCK_BYTES // 8
 MARK = 0x5EED_B10C_5EED_B10C
+DICT = 9
 VALUES_BYTES = 256 << 10
 """Long enough that sealing takes a moment in which a kill can land."""
 
@@ -50,8 +53,8 @@ def content(attempt: int, step: int, nbytes: int) -> Words:
 
 
 def values_of(attempt: int, step: int) -> bytes:
-    """The plain values of a step, which travel beside its data."""
-    return content(attempt, step, VALUES_BYTES).tobytes()
+    """The plain values of a step, which travel beside its data: one long byte string."""
+    return msgspec.msgpack.encode([content(attempt, step, VALUES_BYTES).tobytes()])
 
 
 def fault_in(found: memoryview | bytes, attempt: int, step: int, nbytes: int) -> str:
@@ -79,5 +82,7 @@ def layout_of(nbytes: int) -> tuple[bytes, bytes]:
         Leaf("floats", "float32", (half // 4,), half, half),
     )
     groups = (Group(0, half, 8, False), Group(half, half, 4, True))
-    encoded = encode_layout(Layout(leaves, groups, nbytes, b"\x90"))
+    places = ["words", [LEAF, 0, 0], "floats", [LEAF, 1, 0], "values", [VALUE, 0]]
+    tree = msgspec.msgpack.encode([DICT, *places])
+    encoded = encode_layout(Layout(leaves, groups, nbytes, tree))
     return encoded, xxhash.xxh3_128_digest(encoded)

@@ -1,0 +1,67 @@
+"""The command line as people and scripts use it: a process, its two outputs and its status."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckptmgr.types import Outcome
+from driven import PYTHON_PATH, Daemon, Rank
+
+
+@dataclass(frozen=True, slots=True)
+class Called:
+    """What a command left."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> Any:
+        return json.loads(self.out)
+
+
+def call(*arguments: object, runtime: Path | None = None, **environment: str) -> Called:
+    """Run `ckptmgr ARGUMENTS` off a terminal."""
+    given = {"CKPTMGR_RUNTIME_DIR": str(runtime or "/nonexistent/ckptmgr"), **environment}
+    done = subprocess.run(
+        [sys.executable, "-m", "ckptmgr.cli", *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": PYTHON_PATH, **given},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return Called(done.returncode, done.stdout, done.stderr)
+
+
+def make_store(directory: Path, runtime: Path) -> Path:
+    """A store of one job: steps 1 to 3 of attempt 1, and step 2 of attempt 2, all committed."""
+    store = directory / "store"
+    with Daemon(runtime):
+        for attempt, steps in ((1, (1, 2, 3)), (2, (2,))):
+            with Rank(runtime, f"file://{store}", keep=9) as rank:
+                assert rank.attempt == attempt
+                rank.restore()
+                for step in steps:
+                    rank.save(step)
+                    assert rank.wait(step).outcome == Outcome.COMMITTED
+    shutil.rmtree(runtime / "buffers")
+    return store
+
+
+def spoil(store: Path, attempt: int, step: int, kind: str = "data") -> Path:
+    """Change one byte in the middle of an object of a step."""
+    place = store / f"{kind}/{attempt:08d}/{step:012d}"
+    path = place if place.is_file() else next(p for p in place.rglob("*") if p.is_file())
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    return path

@@ -1,0 +1,384 @@
+"""Every command from outside: exit statuses, one line and a hint, and output for scripts."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from called import Called, call, make_store, spoil
+from ckptmgr.cli import STATUS, app
+from ckptmgr.config import open_private_dir
+from driven import PYTHON_PATH, Daemon, Rank, until
+from rigged import Rig
+
+COMMANDS = sorted(str(c.callback.__name__) for c in app.registered_commands if c.callback)
+ESCAPE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One store for all tests that only read."""
+    runtime = Path(f"/dev/shm/ckptmgr-test-{secrets.token_hex(6)}")
+    open_private_dir(runtime)
+    yield make_store(tmp_path_factory.mktemp("made"), runtime)
+    shutil.rmtree(runtime)
+
+
+@pytest.fixture
+def store(made: Path, tmp_path: Path) -> Path:
+    """A store to spoil."""
+    return Path(shutil.copytree(made, tmp_path / "store"))
+
+
+def check_error(found: Called, status: int, *words: str) -> None:
+    """One line, a hint, nothing on standard output, and no traceback."""
+    assert found.status == status, found
+    assert found.out == ""
+    lines = found.err.splitlines()
+    assert lines[0].startswith("ckptmgr: "), found.err
+    assert len(lines) <= 2, found.err
+    assert all(line.startswith("hint: ") for line in lines[1:]), found.err
+    for word in words:
+        assert word in found.err
+    assert "Traceback" not in found.err
+
+
+# ---- help -------------------------------------------------------------------
+
+
+def test_the_commands_are_the_ones_that_were_promised() -> None:
+    assert [
+        *("bench", "daemon", "demo", "drain", "gc", "hold", "ls"),
+        *("release", "restore", "show", "status", "verify"),
+    ] == COMMANDS
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
+def test_every_help_text_ends_with_the_exit_statuses(command: list[str]) -> None:
+    found = call(*command, "--help")
+    assert found.status == 0
+    text = " ".join(found.out.split())
+    assert text.endswith(" ".join(STATUS.split()))
+    assert not ESCAPE.search(found.out)
+
+
+def test_every_reading_command_has_json() -> None:
+    for command in set(COMMANDS) - {"daemon", "bench"}:
+        assert "--json" in call(command, "--help").out, command
+
+
+def test_the_version_is_one_line() -> None:
+    found = call("--version")
+    assert found.status == 0
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*\n", found.out)
+
+
+# ---- exit statuses ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["ls"],
+        ["show"],
+        ["show", "2"],
+        ["show", "1.2", "--tensors"],
+        ["verify"],
+        ["verify", "--all"],
+        ["verify", "1.3", "--quick"],
+        ["gc", "--dry-run"],
+    ],
+)
+def test_0_done(made: Path, arguments: list[str]) -> None:
+    command, *rest = arguments
+    found = call(command, made, *rest)
+    assert (found.status, found.err) == (0, "")
+    assert found.out
+    assert not ESCAPE.search(found.out)
+
+
+def test_0_restore(made: Path, tmp_path: Path) -> None:
+    found = call("restore", made, "1.2", "--to", tmp_path / "out")
+    assert (found.status, found.err) == (0, "")
+    assert found.out.startswith("step 1.2 (")
+    assert (tmp_path / "out").is_dir()
+
+
+def test_1_no_daemon(runtime: Path) -> None:
+    for command in ("status", "drain"):
+        check_error(call(command, runtime=runtime), 1, "no daemon answers", "hint: Run `ckptmgr")
+
+
+def test_1_not_drained(runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", rig.python_path)
+    rig.obey(("put_new", "data/", "hold"))
+    with Daemon(runtime), Rank(runtime, rig.url) as rank:
+        rank.save(1)
+        until(lambda: rig.asked("put_new", "data/"), "it is being written")
+        found = call("drain", "--timeout=0.1", runtime=runtime)
+        assert (found.status, found.out) == (1, "1 snapshots undecided\n")
+        assert "hint: Look at `ckptmgr status`" in found.err
+        assert call("drain", "--timeout=0.1", "--json", runtime=runtime).document == {
+            "undecided": 1
+        }
+        rig.obey()
+        assert call("drain", runtime=runtime).status == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["show", "{store}", "first"], ["'first' is not a step", "3.1200"]),
+        (["show", "{store}", "1.2.3"], ["is not a step"]),
+        (["verify", "{store}", "2", "--all"], ["a step or --all"]),
+        (["restore", "{store}", "--format=pickle"], ["'pickle' is not a format", "hint: Choose"]),
+        (["restore", "{store}", "--to={store}"], ["is not an empty directory"]),
+        (["restore", "{store}", "--to={store}/format"], ["is not an empty directory"]),
+        (["gc", "{store}", "--keep=0"], ["0 is not allowed"]),
+        (["release", "{store}", "2", "nonsense"], ["has no hold nonsense"]),
+        (["ls", "nosuch://x"], ["no store is installed", "hint: "]),
+        (["ls", "s3://bucket/run"], ["hint: Run `pip install ckptmgr-objectstore`."]),
+        (["ls", "file://host/x"], ["needs an absolute path"]),
+        (["ls", "s3://key:secret@bucket"], ["carries credentials"]),
+    ],
+)
+def test_2_wrong_arguments(made: Path, arguments: list[str], words: list[str]) -> None:
+    found = call(*(one.replace("{store}", str(made)) for one in arguments))
+    check_error(found, 2, *words)
+    assert "secret" not in found.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["nonsense"], ["ls"], ["ls", "x", "--nonsense"], ["ls", "x", "y"], ["gc", "x", "--keep=many"]],
+)
+def test_2_what_the_parser_refuses(arguments: list[str]) -> None:
+    found = call(*arguments)
+    assert (found.status, found.out) == (2, "")
+    assert "--help" in found.err
+    assert "Error: " in found.err
+    assert "Traceback" not in found.err
+
+
+@pytest.mark.parametrize("name", ["CKPTMGR_IDLE_SECONDS", "CKPTMGR_METRICS_PORT"])
+def test_2_wrong_environment(runtime: Path, name: str) -> None:
+    found = call("daemon", runtime=runtime, **{name: "many"})
+    check_error(found, 2, name, "'many' is not a number")
+
+
+@pytest.mark.parametrize("kind", ["data", "man", "commit"])
+def test_3_damage(store: Path, kind: str) -> None:
+    path = spoil(store, 2, 2, kind)
+    key = str(path.relative_to(store))
+    found = call("verify", store)
+    assert (found.status, found.err) == (3, "")
+    assert found.out.startswith("2.2 DAMAGED ")
+    assert key in found.out
+    report = call("verify", store, "--all", "--json")
+    assert report.status == 3
+    damaged = [one["step"] for one in report.document if one["damage"]]
+    assert damaged == ["2.2"]
+    assert call("verify", store, "1.3").status == 0
+
+
+def test_3_show(store: Path) -> None:
+    spoil(store, 2, 2, "man")
+    check_error(call("show", store), 3, "man/00000002/000000000002/000000", "hint: ")
+
+
+def test_3_nothing_holds(store: Path, tmp_path: Path) -> None:
+    for attempt, step in ((1, 1), (1, 2), (1, 3), (2, 2)):
+        spoil(store, attempt, step)
+    check_error(call("restore", store, "--to", tmp_path / "out"), 3, "data/00000001/")
+    assert not (tmp_path / "out").exists()
+
+
+def test_3_the_step_that_was_asked_for(store: Path, tmp_path: Path) -> None:
+    """No other step takes the place of one that was named."""
+    spoil(store, 1, 3)
+    check_error(call("restore", store, "1.3", "--to", tmp_path / "out"), 3)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["show", "99"],
+        ["show", "9.2"],
+        ["restore", "99"],
+        ["hold", "99"],
+        ["release", "99", "ab"],
+    ],
+)
+def test_4_no_such_step(made: Path, arguments: list[str], tmp_path: Path) -> None:
+    command, *rest = arguments
+    check_error(call(command, made, *rest), 4, "no committed step", "hint: Run `ckptmgr ls`")
+
+
+@pytest.mark.parametrize("command", ["ls", "show", "verify", "restore", "gc"])
+def test_4_no_store(tmp_path: Path, command: str) -> None:
+    check_error(call(command, tmp_path / "nothing"), 4, "is not a ckptmgr store")
+    assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize("command", ["ls", "show", "verify", "restore", "gc"])
+def test_5_the_store_refuses(made: Path, tmp_path: Path, command: str) -> None:
+    rig = Rig(tmp_path)
+    rig.obey(("*", "", "refuse"))
+    found = call(command, rig.url, PYTHONPATH=rig.python_path)
+    check_error(found, 5, "is refused by the test", "hint: Give the user")
+
+
+@pytest.mark.parametrize("how", [["--json"], []])
+def test_7_an_older_step_was_restored(store: Path, tmp_path: Path, how: list[str]) -> None:
+    spoil(store, 2, 2)
+    found = call("restore", store, "--to", tmp_path / "out", *how)
+    assert (found.status, found.err) == (7, "")
+    if how:
+        assert found.document["step"] == "1.3"
+        assert [one["step"] for one in found.document["skipped"]] == ["2.2"]
+    else:
+        assert found.out.startswith("skipped 2.2: data/00000002/")
+        assert "step 1.3 (" in found.out
+
+
+# ---- what is printed --------------------------------------------------------
+
+
+def test_ls_is_one_line_per_step_for_grep(made: Path) -> None:
+    header, *rows = call("ls", made).out.splitlines()
+    assert header.split() == ["step", "state", "age", "raw", "stored", "ranks", "held", "tags"]
+    assert [row.split()[0] for row in rows] == ["2.2", "1.3", "1.2", "1.1"]
+    assert all("attempt=" in row and "step=" in row for row in rows)
+    assert all(row == row.rstrip() or len(row) < 300 for row in rows)
+
+
+def test_long_and_hostile_tags_stay_on_their_line(runtime: Path, tmp_path: Path) -> None:
+    """No markup, no emoji, no escape reaches the terminal of whoever looks at a store."""
+    from ckptmgr import present
+    from ckptmgr.repository.catalog import StepEntry
+    from ckptmgr.repository.commit import Decision
+    from ckptmgr.types import StepId, StepState
+
+    tags = {"a": "[bold]x[/bold] [/]", "b": ":smile:", "c": "\x1b]0;owned\x07\n2.2 verified"}
+    tags["d"] = "long" * 200
+    decision = Decision("COMMIT", 1, 1, world=1, tags=dict(tags))
+    entry = StepEntry(StepId(1, 1), StepState.COMMITTED, decision)
+    with present._console.capture() as capture:
+        present.entries([entry])
+    _, row = capture.get().splitlines()
+    assert not ESCAPE.search(row)
+    assert "a=[bold]x[/bold] [/] b=:smile: c=\\x1b]0;owned\\x07\\x0a2.2 verified" in row
+    assert "long" * 200 in row
+
+
+def test_show_names_every_tensor(made: Path) -> None:
+    lines = call("show", made, "1.2", "--tensors").out.splitlines()
+    assert "words uint64 [65536]" in lines
+    assert "floats float32 [131072]" in lines
+
+
+def test_hold_and_release(store: Path) -> None:
+    held = call("hold", store, "1.1", "--why", "for the paper").out.strip()
+    assert re.fullmatch(r"[0-9a-f]{16}", held)
+    (row,) = (one for one in call("ls", store, "--json").document if one["id"] == "1.1")
+    assert row["holds"] == [held]
+    done = call("gc", store, "--keep=1", "--json").document
+    assert {one["step"] for one in done} == {"1.2"}
+    assert call("release", store, "1.1", held).out == f"released {held}\n"
+    assert call("gc", store, "--keep=1").out.startswith("1.1 retire: ")
+    assert call("gc", store, "--keep=1").out == "nothing to do\n"
+    check_error(call("hold", store, "1.1"), 4, "no committed step 1.1")
+
+
+def test_a_dry_run_changes_nothing(store: Path) -> None:
+    before = sorted(store.rglob("*"))
+    found = call("gc", store, "--keep=1", "--dry-run")
+    assert [line.split(":")[0] for line in found.out.splitlines()] == [
+        "1.1 would retire",
+        "1.2 would retire",
+    ]
+    assert sorted(store.rglob("*")) == before
+
+
+def test_status_and_drain_of_a_running_daemon(runtime: Path, tmp_path: Path) -> None:
+    with Daemon(runtime) as daemon:
+        with Rank(runtime, f"file://{tmp_path}/store") as rank:
+            rank.save(1)
+            rank.wait(1)
+            lines = call("status", runtime=runtime).out.splitlines()
+            assert lines[0].startswith(f"daemon {daemon.process.pid}, metrics on 127.0.0.1:")
+            assert lines[1] == f"file://{tmp_path}/store: last commit 1.1"
+            assert lines[2].endswith("trainer alive")
+            assert lines[3].startswith("    1.1 committed, 1.0 MiB, sealed ")
+        assert call("drain", "--stop", runtime=runtime).out == "0 snapshots undecided\n"
+        assert daemon.process.wait(60) == 0
+
+
+# ---- surprises --------------------------------------------------------------
+
+
+def test_an_error_that_nobody_expected_is_two_lines(made: Path) -> None:
+    """The directory of --to can not be made: its parent is a file."""
+    found = call("restore", made, "--to", made / "format" / "out")
+    check_error(found, 1, "FileExistsError", "hint: Run it again with `ckptmgr --debug`")
+    debugged = call("--debug", "restore", made, "--to", made / "format" / "out")
+    assert debugged.status == 1
+    assert "Traceback (most recent call last)" in debugged.err
+
+
+def test_debug_shows_where_an_error_came_from(made: Path) -> None:
+    found = call("--debug", "show", made, "99")
+    assert "Traceback (most recent call last)" in found.err
+    assert "NothingToRestoreError" in found.err
+
+
+def test_a_reader_that_closes_the_pipe_is_no_error(made: Path) -> None:
+    command = f"{sys.executable} -m ckptmgr.cli show {made} --tensors | head -n 1"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        env={**os.environ, "PYTHONPATH": PYTHON_PATH},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.startswith("id ")
+    assert "Traceback" not in done.stderr
+
+
+def test_an_interrupt_leaves_no_half_written_directory(store: Path, tmp_path: Path) -> None:
+    rig = Rig(tmp_path / "rig")
+    shutil.copytree(store, rig.path)
+    rig.obey(("get", "data/", "hold"))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ckptmgr.cli", "restore", rig.url, "--to", tmp_path / "out"],
+        env={**os.environ, "PYTHONPATH": rig.python_path},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until(lambda: rig.asked("get", "data/"), "it reads")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode not in (0, 7)
+    assert "Traceback" not in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["rig", "store"]
+    assert not list((rig.path / "holds").rglob("reader*"))
+
+
+def test_a_store_of_a_newer_version_is_refused(store: Path) -> None:
+    record = bytearray((store / "format").read_bytes())
+    record[9] = 2
+    (store / "format").write_bytes(record)
+    found = call("ls", store)
+    assert found.status == 3
+    assert "Traceback" not in found.err

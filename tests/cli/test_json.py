@@ -1,0 +1,146 @@
+"""docs/cli-json.md is true: every field that a command prints, with its type, and no other."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from called import call, make_store, spoil
+from ckptmgr import demo
+from ckptmgr.cli import app
+from ckptmgr.config import open_private_dir
+from ckptmgr.types import Outcome
+from driven import TREE, Daemon, Rank, until
+from rigged import Rig
+
+SECTION = re.compile(r"^## (\w+)$", re.MULTILINE)
+ROW = re.compile(r"^\| `([^`]+)` \| ([a-z ]+) \| .+ \|$", re.MULTILINE)
+FREE = {"tags", "stall", "restored[]"}
+"""Objects whose fields are not ours to name."""
+
+Fields = dict[str, set[str]]
+
+
+def documented() -> dict[str, Fields]:
+    """Command -> field -> types, as the document has them."""
+    parts = SECTION.split((TREE / "docs/cli-json.md").read_text())[1:]
+    return {
+        command: {field: set(kinds.split(" or ")) for field, kinds in ROW.findall(text)}
+        for command, text in zip(parts[::2], parts[1::2], strict=True)
+    }
+
+
+def type_of(value: Any) -> str:
+    names = {str: "string", bool: "boolean", int: "integer", float: "number"}
+    names |= {list: "array", dict: "object", type(None): "null"}
+    return names[type(value)]
+
+
+def fields_of(value: Any, path: str = "") -> Fields:
+    """Field -> types, of one document."""
+    found: Fields = defaultdict(set)
+    if path:
+        found[path].add(type_of(value))
+    children: list[tuple[str, Any]] = []
+    if isinstance(value, list):
+        children = [(f"{path}[]", child) for child in value]
+    elif isinstance(value, dict) and path.removeprefix("[].") not in FREE:
+        children = [(f"{path}.{name}".lstrip("."), child) for name, child in value.items()]
+    for name, child in children:
+        for field, kinds in fields_of(child, name).items():
+            found[field] |= kinds
+    return found
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[Any]]]:
+    """Command -> documents that it printed in every state that there is."""
+    runtime = Path(f"/dev/shm/ckptmgr-test-{secrets.token_hex(6)}")
+    open_private_dir(runtime)
+    place = tmp_path_factory.mktemp("json")
+    found: dict[str, list[Any]] = defaultdict(list)
+
+    def note(command: str, *arguments: object, status: int = 0) -> Any:
+        called = call(command, *arguments, "--json", runtime=runtime)
+        assert called.status == status, called
+        found[command].append(called.document)
+        return called.document
+
+    try:
+        daemon_side(runtime, place, note)
+        store_side(make_store(place, runtime), place, note)
+        yield found
+    finally:
+        shutil.rmtree(runtime)
+
+
+def daemon_side(runtime: Path, place: Path, note: Any) -> None:
+    (place / "rig").mkdir()
+    rig = Rig(place / "rig")
+    with Daemon(runtime, environment=rig.environment()):
+        note("status")
+        with Rank(runtime, rig.url) as rank:
+            note("status")
+            rank.save(1)
+            assert rank.wait(1).outcome == Outcome.COMMITTED
+            rig.obey(("put_new", "data/", "full"))
+            rank.save(2)
+            until(lambda: rig.asked("put_new", "data/00000001/000000000002"), "it is tried")
+            note("status")
+            note("drain", "--timeout=0.1", status=1)
+            rig.obey(("put_new", "data/", "hold"))
+            until(lambda: note("status")["jobs"][0]["buffers"][0]["writing"], "it is written")
+            rig.obey()
+            note("drain")
+
+
+def store_side(store: Path, place: Path, note: Any) -> None:
+    note("ls", store)
+    for arguments in ((), ("1.2", "--tensors")):
+        note("show", store, *arguments)
+    note("verify", store, "--all")
+    held = note("hold", store, "1.1")["hold"]
+    note("ls", store)
+    note("release", store, "1.1", held)
+    manifest = store / "man/00000003/000000000001/000000"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_bytes(b"cut short")  # a step that was never decided
+    spoil(store, 2, 2)
+    note("verify", store, status=3)
+    note("restore", store, "--to", place / "out", status=7)
+    shutil.rmtree(manifest.parents[1])
+    note("gc", store, "--keep=2", "--dry-run")
+    note("gc", store, "--keep=2")
+    spoil(store, 1, 3, "commit")
+    note("ls", store)
+
+
+def test_every_json_command_is_documented() -> None:
+    names = {str(c.callback.__name__) for c in app.registered_commands if c.callback}
+    assert set(documented()) == names - {"daemon", "bench"}
+
+
+@pytest.mark.parametrize("command", sorted(set(documented()) - {"demo"}))
+def test_the_document_is_what_is_printed(documents: dict[str, list[Any]], command: str) -> None:
+    found: Fields = defaultdict(set)
+    for document in documents[command]:
+        for field, kinds in fields_of(document).items():
+            found[field] |= kinds
+    assert dict(found) == documented()[command]
+
+
+def test_the_document_of_the_demo_is_what_is_printed(tmp_path: Path) -> None:
+    place = demo.Place(tmp_path, tmp_path)
+    run = demo.Run()
+    run.restored = {"step": 1, "source": "memory", "seconds": 0.1}
+    shown = demo.Demonstration(place, demo.Show(quiet=True), 1, 60, 10)
+    report = {**shown.report(run, run, run, run), "seconds": 1.0}
+    assert fields_of(json.loads(json.dumps(report))) == documented()["demo"]
