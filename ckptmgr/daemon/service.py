@@ -63,6 +63,7 @@ class Service:
         Raises:
             DaemonError: another daemon has this runtime directory.
             HostMemoryError: the runtime directory is not ours.
+            CkptmgrError: a fault of our own ended it.
         """
         runtime = self.settings.runtime_dir
         prepare(runtime)
@@ -84,7 +85,7 @@ class Service:
                 await self._close(server, watch, metrics)
             if self._fault is not None:
                 fault(self._fault)
-                raise DaemonError("ended over a fault of its own; its log has the traceback")
+                raise CkptmgrError("ended over a fault of its own; its log has the traceback")
 
     def _serve_metrics(self) -> MetricsServer | None:
         if self.settings.metrics_port < 0:
