@@ -31,7 +31,7 @@ from ckptmgr.daemon.resume import (
 from ckptmgr.daemon.retain import collect
 from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.catalog import Catalog
-from ckptmgr.repository.commit import Decision, abort_step, commit_step
+from ckptmgr.repository.commit import Decision, abort_step, commit_step, put_witness
 from ckptmgr.repository.hold import put_hold
 from ckptmgr.staging.bufferfile import Capacity
 from ckptmgr.staging.hostbuffer import HostBuffer, round_up, table_bytes_needed
@@ -189,7 +189,9 @@ async def commit_encoded(
         pipeline = Pipeline(BufferPool(BUDGET_BYTES))
         manifest = await pipeline.write(source, codec, lambda _raw, _stored: None)
         parent = await parent_of(Catalog(store), snapshot.id)
-        return await commit_step(store, [manifest], parent)
+        decision = await commit_step(store, [manifest], parent)
+        await put_witness(store, decision)
+        return decision
 
 
 async def save_steps(

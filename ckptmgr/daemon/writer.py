@@ -21,7 +21,7 @@ from ckptmgr.errors import (
     TornSnapshotError,
 )
 from ckptmgr.repository import keys
-from ckptmgr.repository.commit import Decision, abort_step, commit_step
+from ckptmgr.repository.commit import Decision, abort_step, commit_step, put_witness
 from ckptmgr.repository.hold import host_name
 from ckptmgr.types import Outcome, Snapshot, StepId
 
@@ -131,6 +131,7 @@ class Writer:
             self._job.committed(decision)
             self._held.last_failure = ""
             await self._held.settle(snapshot, Outcome.COMMITTED)
+            await self._witness(decision)
             self._job.retain_soon(self._held.binding.keep)
         else:
             self._job.metrics.aborts.labels(self._job.label).inc()
@@ -162,6 +163,12 @@ class Writer:
                 for key in await store.list(prefix):
                     await store.delete(key)
         return decision
+
+    async def _witness(self, decision: Decision) -> None:
+        try:
+            await put_witness(self._job.store, decision)
+        except StoreError as error:
+            warning("witness_failed", step=str(decision.id), why=str(error))
 
     async def _give_up(self, step: StepId, why: str) -> None:
         """Abort a step whose slot is gone; what fails here is left to collection."""

@@ -68,7 +68,7 @@ class StepEntry:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """The keys of a store that tell the states of its steps, taken by five listings."""
+    """The keys of a store that tell the states of its steps, taken by six listings."""
 
     decided: frozenset[StepId]
     retired: frozenset[StepId]
@@ -109,10 +109,21 @@ async def is_retired(store: Store, step: StepId) -> bool:
     return (mark.attempt, mark.step) == (step.attempt, step.step)
 
 
+async def exists(store: Store, key: str) -> bool:
+    """Whether the store holds an object under `key`."""
+    try:
+        await store.get(key, length=0)
+    except ObjectNotFoundError:
+        return False
+    return True
+
+
 async def list_steps(store: Store) -> Listing:
     """Take a listing: a step is seen as undecided before it is seen as decided, never after."""
     manifests = _count(await store.list("man/"))
     decided = _marked(keys.commit, await store.list("commit/"))
+    # A step with a copy of its commit was decided, even if the register itself is gone.
+    decided |= _marked(keys.tags, await store.list("tags/"))
     verified = _marked(keys.verified, await store.list("verified/"))
     holds: dict[StepId, tuple[str, ...]] = {}
     for key in await store.list("holds/"):
@@ -156,7 +167,12 @@ class Catalog:
             ObjectNotFoundError: undecided.
             DamageError: the register is damaged.
         """
-        found = await get_record(self.store, Kind.COMMIT, keys.commit(step), Decision)
+        try:
+            found = await get_record(self.store, Kind.COMMIT, keys.commit(step), Decision)
+        except ObjectNotFoundError as error:
+            if await exists(self.store, keys.tags(step)):
+                raise MissingObjectError("is gone", subject=keys.commit(step)) from error
+            raise
         if found.id != step:
             raise RecordDamagedError("decides another step", subject=keys.commit(step))
         if found.committed and not 0 < found.world == len(found.manifests):

@@ -224,3 +224,11 @@ async def abort_step(store: Store, step: StepId, why: str) -> Decision:
     """Give a step up, unless it is committed already; returns what the register holds."""
     abort = Decision(decision="ABORT", attempt=step.attempt, step=step.step, why=why)
     return await decide(store, Kind.COMMIT, keys.commit(step), abort)
+
+
+async def put_witness(store: Store, commit: Decision) -> None:
+    """Put a copy of a COMMIT beside it, so that a register that is lost later can be missed.
+
+    Nothing depends on it: a crash before it leaves a step that is committed all the same.
+    """
+    await put_record(store, Kind.TAGS, keys.tags(commit.id), commit)

@@ -90,6 +90,11 @@ def verified(step: StepId) -> str:
     return f"verified/{_step(step)}"
 
 
+def tags(step: StepId) -> str:
+    """Copy of a step's COMMIT, put after it: it shows that the register was there."""
+    return f"tags/{_step(step)}"
+
+
 def parse_step(key: str) -> StepId | None:
     """The step that a key of data/, man/, commit/, retired/, holds/ or verified/ belongs to."""
     match = _STEP_KEY.fullmatch(key)

@@ -65,12 +65,12 @@ async def verify_store(
 
 def not_committed(found: Iterable[str]) -> list[StepId]:
     """Steps newer than every decided one that have a manifest, newest first."""
-    steps: dict[str, set[StepId]] = {"man": set(), "commit": set()}
+    steps: dict[str, set[StepId]] = {"man": set(), "commit": set(), "tags": set()}
     for key in found:
         step = keys.parse_step(key)
         if step is not None:
             steps.setdefault(key.partition("/")[0], set()).add(step)
-    newest = max(steps["commit"], default=StepId(0, 0))
+    newest = max(steps["commit"] | steps["tags"], default=StepId(0, 0))
     return sorted((step for step in steps["man"] if step > newest), reverse=True)
 
 
@@ -112,7 +112,8 @@ async def restore_files(
     """
     skipped: list[dict[str, str]] = []
     last: DamageError | None = None
-    found = [*await catalog.store.list("man/"), *await catalog.store.list("commit/")]
+    lists = [await catalog.store.list(prefix) for prefix in ("man/", "commit/", "tags/")]
+    found = [key for of_prefix in lists for key in of_prefix]
     undecided = [] if step else not_committed(found)
     for one in await candidates(catalog, step):
         try:

@@ -38,21 +38,22 @@ _TYPES: dict[str, tuple[Kind, type[Any]]] = {
     "retired": (Kind.RETIRED, Retired),
     "holds": (Kind.HOLD, Hold),
     "verified": (Kind.VERIFIED, Verified),
+    "tags": (Kind.TAGS, Decision),
 }
 _NAME = re.compile(
     r"format"
     r"|attempts/[0-9]{8}/(claim|active|have/[^/]+|resume/[0-9]{4})"
-    r"|(commit|retired|verified)/[0-9]{8}/[0-9]{12}"
+    r"|(commit|retired|tags|verified)/[0-9]{8}/[0-9]{12}"
     r"|holds/[0-9]{8}/[0-9]{12}/[^/]+"
     r"|man/[0-9]{8}/[0-9]{12}/[0-9]{6}"
     r"|data/[0-9]{8}/[0-9]{12}/[0-9]{6}/[0-9a-f]+\.pack"
 )
-_PREFIXES = ("data/", "man/", "commit/", "verified/", "retired/", "holds/", "attempts/")
+_PREFIXES = ("data/", "man/", "tags/", "commit/", "verified/", "retired/", "holds/", "attempts/")
 """In this order what is put later is listed earlier: nothing looks missing that is only new."""
 
 
 async def list_objects(store: Store) -> list[str]:
-    """Every key of the format, save those of `tags/`, which is reserved; `format` comes last."""
+    """Every key of the format; `format` comes last."""
     return [key for prefix in _PREFIXES for key in await store.list(prefix)] + [keys.FORMAT]
 
 
@@ -105,7 +106,7 @@ def expected(found: Iterable[str], parents: Iterable[StepId]) -> set[str]:
 
     A claim comes before everything else of its attempt; `active` before its first manifest, unless
     a newer attempt is active already; a register before every mark of its step, and it stays.
-    The newest commit is named by nothing: that it is gone can not be seen.
+    A commit that lost its copy under tags/ may only have been cut short before that was put.
     """
     found = set(found)
     of_steps = {key: step for key in found if (step := keys.parse_step(key)) is not None}
@@ -115,7 +116,7 @@ def expected(found: Iterable[str], parents: Iterable[StepId]) -> set[str]:
     newest_active = max((a for a in attempts if keys.active(a) in found), default=0)
     saved = {step.attempt for key, step in of_steps.items() if key.startswith("man/")}
     wanted |= {keys.active(attempt) for attempt in saved if attempt > newest_active}
-    marks = ("verified/", "retired/", "holds/")
+    marks = ("verified/", "retired/", "holds/", "tags/")
     marked = {step for key, step in of_steps.items() if key.startswith(marks)}
     return wanted | {keys.commit(step) for step in marked | set(parents) if step.attempt}
 

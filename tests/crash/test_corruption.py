@@ -67,6 +67,7 @@ LOSES_NOTHING = (
     "attempts/00000002/resume/",
     "commit/00000001/000000000025",  # ABORT of a step of which nothing else was stored
     "holds/",
+    "tags/",  # a copy
     "verified/",
 )
 """Objects that may be missing in a healthy store too: nobody can say that they are gone."""
@@ -311,14 +312,34 @@ def test_every_deleted_object_that_matters_is_missed(rig: Rig) -> None:
     rig.tell("deletions")
 
 
-def test_a_newest_step_without_its_register_is_told(rig: Rig) -> None:
-    """Nothing names the newest register. Without it the step looks like a save that was cut short:
-    no damage, but nobody is left to believe that it is the newest."""
+def test_a_newest_step_that_lost_its_register_is_missed(rig: Rig) -> None:
+    """Its copy under tags/ shows that the register was there: verify names it, restore falls back."""
+    saved, objects = made_in_memory(save_steps)
+    register = keys.commit(saved[1].id)
+
+    async def main() -> None:
+        catalog = Catalog(memory_store(objects))
+        shelf_of(catalog.store).pop(register)  # type: ignore[arg-type]
+        reports = await verify_store(
+            catalog, None, every=True, quick=False, progress=lambda _: None
+        )
+        assert [d["key"] for r in reports for d in r["damage"]] == [register]
+        document = await restore_files(catalog, None, "safetensors", rig.directory, lambda _: None)
+        assert document["step"] == "1.10"
+        assert [one["step"] for one in document["skipped"]] == ["1.20"]
+
+    asyncio.run(main())
+
+
+def test_a_newest_step_without_register_and_copy_is_told(rig: Rig) -> None:
+    """Without both, the step looks like a save that was cut short: no damage, but nobody is left
+    to believe that it is the newest."""
     saved, objects = made_in_memory(save_steps)
 
     async def main() -> None:
         catalog = Catalog(memory_store(objects))
-        shelf_of(catalog.store).pop(keys.commit(saved[1].id))  # type: ignore[arg-type]
+        for key in (keys.commit(saved[1].id), keys.tags(saved[1].id)):
+            shelf_of(catalog.store).pop(key)  # type: ignore[arg-type]
         reports = await verify_store(
             catalog, None, every=False, quick=False, progress=lambda _: None
         )
