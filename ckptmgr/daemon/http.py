@@ -12,7 +12,7 @@ from ckptmgr.metrics import Metrics
 ADDRESS = "127.0.0.1"
 
 
-class _QuietHandler(WSGIRequestHandler):
+class _Scrape(WSGIRequestHandler):
     def log_message(self, *_: object) -> None:
         """A scrape is no event."""
 
@@ -26,7 +26,7 @@ class MetricsServer:
 
     def __init__(self, metrics: Metrics, port: int) -> None:
         app = make_wsgi_app(metrics.registry)
-        self._server = make_server(ADDRESS, port, app, ThreadingWSGIServer, _QuietHandler)
+        self._server = make_server(ADDRESS, port, app, ThreadingWSGIServer, _Scrape)
         self._server.timeout = 0  # `handle_request` is only called when somebody has connected
         self.port = int(self._server.server_port)
         self._loop = asyncio.get_running_loop()
