@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import secrets
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 
 from ckptmgr.config import open_private_dir
 from crash.storm import INSIDE, Storm
+from processes import end_processes_of
 from scale import FULL, scaled
 
 pytestmark = [pytest.mark.kill, pytest.mark.reliability]
@@ -46,10 +48,8 @@ def storm(tmp_path: Path, chance: random.Random) -> Iterator[Storm]:
         yield found
     finally:
         found.close()
-        found.wipe_memory()
-        for path in sorted(runtime.rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
-        runtime.rmdir()
+        end_processes_of(runtime)
+        shutil.rmtree(runtime, ignore_errors=True)
 
 
 def pause(seconds: float) -> None:
