@@ -22,13 +22,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ckptmgr.errors import CkptmgrError, MissingObjectError, ObjectNotFoundError
+from ckptmgr.errors import CkptmgrError, DamageError, ObjectNotFoundError
 from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.catalog import Catalog, list_steps
-from ckptmgr.restore.verify import verify_step
+from ckptmgr.restore.fetch import fetch
+from ckptmgr.restore.plan import plan_whole
 from ckptmgr.store.registry import open_store
 from ckptmgr.types import StepId
-from crash.peek import WRITING, newest_usable, slots_below
+from crash.content import fault_in, values_of
+from crash.peek import WRITING, data_of, newest_usable, slots_below
 
 HERE = Path(__file__).parent
 EVENT_SECONDS_MAX = 120.0
@@ -249,9 +251,20 @@ class Storm:
         self.facts[f"restored from {event['source'] or 'nothing'}"] += 1
 
     def audit(self) -> None:
-        """Read the store: nothing acknowledged is lost, and the latest step never goes back."""
+        """Nothing sealed is torn, nothing acknowledged is lost, the latest never goes back."""
+        if self.trainer is None:
+            self._audit_memory()
         if (self.root / "store").exists():
             asyncio.run(self._audit())
+
+    def _audit_memory(self) -> None:
+        """Read every sealed snapshot, by the format and not by the product."""
+        for slot in slots_below(self.runtime):
+            if slot.usable:
+                fault = fault_in(data_of(slot), *slot.id, self.mib << 20)
+                if fault:
+                    raise BrokenPromiseError(f"snapshot {slot.id} in host memory is torn: {fault}")
+                self.facts["sealed snapshots read"] += 1
 
     async def _audit(self) -> None:
         store = open_store(self.url)
@@ -267,12 +280,10 @@ class Storm:
                 )
             self.latest = newest
             for one in sorted(self.acked):
-                step = StepId(*one)
-                if step in listing.retired:
-                    continue
-                if step not in commits:
-                    raise BrokenPromiseError(f"acknowledged commit {step} is lost")
-                if one not in self.sure:
+                if StepId(*one) not in listing.retired and StepId(*one) not in commits:
+                    raise BrokenPromiseError(f"acknowledged commit {one} is lost")
+            for step in commits:
+                if (step.attempt, step.step) not in self.sure:
                     await self.check(catalog, step)
         except CkptmgrError as error:
             raise BrokenPromiseError(f"store can not be read: {error}") from error
@@ -280,16 +291,29 @@ class Storm:
             await store.aclose()
 
     async def check(self, catalog: Catalog, step: StepId) -> None:
-        """Verify an acknowledged step, unless a living daemon retires it meanwhile."""
+        """Read a commit back, bit by bit, unless a living daemon retires it meanwhile."""
+        one = (step.attempt, step.step)
         try:
-            decision = await catalog.decision(step)
-            damage = await verify_step(catalog, decision, BufferPool(128 << 20))
-        except (MissingObjectError, ObjectNotFoundError) as error:
-            damage = [error]
+            damage = await self.fault_in_store(catalog, step)
+        except (DamageError, ObjectNotFoundError) as error:
+            damage = str(error)
         if damage and step not in (await list_steps(catalog.store)).retired:
-            raise BrokenPromiseError(f"acknowledged commit {step} is damaged: {damage}")
-        self.facts["acknowledged commits verified"] += 1
-        self.sure.add((step.attempt, step.step))
+            raise BrokenPromiseError(f"commit {step} is damaged: {damage}")
+        self.facts["commits read back"] += 1
+        self.facts["of them acknowledged"] += one in self.acked
+        self.sure.add(one)
+
+    async def fault_in_store(self, catalog: Catalog, step: StepId) -> str:
+        """Say how a commit differs from the state of its step; empty if it does not."""
+        decision = await catalog.decision(step)
+        manifest = (await catalog.manifest(decision, 0)).manifest
+        found = memoryview(bytearray(self.mib << 20))
+        await fetch(catalog.store, plan_whole(manifest), found, BufferPool(128 << 20))
+        if manifest.values != values_of(step.attempt, step.step):
+            return "has the values of another step"
+        if manifest.tags != {"attempt": step.attempt, "step": step.step}:
+            return f"has tags {manifest.tags}"
+        return fault_in(found, step.attempt, step.step, self.mib << 20)
 
     def expected(self) -> Id | None:
         """What the next attempt must resume from."""
