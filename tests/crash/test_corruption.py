@@ -1,66 +1,41 @@
 """Whatever happens to the bytes of a store: verify says where, restore never gives other bits.
 
 The store holds every kind of object. The sweeps damage copies in memory and ask the code that the
-commands run; a sample goes through the commands themselves, on files.
+commands run; test_corruption_commands.py goes through the commands themselves, on files.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import random
-import secrets
-import shutil
-import subprocess
-import sys
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from ckptmgr.daemon.intake import Intake
 from ckptmgr.daemon.job import Job
 from ckptmgr.daemon.reader import Reader, Session
-from ckptmgr.errors import CkptmgrError, DamageError
 from ckptmgr.metrics import Metrics
 from ckptmgr.repository import keys
 from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.catalog import Catalog
-from ckptmgr.repository.commit import Claim, check_format
+from ckptmgr.repository.commit import Claim
 from ckptmgr.repository.pack import pack_header
 from ckptmgr.repository.record import Kind, seal
-from ckptmgr.restore import fetch, verify
 from ckptmgr.restore.check import restore_files, verify_store
 from ckptmgr.staging.hostbuffer import HostBuffer
-from ckptmgr.store.memory import MemoryStore
 from ckptmgr.types import PAGE_BYTES, StepId
+from crash.damaged import KINDS, Rig
 from scale import FULL, scaled
 from small_step import (
-    Objects,
-    SavedStep,
     made_in_memory,
     memory_store,
-    same_bits,
-    save_every_kind,
     save_steps,
     shelf_of,
-    write_tree,
 )
 
 pytestmark = pytest.mark.reliability
-
-KINDS = {
-    "format": "format",
-    "attempts": "attempts/",
-    "registers": "commit/",
-    "manifests": "man/",
-    "marks": ("retired/", "holds/", "verified/"),
-    "packs": "data/",
-}
 
 LOSES_NOTHING = (
     "attempts/00000001/have/",
@@ -71,96 +46,6 @@ LOSES_NOTHING = (
     "verified/",
 )
 """Objects that may be missing in a healthy store too: nobody can say that they are gone."""
-
-
-@dataclass
-class Rig:
-    """A damaged copy of a store, the truth about it, and what was counted."""
-
-    saved: list[SavedStep]
-    objects: Objects
-    store: MemoryStore
-    directory: Path
-    counts: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def newest(self) -> SavedStep:
-        return self.saved[-1]
-
-    def keys_of(self, kind: str) -> list[str]:
-        return [key for key in self.objects if key.startswith(KINDS[kind])]
-
-    def put_back(self) -> None:
-        shelf = shelf_of(self.store)
-        shelf.clear()
-        shelf.update({key: bytearray(blob) for key, blob in self.objects.items()})
-
-    async def verify(self) -> list[tuple[str, int]]:
-        """What `ckptmgr verify --all` does; the places that it names."""
-        try:
-            await check_format(self.store, create=False)
-            reports = await verify_store(
-                Catalog(self.store), None, every=True, quick=False, progress=lambda _: None
-            )
-        except DamageError as error:
-            return [(error.subject, 0)]
-        return [(d["key"], d["offset"]) for report in reports for d in report["damage"]]
-
-    async def restore(self) -> str:
-        """What `ckptmgr restore` does; the step it gave, after its bits were compared."""
-        for path in self.directory.iterdir():
-            path.unlink()
-        try:
-            document = await restore_files(
-                Catalog(self.store), None, "safetensors", self.directory, lambda _: None
-            )
-        except DamageError:
-            self.counts["refused"] += 1
-            return ""
-        truth = {str(one.id): one for one in self.saved}[document["step"]]
-        assert same_bits(self.directory, truth), "SILENTLY WRONG"
-        skipped = [one["step"] for one in document["skipped"]]
-        if truth is self.newest:
-            self.counts["exact"] += 1
-        else:
-            told = [*skipped, *document["not_committed"]]
-            assert str(self.newest.id) in told, "fell back and did not say so"
-            self.counts["fell back"] += 1
-        return document["step"]
-
-    async def judge(self, key: str, offset: int | None = None) -> None:
-        """Both must do right by an object that is damaged (at `offset`)."""
-        found = await self.verify()
-        assert key in {name for name, _ in found}, f"verify did not find {key}: {found}"
-        if offset is not None and key.startswith("data/"):
-            assert any(n == key and at <= offset < at + 4 * PAGE_BYTES for n, at in found), found
-        self.counts["found"] += 1
-        await self.restore()
-
-    def tell(self, what: str) -> None:
-        parts = ", ".join(f"{count} {name}" for name, count in sorted(self.counts.items()))
-        print(f"\n{what}: {parts}")
-
-
-@pytest.fixture(scope="module")
-def made() -> tuple[list[SavedStep], Objects]:
-    return made_in_memory(save_every_kind)
-
-
-async def at_once(work: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    """Stand in for `in_thread`: half a million flips can not afford a thread for each chunk."""
-    return work(*arguments, **named)
-
-
-@pytest.fixture
-def rig(made: tuple[list[SavedStep], Objects], monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
-    monkeypatch.setattr(fetch, "in_thread", at_once)
-    monkeypatch.setattr(verify, "in_thread", at_once)
-    directory = Path(f"/dev/shm/ckptmgr-test-{secrets.token_hex(6)}")
-    directory.mkdir()
-    saved, objects = made
-    yield Rig(saved, objects, memory_store(objects), directory)
-    shutil.rmtree(directory)
 
 
 def test_the_store_is_whole_before_anything_is_damaged(rig: Rig) -> None:
@@ -313,7 +198,7 @@ def test_every_deleted_object_that_matters_is_missed(rig: Rig) -> None:
 
 
 def test_a_newest_step_that_lost_its_register_is_missed(rig: Rig) -> None:
-    """Its copy under tags/ shows that the register was there: verify names it, restore falls back."""
+    """Its copy under tags/ shows that it was there: verify names it, restore falls back."""
     saved, objects = made_in_memory(save_steps)
     register = keys.commit(saved[1].id)
 
@@ -417,90 +302,3 @@ def test_the_daemon_falls_back_and_never_gives_other_bits(rig: Rig) -> None:
     asyncio.run(main())
     rig.tell("the daemon's Reader")
     assert rig.counts["fell back"] > rig.counts["exact"] // 10
-
-
-# -- the commands ---------------------------------------------------------------------------------
-
-
-def ckptmgr(*arguments: str) -> tuple[int, Any, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "ckptmgr.cli", *arguments, "--json"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    try:
-        document = json.loads(done.stdout)
-    except ValueError:
-        document = None
-    return done.returncode, document, done.stderr
-
-
-def test_the_commands_say_it_with_their_exit_codes(rig: Rig, tmp_path: Path) -> None:
-    """A flipped bit of each kind of object, in files, through the real command line."""
-    url = write_tree(tmp_path / "store", rig.objects)
-    assert ckptmgr("verify", url, "--all")[0] == 0
-    newest, older = str(rig.newest.id), str(rig.saved[0].id)
-    for number, kind in enumerate(KINDS):
-        key = rig.keys_of(kind)[-1] if kind in ("manifests", "packs") else rig.keys_of(kind)[0]
-        key = keys.commit(rig.newest.id) if kind == "registers" else key
-        at = PAGE_BYTES + 5 if kind == "packs" else random.randrange(len(rig.objects[key]))
-        path = tmp_path / "store" / key
-        damaged = bytearray(rig.objects[key])
-        damaged[at] ^= 1 << random.randrange(8)
-        path.write_bytes(damaged)
-
-        status, reports, errors = ckptmgr("verify", url, "--all")
-        assert status == 3, f"{key}: {reports} {errors}"
-        named = errors if reports is None else json.dumps(reports)
-        assert key in named
-
-        to = tmp_path / f"restored{number}"
-        status, document, errors = ckptmgr("restore", url, "--to", str(to))
-        if kind == "format":
-            assert status == 3
-            assert "format" in errors
-            assert not to.exists()
-        elif kind in ("attempts", "marks"):
-            assert (status, document["step"]) == (0, newest)
-            assert same_bits(to, rig.newest)
-        else:
-            assert (status, document["step"]) == (7, older), f"{key}: {document} {errors}"
-            assert document["skipped"][0]["step"] == newest
-            assert same_bits(to, rig.saved[0])
-        path.write_bytes(rig.objects[key])
-
-
-def test_the_other_reading_commands_tell_damage_too(rig: Rig, tmp_path: Path) -> None:
-    url = write_tree(tmp_path / "store", rig.objects)
-    register = tmp_path / "store" / keys.commit(rig.newest.id)
-    register.write_bytes(register.read_bytes()[:-1])
-
-    status, entries, _ = ckptmgr("ls", url)
-    assert status == 0, "a damaged step hides the others"
-    assert {entry["id"]: bool(entry["damage"]) for entry in entries} == {
-        "1.30": True,
-        "1.25": False,
-        "1.20": False,
-        "1.10": False,
-    }
-    assert ckptmgr("show", url)[0] == ckptmgr("show", url, "1.30")[0] == 3
-    assert ckptmgr("show", url, "1.20")[0] == 0
-    assert ckptmgr("verify", url)[0] == 3
-    assert ckptmgr("verify", url, "1.20")[0] == 0
-    out = tmp_path / "out"
-    status, _, errors = ckptmgr("restore", url, "1.30", "--to", str(out))
-    assert (status, out.exists()) == (3, False)
-    assert str(keys.commit(rig.newest.id)) in errors
-
-
-def test_no_command_leaves_files_when_no_step_holds(rig: Rig, tmp_path: Path) -> None:
-    url = write_tree(tmp_path / "store", rig.objects)
-    for key in rig.keys_of("manifests"):
-        (tmp_path / "store" / key).unlink()
-    status, _, errors = ckptmgr("restore", url, "--to", str(tmp_path / "out"))
-    assert status == 3
-    assert "is gone" in errors
-    assert not (tmp_path / "out").exists()
-    assert not list(tmp_path.glob(".out*"))
-    assert isinstance(DamageError("x"), CkptmgrError)

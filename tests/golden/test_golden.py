@@ -223,6 +223,9 @@ def test_the_document_is_enough_to_read_version_1() -> None:
     assert payload_of(root, "retired/00000001/000000000010", 8)["step"] == 10
     assert payload_of(root, "holds/00000001/000000000020/test", 9)["id"] == "test"
     assert payload_of(root, "commit/00000001/000000000025", 7)["decision"] == "ABORT"
+    assert payload_of(root, "tags/00000001/000000000030", 11) == payload_of(
+        root, "commit/00000001/000000000030", 7
+    )
     assert payload_of(root, "attempts/00000002/claim", 2)["attempt"] == 2
     assert payload_of(root, "attempts/00000001/active", 3)["attempt"] == 1
     assert payload_of(root, "attempts/00000002/resume/0000", 5) == {"attempt": 1, "step": 30}
