@@ -28,6 +28,9 @@ from ckptmgr.types import Outcome, Snapshot, StepId
 RETRY_SECONDS_MIN, RETRY_SECONDS_MAX = 1.0, 30.0
 """Pause after a failed write: doubled each time, so that a dead store costs nothing."""
 
+WITNESS_SECONDS_MAX = 5.0
+"""Longest delay of the word "committed" for the copy of the commit; a put takes milliseconds."""
+
 
 class Writer:
     """The worker of one buffer. `run` ends only by cancellation."""
@@ -130,8 +133,9 @@ class Writer:
         if decision.committed:
             self._job.committed(decision)
             self._held.last_failure = ""
-            await self._held.settle(snapshot, Outcome.COMMITTED)
+            # Before it is told: after that the user may move the store, or end the machine.
             await self._witness(decision)
+            await self._held.settle(snapshot, Outcome.COMMITTED)
             self._job.retain_soon(self._held.binding.keep)
         else:
             self._job.metrics.aborts.labels(self._job.label).inc()
@@ -165,9 +169,11 @@ class Writer:
         return decision
 
     async def _witness(self, decision: Decision) -> None:
+        """Put the copy of a commit, if that is quick: the step is committed without it."""
         try:
-            await put_witness(self._job.store, decision)
-        except StoreError as error:
+            async with asyncio.timeout(WITNESS_SECONDS_MAX):
+                await put_witness(self._job.store, decision)
+        except (StoreError, TimeoutError) as error:
             warning("witness_failed", step=str(decision.id), why=str(error))
 
     async def _give_up(self, step: StepId, why: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -18,14 +18,29 @@ T = TypeVar("T")
 
 def absolute_url(url: str | os.PathLike[str]) -> str:
     """`url`, with a path made absolute here: the daemon has another working directory."""
-    text = os.fspath(url)
+    given: Any = url
+    text = os.fspath(given) if isinstance(given, (str, os.PathLike)) else None
+    if not isinstance(text, str) or not text:
+        raise UsageError(f"{url!r} is neither a URL nor a path", subject="url")
     return text if "://" in text else os.path.abspath(os.path.expanduser(text))
+
+
+def checked_state(state: Any) -> MutableMapping[str, Any]:
+    """`state` if it is a mapping from names; else a UsageError."""
+    if not isinstance(state, MutableMapping) or not all(isinstance(name, str) for name in state):
+        raise UsageError(
+            "is not a dict from names to modules, optimizers, tensors, ...", subject="state"
+        )
+    return state
 
 
 def parse_step(step: int | str | None) -> tuple[int | None, int | None]:
     """Attempt and number of a step that a user names; None for what is left open."""
     if step is None:
         return None, None
+    given: Any = step
+    if isinstance(given, bool) or not isinstance(given, (int, str)):
+        raise UsageError(f"{step!r} is not a step", subject="step")
     try:
         return StepId.parse(str(step))
     except ValueError as error:
@@ -55,16 +70,27 @@ def refuse_many_ranks() -> None:
         )
 
 
-def plain_tags(tags: Mapping[str, Any] | None) -> Tags:
+def plain_tags(tags: Any) -> Tags:
     """Tags as JSON scalars: zero-dimensional tensors and NumPy scalars by `.item()`."""
     plain: Tags = {}
+    if not isinstance(tags or {}, Mapping):
+        raise UsageError("are not a dict of names and scalars", subject="tags")
     for name, value in (tags or {}).items():
-        scalar = value.item() if hasattr(value, "item") else value
-        if not isinstance(scalar, (bool, int, float, str)):
+        scalar = _scalar(value)
+        if not isinstance(name, str) or not isinstance(scalar, (bool, int, float, str)):
             raise UsageError(f"{value!r} is not a scalar", subject=f"tag {name!r}")
+        if isinstance(scalar, int) and not -(2**63) <= scalar < 2**63:
+            raise UsageError(f"{value!r} has more than 64 bits", subject=f"tag {name!r}")
         # JSON has no inf and nan, and a loss of nan is exactly what somebody will look for.
         is_odd = isinstance(scalar, float) and not math.isfinite(scalar)
         plain[name] = str(scalar) if is_odd else scalar
     if sum(len(name) + len(str(value)) + 16 for name, value in plain.items()) > TAGS_BYTES_MAX:
         raise UsageError(f"are longer than {TAGS_BYTES_MAX} bytes", subject="tags")
     return plain
+
+
+def _scalar(value: Any) -> Any:
+    try:
+        return value.item() if hasattr(value, "item") else value
+    except (ValueError, RuntimeError):  # more than one element
+        return value

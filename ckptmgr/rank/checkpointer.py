@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import operator
 import os
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +34,7 @@ from ckptmgr.errors import (
 from ckptmgr.rank.arguments import (
     absolute_url,
     checked,
+    checked_state,
     parse_step,
     plain_tags,
     refuse_many_ranks,
@@ -53,6 +57,9 @@ from ckptmgr.types import PAGE_BYTES, Outcome, Snapshot, Tags
 
 SLOT_WAIT_SECONDS_MAX = 0.25
 """Longest pause of `step` for a store that has kept up so far: ten commits of a small state."""
+
+HANDLES_MAX = 256
+"""Save handles that are told their outcome when the block is left."""
 
 _SLOT_LOOK_SECONDS = 0.002
 
@@ -102,12 +109,12 @@ class Checkpointer:
         drain_timeout: float = DRAIN_SECONDS,
         run_id: str = "",
     ) -> None:
-        self.state = state
+        self.state = checked_state(state)
         self.stats = Stats()
         self.restored: RestoredStep | None = None
         self._url = absolute_url(url)
         self._every = parse_every(every)
-        self._keep = checked(keep, "keep", keep >= 1)
+        self._keep = checked(keep, "keep", type(keep) is int and keep >= 1)
         self._slots = checked(slots, "slots", slots in (2, 3))
         self._codec = checked(codec, "codec", codec in _CODECS)
         self._drain_timeout = drain_timeout
@@ -117,13 +124,18 @@ class Checkpointer:
         self._capture = Capture(state, rng=rng, overlap=overlap)
         self._link: Link | None = None
         self._handle: SaveHandle | None = None
+        self._handles: deque[SaveHandle] = deque(maxlen=HANDLES_MAX)
         self._last_step = -1
         self._fetching = False
+        self._used = False
         self._keeps_up = True
 
     # -- the block ----------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
+        if self._used:
+            raise UsageError("is entered again; make a new one", subject="Checkpointer")
+        self._used = True
         self._capture.prepare()  # refuses now what could not be saved later
         table_bytes, data_bytes = self._capture.predict()
         wanted = Wanted(
@@ -153,6 +165,7 @@ class Checkpointer:
         try:
             if self._handle is not None and kind is None:
                 self._drain(self._handle)
+            self._tell_handles()
         finally:
             self._capture.close()
             link.close(clean=kind is None)
@@ -167,6 +180,13 @@ class Checkpointer:
         except CkptmgrError as failure:
             left = str(failure)
         self._failed(f"{left}; the daemon keeps it in host memory and goes on trying")
+
+    def _tell_handles(self) -> None:
+        """Let those who kept a handle ask it after the block, when nobody can be asked any more."""
+        for handle in self._handles:
+            handle.last_word = Outcome.UNDECIDED, "the block was left before it was decided"
+            with contextlib.suppress(CkptmgrError):
+                handle.last_word = self.outcome_of(handle, 0.0)
 
     def _entered(self) -> Link:
         if self._link is None:
@@ -201,7 +221,7 @@ class Checkpointer:
             UnsupportedLeafError: the state has got a leaf that can not be stored.
         """
         link = self._entered()
-        self._check_step(step)
+        step = self._next_step(step)
         self._check_superseded(link)
         now = time.monotonic()
         if not self._cadence.due(step, now):
@@ -227,19 +247,25 @@ class Checkpointer:
         `HostMemoryError` or `DaemonUnreachableError` where no snapshot can be taken.
         """
         link = self._entered()
-        self._check_step(step)
+        step = self._next_step(step)
         self._check_superseded(link)
         self._finish_copy()
         handle = self._snapshot(link, step, tags, self._slot_soon(link))
         self._cadence.taken(time.monotonic())
         return handle
 
-    def _check_step(self, step: int) -> None:
-        if type(step) is not int or step < 0:
+    def _next_step(self, step: int) -> int:
+        """`step` as a plain int, remembered as the last one."""
+        try:
+            number = -1 if isinstance(step, bool) else operator.index(step)
+        except TypeError:
+            number = -1
+        if number < 0:
             raise UsageError(f"{step!r} is not a step", subject="step")
-        if step <= self._last_step:
-            raise StepOrderError(f"comes after step {self._last_step}", subject=f"step {step}")
-        self._last_step = step
+        if number <= self._last_step:
+            raise StepOrderError(f"comes after step {self._last_step}", subject=f"step {number}")
+        self._last_step = number
+        return number
 
     def _check_superseded(self, link: Link) -> None:
         if link.buffer.superseded_by > link.attempt:
@@ -273,6 +299,7 @@ class Checkpointer:
                 self._failed(str(failure))
 
         self._handle = handle
+        self._handles.append(handle)
         handle.copy = self._capture.copy(prepared, writer.data, done)
         self._stalled(start, handle)
         self.stats.snapshots += 1

@@ -56,6 +56,7 @@ class SaveHandle:
         self.copy: Copy | None = None
         self.failure: CkptmgrError | None = None
         self.snapshot: Snapshot | None = None
+        self.last_word: tuple[Outcome, str] | None = None
 
     def sealed(self) -> bool:
         """Wait until the snapshot is sealed: it survives the death of this process from then on.
@@ -72,6 +73,8 @@ class SaveHandle:
     def committed(self, timeout: float | None = None) -> bool:
         """Wait until the step is a checkpoint; False when `timeout` (seconds) is over first.
 
+        After the block was left it tells what was known then, without waiting.
+
         Raises:
             CkptmgrError: the step was given up; the message says why.
         """
@@ -79,10 +82,11 @@ class SaveHandle:
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         while True:
             left = deadline - time.monotonic()
-            outcome, why = self._owner.outcome_of(self, max(0.0, min(left, _WAIT_SLICE_SECONDS)))
+            slice_seconds = max(0.0, min(left, _WAIT_SLICE_SECONDS))
+            outcome, why = self.last_word or self._owner.outcome_of(self, slice_seconds)
             if outcome is Outcome.COMMITTED:
                 return True
             if outcome is Outcome.ABORTED:
                 raise CkptmgrError(f"was given up: {why}", subject=f"step {self.step}")
-            if left <= 0:
+            if left <= 0 or self.last_word is not None:
                 return False
