@@ -11,7 +11,7 @@ from ckptmgr.config import RESTORE_SECONDS_MAX, runtime_dir
 from ckptmgr.errors import NothingToRestoreError, TornSnapshotError
 from ckptmgr.rank.arguments import absolute_url, parse_step
 from ckptmgr.rank.place import Saved, place, rebuild
-from ckptmgr.staging.control import Load, Restored
+from ckptmgr.staging.control import Done, Load, Release, Restored
 from ckptmgr.staging.hostbuffer import HostBuffer
 from ckptmgr.staging.launch import connect_or_start
 from ckptmgr.staging.layout import decode_layout
@@ -42,12 +42,19 @@ def load(
         reply = client.ask(request, Restored, RESTORE_SECONDS_MAX)
         if reply.attempt == 0:
             raise NothingToRestoreError("the job has no committed step", subject=os.fspath(url))
-        with HostBuffer.open(Path(reply.path)) as buffer:
-            if into is not None:
-                place_from(buffer, reply, into, rng=False, partial=True)
-                return reply.step
-            _, saved = read_saved(buffer, reply)
-            return rebuild(saved)
+        try:
+            with HostBuffer.open(Path(reply.path)) as buffer:
+                return _take(buffer, reply, into)
+        finally:
+            client.ask(Release(), Done)
+
+
+def _take(buffer: HostBuffer, reply: Restored, into: MutableMapping[str, Any] | None) -> Any:
+    if into is not None:
+        place_from(buffer, reply, into, rng=False, partial=True)
+        return reply.step
+    _, saved = read_saved(buffer, reply)
+    return rebuild(saved)
 
 
 def place_from(
