@@ -265,9 +265,9 @@ def gc(
     if keep < 1:
         raise UsageError(f"{keep} is not allowed", subject="--keep")
 
-    async def use(catalog: Any) -> list[dict[str, str]]:
+    async def use(catalog: Any) -> list[dict[str, Any]]:
         done = await collect(catalog, BufferPool(BUDGET_BYTES), keep, dry_run=dry_run)
-        return [{"step": str(g.step), "action": g.action, "why": g.why} for g in done]
+        return [{**g.step.document(), "action": g.action, "why": g.why} for g in done]
 
     done = _with_store(url, use)
     _out(done, as_json, lambda: present.collected(done, dry_run=dry_run))
@@ -286,11 +286,11 @@ def hold(
     from ckptmgr.repository.hold import put_hold
     from ckptmgr.restore.choose import find
 
-    async def use(catalog: Any) -> dict[str, str]:
+    async def use(catalog: Any) -> dict[str, Any]:
         decision = await find(catalog, step)
         hold_id = secrets.token_hex(8)
         await put_hold(catalog.store, decision.id, hold_id, why)
-        return {"step": str(decision.id), "hold": hold_id}
+        return {**decision.id.document(), "hold": hold_id}
 
     document = _with_store(url, use)
     _out(document, as_json, lambda: typer.echo(document["hold"]))
@@ -308,12 +308,12 @@ def release(
     from ckptmgr.repository.hold import release_hold
     from ckptmgr.restore.choose import find
 
-    async def use(catalog: Any) -> dict[str, str]:
+    async def use(catalog: Any) -> dict[str, Any]:
         decision = await find(catalog, step)
         if hold_id not in (await list_steps(catalog.store)).holds.get(decision.id, ()):
             raise UsageError(f"has no hold {hold_id}", subject=f"step {decision.id}")
         await release_hold(catalog.store, decision.id, hold_id)
-        return {"step": str(decision.id), "released": hold_id}
+        return {**decision.id.document(), "released": hold_id}
 
     document = _with_store(url, use)
     _out(document, as_json, lambda: typer.echo(f"released {hold_id}"))

@@ -179,7 +179,7 @@ NOT_COMMITTED = "is not committed: its save was cut short, or its commit record 
 def reports(found: list[dict[str, Any]]) -> None:
     """The lines of `verify`."""
     for report in found:
-        step = report["step"] or "attempts"
+        step = report["id"] or "attempts"
         if not report["damage"]:
             how = "holds" if report["committed"] else NOT_COMMITTED
             _print(f"{step} {how}")
@@ -191,20 +191,20 @@ def reports(found: list[dict[str, Any]]) -> None:
 def restored(document: dict[str, Any]) -> None:
     """The lines of `restore`."""
     for skipped in document["skipped"]:
-        _print(f"skipped {skipped['step']}: {skipped['why']}")
+        _print(f"skipped {skipped['id']}: {skipped['why']}")
     for step in document["not_committed"]:
         _print(f"{step} {NOT_COMMITTED}")
     _print(
-        f"step {document['step']} ({size(document['bytes'])}) is in {document['to']}: "
+        f"step {document['id']} ({size(document['bytes'])}) is in {document['to']}: "
         + ", ".join(document["files"]),
     )
 
 
-def collected(done: list[dict[str, str]], *, dry_run: bool) -> None:
+def collected(done: list[dict[str, Any]], *, dry_run: bool) -> None:
     """The lines of `gc`."""
     for one in done:
         verb = f"would {one['action']}" if dry_run else one["action"]
-        _print(f"{one['step']} {verb}: {one['why']}")
+        _print(f"{one['id']} {verb}: {one['why']}")
     if not done:
         _print("nothing to do")
 

@@ -26,6 +26,10 @@ class StepId:
     def __str__(self) -> str:
         return f"{self.attempt}.{self.step}"
 
+    def document(self) -> dict[str, int | str]:
+        """How every JSON document names a step: `id`, `attempt` and `step`."""
+        return {"id": str(self), "attempt": self.attempt, "step": self.step}
+
     @classmethod
     def parse(cls, text: str) -> tuple[int | None, int]:
         """Read `s` or `a.s`; the attempt is None for `s`. Raises ValueError otherwise."""

@@ -63,6 +63,9 @@ async def verify_store(
     return _reports(commits, undecided, damage)
 
 
+NO_STEP = {"id": None, "attempt": None, "step": None}
+
+
 def not_committed(found: Iterable[str]) -> list[StepId]:
     """Steps newer than every decided one that have a manifest, newest first."""
     steps: dict[str, set[StepId]] = {"man": set(), "commit": set(), "tags": set()}
@@ -86,7 +89,7 @@ def _reports(
     order = sorted((step for step in places if step is not None), reverse=True)
     return [
         {
-            "step": str(step) if step else None,
+            **(step.document() if step else NO_STEP),
             "committed": step in commits,
             "damage": [
                 {"key": one.key, "offset": one.offset, "what": one.what}
@@ -110,7 +113,7 @@ async def restore_files(
         NothingToRestoreError: there is no such step.
         DamageError: none of the steps holds.
     """
-    skipped: list[dict[str, str]] = []
+    skipped: list[dict[str, Any]] = []
     last: DamageError | None = None
     lists = [await catalog.store.list(prefix) for prefix in ("man/", "commit/", "tags/")]
     found = [key for of_prefix in lists for key in of_prefix]
@@ -125,12 +128,12 @@ async def restore_files(
             continue
         except DamageError as error:
             last = error
-            skipped.append({"step": str(one), "why": f"{error.subject}: {error.message}"})
+            skipped.append({**one.document(), "why": f"{error.subject}: {error.message}"})
             for path in directory.iterdir():
                 path.unlink()
             continue
         return {
-            "step": str(one),
+            **one.document(),
             "bytes": decision.raw_bytes,
             "tags": decision.tags,
             "skipped": skipped,

@@ -186,7 +186,7 @@ def test_3_damage(store: Path, kind: str) -> None:
     assert key in found.out
     report = call("verify", store, "--all", "--json")
     assert report.status == 3
-    damaged = [one["step"] for one in report.document if one["damage"]]
+    damaged = [one["id"] for one in report.document if one["damage"]]
     assert damaged == ["2.2"]
     assert call("verify", store, "1.3").status == 0
 
@@ -245,8 +245,8 @@ def test_7_an_older_step_was_restored(store: Path, tmp_path: Path, how: list[str
     found = call("restore", store, "--to", tmp_path / "out", *how)
     assert (found.status, found.err) == (7, "")
     if how:
-        assert found.document["step"] == "1.3"
-        assert [one["step"] for one in found.document["skipped"]] == ["2.2"]
+        assert found.document["id"] == "1.3"
+        assert [one["id"] for one in found.document["skipped"]] == ["2.2"]
     else:
         assert found.out.startswith("skipped 2.2: data/00000002/")
         assert "step 1.3 (" in found.out
@@ -294,7 +294,7 @@ def test_hold_and_release(store: Path) -> None:
     (row,) = (one for one in call("ls", store, "--json").document if one["id"] == "1.1")
     assert row["holds"] == [held]
     done = call("gc", store, "--keep=1", "--json").document
-    assert {one["step"] for one in done} == {"1.2"}
+    assert {one["id"] for one in done} == {"1.2"}
     assert call("release", store, "1.1", held).out == f"released {held}\n"
     assert call("gc", store, "--keep=1").out.startswith("1.1 retire: ")
     assert call("gc", store, "--keep=1").out == "nothing to do\n"

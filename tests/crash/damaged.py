@@ -73,16 +73,16 @@ class Rig:
         except DamageError:
             self.counts["refused"] += 1
             return ""
-        truth = {str(one.id): one for one in self.saved}[document["step"]]
+        truth = {str(one.id): one for one in self.saved}[document["id"]]
         assert same_bits(self.directory, truth), "SILENTLY WRONG"
-        skipped = [one["step"] for one in document["skipped"]]
+        skipped = [one["id"] for one in document["skipped"]]
         if truth is self.newest:
             self.counts["exact"] += 1
         else:
             told = [*skipped, *document["not_committed"]]
             assert str(self.newest.id) in told, "fell back and did not say so"
             self.counts["fell back"] += 1
-        return document["step"]
+        return document["id"]
 
     async def judge(self, key: str, offset: int | None = None) -> None:
         """Both must do right by an object that is damaged (at `offset`)."""

@@ -210,8 +210,8 @@ def test_a_newest_step_that_lost_its_register_is_missed(rig: Rig) -> None:
         )
         assert [d["key"] for r in reports for d in r["damage"]] == [register]
         document = await restore_files(catalog, None, "safetensors", rig.directory, lambda _: None)
-        assert document["step"] == "1.10"
-        assert [one["step"] for one in document["skipped"]] == ["1.20"]
+        assert document["id"] == "1.10"
+        assert [one["id"] for one in document["skipped"]] == ["1.20"]
 
     asyncio.run(main())
 
@@ -228,12 +228,12 @@ def test_a_newest_step_without_register_and_copy_is_told(rig: Rig) -> None:
         reports = await verify_store(
             catalog, None, every=False, quick=False, progress=lambda _: None
         )
-        assert [(r["step"], r["committed"], r["damage"]) for r in reports] == [
+        assert [(r["id"], r["committed"], r["damage"]) for r in reports] == [
             ("1.20", False, []),
             ("1.10", True, []),
         ]
         document = await restore_files(catalog, None, "safetensors", rig.directory, lambda _: None)
-        assert (document["step"], document["not_committed"]) == ("1.10", ["1.20"])
+        assert (document["id"], document["not_committed"]) == ("1.10", ["1.20"])
 
     asyncio.run(main())
 

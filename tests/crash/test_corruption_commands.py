@@ -63,11 +63,11 @@ def test_the_commands_say_it_with_their_exit_codes(rig: Rig, tmp_path: Path) -> 
             assert "format" in errors
             assert not to.exists()
         elif kind in ("attempts", "marks"):
-            assert (status, document["step"]) == (0, newest)
+            assert (status, document["id"]) == (0, newest)
             assert same_bits(to, rig.newest)
         else:
-            assert (status, document["step"]) == (7, older), f"{key}: {document} {errors}"
-            assert document["skipped"][0]["step"] == newest
+            assert (status, document["id"]) == (7, older), f"{key}: {document} {errors}"
+            assert document["skipped"][0]["id"] == newest
             assert same_bits(to, rig.saved[0])
         path.write_bytes(rig.objects[key])
 

@@ -85,7 +85,7 @@ def test_a_full_disk_costs_nothing_but_time(runtime: Path, small_disk: Path, cod
         )
         await store.aclose()
         assert not [damage for report in reports for damage in report["damage"]]
-        steps = [report["step"] for report in reports if report["committed"]]
+        steps = [report["id"] for report in reports if report["committed"]]
         assert steps[:2] == ["1.9", "1.8"], "what was committed is not what is there"
 
     asyncio.run(main())

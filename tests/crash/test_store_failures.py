@@ -152,11 +152,11 @@ async def check_whole(store: Store, newest: int, steps: set[str], directory: Pat
     catalog = Catalog(store)
     reports = await verify_store(catalog, None, every=True, quick=False, progress=lambda _: None)
     assert not [damage for report in reports for damage in report["damage"]], reports
-    assert {report["step"] for report in reports if report["committed"]} == steps
+    assert {report["id"] for report in reports if report["committed"]} == steps
     for path in directory.iterdir():
         path.unlink()
     document = await restore_files(catalog, None, "safetensors", directory, lambda _: None)
-    assert document["step"] == f"1.{newest}"
+    assert document["id"] == f"1.{newest}"
     state = small_state(newest)
     saved = SavedStep(StepId(1, newest), state, encode_state(state), None)  # type: ignore[arg-type]
     assert same_bits(directory, saved), "SILENTLY WRONG"
@@ -468,7 +468,7 @@ def test_a_full_store_can_still_be_read(
             out = directory / error.__name__
             out.mkdir()
             document = await restore_files(Catalog(store), None, "safetensors", out, lambda _: None)
-            assert document["step"] == "1.20"
+            assert document["id"] == "1.20"
 
     asyncio.run(main())
 

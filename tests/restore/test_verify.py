@@ -97,7 +97,7 @@ def test_one_step_all_steps_or_the_newest() -> None:
     for options in ({"every": True}, {"step": "10"}, {"step": "1.10"}):
         ((key, offset, _),) = damage_of(damaged, **options)
         assert (key, offset) == (keys.manifest(older, 0), 0)
-    steps = [r["step"] for r in asyncio.run(reports_of(memory_store(OBJECTS), every=True))]
+    steps = [r["id"] for r in asyncio.run(reports_of(memory_store(OBJECTS), every=True))]
     assert steps == ["1.20", "1.10"]
     assert asyncio.run(reports_of(memory_store(OBJECTS), step="99")) == []
 
@@ -130,7 +130,7 @@ def test_a_step_that_retention_takes_away_meanwhile_is_no_damage() -> None:
                 del shelf_of(inner)[key]
         gate.set()
         reports = await looking
-        assert [(r["step"], r["damage"]) for r in reports] == [("1.20", [])]
+        assert [(r["id"], r["damage"]) for r in reports] == [("1.20", [])]
 
     asyncio.run(main())
 
