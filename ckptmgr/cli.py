@@ -21,7 +21,9 @@ from ckptmgr.errors import (
     CkptmgrError,
     DaemonError,
     DamageError,
+    MissingObjectError,
     NothingToRestoreError,
+    RecordDamagedError,
     UsageError,
 )
 
@@ -183,7 +185,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Read committed steps back and name everything in them that does not hold."""
-    from ckptmgr.restore.check import verify_store
+    from ckptmgr.restore.check import damaged_store, verify_store
 
     if every and step is not None:
         raise UsageError("give a step or --all, not both")
@@ -192,7 +194,13 @@ def verify(
         with present.progress("verifying") as advance:
             return await verify_store(catalog, step, every=every, quick=quick, progress=advance)
 
-    reports = _with_store(url, use)
+    try:
+        reports = _with_store(url, use)
+    except (
+        RecordDamagedError,
+        MissingObjectError,
+    ) as error:  # the mark of the store itself, without which none is read
+        reports = [damaged_store(error)]
     _out(reports, as_json, lambda: present.reports(reports))
     if any(report["damage"] for report in reports):
         raise typer.Exit(DamageError.exit_status)

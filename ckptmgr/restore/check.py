@@ -66,6 +66,12 @@ async def verify_store(
 NO_STEP = {"id": None, "attempt": None, "step": None}
 
 
+def damaged_store(error: DamageError) -> dict[str, Any]:
+    """The one report on a store whose mark does not hold, so that nothing in it is looked at."""
+    damage = {"key": error.subject, "offset": 0, "what": error.message}
+    return {**NO_STEP, "committed": False, "damage": [damage]}
+
+
 def not_committed(found: Iterable[str]) -> list[StepId]:
     """Steps newer than every decided one that have a manifest, newest first."""
     steps: dict[str, set[StepId]] = {"man": set(), "commit": set(), "tags": set()}
