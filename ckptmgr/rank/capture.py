@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import math
 import threading
+import time
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ckptmgr.errors import UnsupportedLeafError, UsageError
+from ckptmgr.errors import CkptmgrError, UnsupportedLeafError, UsageError
 from ckptmgr.rank.externals import externalize
 from ckptmgr.rank.frame import Frame, make_frame, sources_again
-from ckptmgr.rank.overlap import CopyThread, Job
+from ckptmgr.rank.overlap import LOOK_SECONDS_MAX, CopyThread, Job, Latch, Turn
 from ckptmgr.rank.randomness import RNG_KEY, Generators
 from ckptmgr.rank.tensors import LEAF_TYPES, is_leaf, local_part
 from ckptmgr.rank.twins import predicted_state_dict
@@ -50,33 +52,45 @@ class Copy:
     """A copy into a slot that was started; finished when `done` was called."""
 
     def __init__(self, done: Done, settle: Callable[[], None]) -> None:
+        self.turn: Turn | None = None
         self._done = done
         self._settle = settle
         self._trainer = threading.get_ident()
-        self._finished = threading.Event()
+        self._told = threading.Lock()
+        self._finished = Latch()
         self._failure: Exception | None = None
 
-    def finish(self, error: BaseException | None) -> None:
-        """Tell the owner, then whoever waits."""
+    def finish(self, error: BaseException | None) -> bool:
+        """Tell the owner, then whoever waits; False if another call did that."""
+        if not self._told.acquire(blocking=False):  # one instruction: only one caller gets it
+            return False
         try:
             self._done(error)
         except Exception as failure:  # noqa: BLE001 - raised in the thread that waits
             self._failure = failure
         finally:
             self._finished.set()
+        return True
 
     def wait(self, timeout_seconds: float | None = None) -> bool:
         """Wait until `done` was called; False if it was not within the time.
+
+        If the copying thread has ended without it, `done` hears that now.
 
         Raises:
             Exception: what `done` raised.
         """
         if threading.get_ident() == self._trainer:
             self._settle()
-        finished = self._finished.wait(timeout_seconds)
+        end = time.monotonic() + (math.inf if timeout_seconds is None else timeout_seconds)
+        while not self._finished.is_set and (left := end - time.monotonic()) > 0:
+            if self.turn is not None and not self.turn.at_work:
+                self.finish(CkptmgrError("has ended before the copy", subject="copying thread"))
+            else:
+                self._finished.wait(min(left, LOOK_SECONDS_MAX))
         if self._failure is not None:
             raise self._failure
-        return finished
+        return self._finished.is_set
 
 
 class Capture:
@@ -112,11 +126,12 @@ class Capture:
     # -- prepare ------------------------------------------------------------------------------
 
     def prepare(self) -> Prepared:
-        """Flatten the live state as it is now.
+        """Flatten the live state as it is now; no copy is going on when it returns.
 
         Raises:
             UnsupportedLeafError: a leaf that can not be stored exactly, with its path.
         """
+        self._thread.drain()  # one whose `copy` was interrupted has no Copy to wait for
         self._optimizers.clear()
         with collection_paused():
             live = live_state(self._state, rng=self._rng)
@@ -189,24 +204,23 @@ class Capture:
         Raises:
             Exception: what `done` raised, if it was called before this returned.
         """
-        self._thread.settle()
+        self._thread.drain()
         copy = Copy(done, self._thread.settle)
-        later: list[int] = []
-        error: BaseException | None = None
         try:
             views = self._views.of(prepared.layout, data).leaves
             later = self._leaves_for_later(prepared)
             if later:
                 now = sorted(set(range(len(views))).difference(later))
                 self._thread.copy([views[at] for at in now], [prepared.sources[at] for at in now])
-                self._thread.start(self._job(prepared, views, later, copy))
-            else:
-                self._thread.copy(views, prepared.sources)
-        except Exception as failure:  # noqa: BLE001 - handed to the owner of the snapshot
-            error, later = failure, []
-        if not later:
-            copy.finish(error)
-            copy.wait()
+                copy.turn = self._thread.start(self._job(prepared, views, later, copy))
+                return copy
+            self._thread.copy(views, prepared.sources)
+        except Exception as failure:  # handed to the owner of the snapshot
+            if not copy.finish(failure):
+                raise  # a signal handler's, after the copying thread has told the owner
+        else:
+            copy.finish(None)
+        copy.wait()
         return copy
 
     def _job(self, prepared: Prepared, views: list[Tensor], later: list[int], copy: Copy) -> Job:
@@ -253,7 +267,7 @@ class Capture:
 
     def forget_slots(self) -> None:
         """Let go of the slots' memory, so that it can be unmapped."""
-        self._thread.settle()
+        self._thread.drain()
         self._views.clear()
 
     def close(self) -> None:
@@ -269,8 +283,8 @@ class Capture:
 def collection_paused() -> Iterator[None]:
     """No cyclic garbage collection: 100,000 new objects start several, which find nothing."""
     was_enabled = gc.isenabled()
-    gc.disable()
     try:
+        gc.disable()
         yield
     finally:
         if was_enabled:

@@ -16,6 +16,8 @@ not found: overlap=False is for code that makes them. The parts for GPUs were no
 
 from __future__ import annotations
 
+import contextlib
+import os
 import queue
 import sys
 import threading
@@ -27,7 +29,7 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from ckptmgr.errors import TornSnapshotError
+from ckptmgr.errors import CkptmgrError, TornSnapshotError
 from ckptmgr.rank.tensors import carried
 
 LOOK_SECONDS_MIN, LOOK_SECONDS_MAX = 0.001, 0.05
@@ -38,7 +40,10 @@ PARALLEL_BYTES_MIN = 64 << 20
 
 LEAVES_NAMED_MAX = 5
 
-Finish = Callable[[BaseException | None], None]
+JOIN_SECONDS_MAX = 1.0
+"""The last instructions of a thread that has said that it ends."""
+
+Finish = Callable[[BaseException | None], object]
 
 
 def copy_tensors(targets: list[Tensor], sources: list[Tensor]) -> None:
@@ -60,13 +65,76 @@ def start_copy(targets: list[Tensor], sources: list[Tensor]) -> None:
         torch._foreach_copy_(targets, moved, non_blocking=True)
 
 
+class Latch:
+    """What threading.Event is, for a thread that signals may interrupt at every instruction.
+
+    An Event takes its lock in Python code: an exception in the middle of that leaves the lock
+    taken, and the other thread waits for ever. Here a flag is the truth and the queue, which is C,
+    only wakes; a wake-up may get lost, so that every wait has a bound and is repeated.
+    """
+
+    def __init__(self) -> None:
+        self.is_set = False
+        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def set(self) -> None:
+        """Let everyone who waits go on."""
+        self.is_set = True
+        self._bell.put(None)
+
+    def wait(self, timeout_seconds: float) -> bool:
+        """Wait; whether it was set. It may return early."""
+        if not self.is_set:
+            with contextlib.suppress(queue.Empty):
+                self._bell.get(timeout=timeout_seconds)
+                self._bell.put(None)  # for the next who waits
+        return self.is_set
+
+
+class Turn:
+    """One hand-over of work to the copying thread.
+
+    It is published before the work is in the queue, and `handed` after: an exception in between
+    leaves a turn that is not handed, which `settle` cancels. The copying thread says `running`
+    before it looks at `cancelled`, the training thread says `cancelled` before it looks at
+    `running`: one of them sees the other.
+
+    `judged` is set when the sources may be written again, `ended` when the slot may be, too.
+    """
+
+    def __init__(self, lane: Lane) -> None:
+        self.lane = lane
+        self.handed = self.cancelled = self.running = False
+        self.judged, self.ended = Latch(), Latch()
+        self._settler: int | None = None
+        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    @property
+    def at_work(self) -> bool:
+        """Whether the copying thread is at it or will be; False also when that thread has ended."""
+        return (self.handed or self.running) and not self.ended.is_set and self.lane.runs
+
+    def rest(self) -> None:
+        """Said by `settle`: this thread is not writing as long as it is in there."""
+        self._settler = threading.get_ident()
+        self._bell.put(None)
+
+    def rests(self) -> bool:
+        """Whether that thread is still there: an exception may have taken it out of the wait."""
+        frame = sys._current_frames().get(self._settler) if self._settler is not None else None
+        while frame is not None and frame.f_code is not CopyThread.settle.__code__:
+            frame = frame.f_back
+        return frame is not None
+
+    def wait_for_rest(self, timeout_seconds: float) -> None:
+        """Wait until somebody settles; may return early."""
+        with contextlib.suppress(queue.Empty):
+            self._bell.get(timeout=timeout_seconds)
+
+
 @dataclass(slots=True)
 class Job:
-    """Leaves that are copied in the background.
-
-    `torn` hears the paths that changed meanwhile. `quiet` is set when the training thread says
-    that it is not writing, `judged` when the counters were read again.
-    """
+    """Leaves that are copied in the background; `torn` hears the paths that changed meanwhile."""
 
     targets: list[Tensor]
     sources: list[Tensor]
@@ -75,24 +143,26 @@ class Job:
     torn: Callable[[list[str]], None]
     versions: list[int] = field(init=False)
     trainer: int = field(default_factory=threading.get_ident)
-    quiet: threading.Event = field(default_factory=threading.Event)
-    judged: threading.Event = field(default_factory=threading.Event)
     streams: dict[torch.device, torch.cuda.Stream] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.versions = [source._version for source in self.sources]
 
-    def run(self) -> None:
+    def run(self, turn: Turn) -> None:
         """Copy, wait until the training thread is not writing, judge, and tell."""
         error: BaseException | None = None
         try:
             self._copy()
-            self._wait_until_quiet()
+            self._wait_until_quiet(turn)
             error = self._judge()
         except Exception as failure:  # noqa: BLE001 - handed to the owner of the snapshot
             error = failure
-        self.judged.set()
+        turn.judged.set()
         self.finish(error)
+
+    def give_up(self) -> None:
+        """Tell that it was not copied."""
+        self.finish(CkptmgrError("was interrupted before it was copied", subject="snapshot"))
 
     def _copy(self) -> None:
         pairs = list(zip(self.targets, self.sources, strict=True))
@@ -107,10 +177,12 @@ class Job:
             copied.record(stream)
             copied.synchronize()
 
-    def _wait_until_quiet(self) -> None:
+    def _wait_until_quiet(self, turn: Turn) -> None:
+        """Wait until every write that may have met the copy has ended, and is counted."""
         seen = _place(self.trainer)
         pause = LOOK_SECONDS_MIN
-        while not self.quiet.wait(pause) and _place(self.trainer) == seen:
+        while seen is not None and not turn.rests() and _place(self.trainer) == seen:
+            turn.wait_for_rest(pause)
             pause = min(2 * pause, LOOK_SECONDS_MAX)
 
     def _judge(self) -> TornSnapshotError | None:
@@ -126,13 +198,13 @@ class Job:
         )
 
 
-def _place(thread: int) -> tuple[FrameType | None, int]:
-    """Where a thread is: its innermost Python frame and the instruction in it.
+def _place(thread: int) -> tuple[FrameType, int] | None:
+    """Where a thread is: its innermost Python frame and the instruction in it; None if it ended.
 
     Equal places may be two visits; different ones prove that the call in between has ended.
     """
     frame = sys._current_frames().get(thread)
-    return frame, (-1 if frame is None else frame.f_lasti)
+    return None if frame is None else (frame, frame.f_lasti)
 
 
 @dataclass(slots=True)
@@ -141,16 +213,88 @@ class Errand:
 
     targets: list[Tensor]
     sources: list[Tensor]
-    finished: threading.Event = field(default_factory=threading.Event)
-    failure: Exception | None = None
+    failure: Exception | None = field(init=False)
 
-    def run(self) -> None:
+    def __post_init__(self) -> None:
+        self.failure = CkptmgrError("has ended before the copy", subject="copying thread")
+
+    def run(self, turn: Turn) -> None:
         """Copy; a failure is for the thread that waits."""
         try:
             start_copy(self.targets, self.sources)
+            self.failure = None
         except Exception as failure:  # noqa: BLE001 - raised in the thread that waits
             self.failure = failure
-        self.finished.set()
+        turn.judged.set()
+
+    def give_up(self) -> None:
+        """Leave the failure as it is."""
+
+
+class Lane:
+    """A thread and its own queue. Nothing here waits for a thread that may not have started.
+
+    Python's `Thread.is_alive` and `join` are not asked: interrupted, they may call a thread dead
+    that runs (Python 3.11). The thread itself says when it ends; a forked child has none.
+    """
+
+    def __init__(self) -> None:
+        self.jobs: queue.SimpleQueue[tuple[Turn, Job | Errand] | None] = queue.SimpleQueue()
+        self._process = os.getpid()
+        self._started = self._leaving = False
+        self._ended = Latch()
+        self._thread = threading.Thread(target=self._serve, name="ckptmgr-copy", daemon=True)
+
+    @property
+    def runs(self) -> bool:
+        """Whether what is in the queue will be taken out."""
+        return self._started and not self._ended.is_set and self._process == os.getpid()
+
+    @property
+    def takes(self) -> bool:
+        """Whether more may be put into the queue."""
+        return self.runs and not self._leaving
+
+    def start(self) -> None:
+        """Start the thread; an exception leaves a lane that never `runs`."""
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            # The Event in there, interrupted, may complain of its lock: tell what interrupted it.
+            raise error.__context__ or error from None
+        self._started = True
+
+    def leave(self) -> None:
+        """Let the thread end after what is queued, also one whose start was interrupted."""
+        self._leaving = True
+        if self._process == os.getpid():
+            self.jobs.put(None)
+
+    def join(self) -> None:
+        """Wait for the end of a thread that was told to leave."""
+        while self.runs:
+            self._ended.wait(LOOK_SECONDS_MAX)
+        if self._started and self._process == os.getpid():
+            self._thread.join(JOIN_SECONDS_MAX)
+
+    def _serve(self) -> None:
+        try:
+            _use_one_core()
+            while (given := self.jobs.get()) is not None:
+                turn, work = given
+                turn.running = True
+                try:
+                    if turn.cancelled:
+                        work.give_up()
+                    else:
+                        work.run(turn)
+                finally:
+                    # Its sources may be the only references to tensors that training dropped.
+                    del given, work
+                    turn.judged.set()
+                    turn.ended.set()
+        finally:
+            self._ended.set()
 
 
 class CopyThread:
@@ -160,30 +304,36 @@ class CopyThread:
     more runnable threads than cores (data loaders) each wait costs a turn of the scheduler: 5,000
     copies of 200 KiB took 3.1 s instead of 0.3 s, with four times more threads than cores. On one
     core they take about 1.3 times as long as one memcpy of the same bytes.
+
+    A signal handler may raise between any two instructions of the training thread. Every method may
+    be left like that; `settle`, `drain` and `close` work afterwards, and may be called again.
     """
 
     def __init__(self) -> None:
-        self._jobs: queue.Queue[Job | Errand | None] = queue.Queue(maxsize=1)
-        self._thread: threading.Thread | None = None
+        self._lane: Lane | None = None
+        self._turn: Turn | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._job: Job | None = None
 
     def copy(self, targets: list[Tensor], sources: list[Tensor]) -> None:
-        """Copy tensors and wait for it.
+        """Copy tensors and wait for it; what was handed over before must be drained.
 
         Small ones in host memory go to the thread; this one copies the others meanwhile.
+
+        Raises:
+            CkptmgrError: the copying thread could not run.
         """
         errand, targets, sources = _divide(targets, sources)
-        if errand.targets:
-            self._put(errand)
+        if not errand.targets:
+            copy_tensors(targets, sources)
+            return
+        self._hand_over(errand)
         copy_tensors(targets, sources)
-        if errand.targets:
-            errand.finished.wait()
+        self.drain()
         if errand.failure is not None:
             raise errand.failure
 
-    def start(self, job: Job) -> None:
-        """Run `job` in the background; the one before must be settled.
+    def start(self, job: Job) -> Turn:
+        """Run `job` in the background; the one before must be drained.
 
         The copies on a GPU come after everything that is in its current stream now.
         """
@@ -193,44 +343,57 @@ class CopyThread:
             stream = self._streams[device]
             stream.wait_stream(torch.cuda.current_stream(device))
             job.streams[device] = stream
-        self._job = job
-        self._put(job)
+        return self._hand_over(job)
 
-    def _put(self, job: Job | Errand) -> None:
-        if not self._runs():
-            self._jobs = queue.Queue(maxsize=1)
-            self._thread = threading.Thread(target=self._run, name="ckptmgr-copy", daemon=True)
-            self._thread.start()
-        self._jobs.put(job)
+    def _hand_over(self, work: Job | Errand) -> Turn:
+        turn = Turn(self._lane_that_takes())
+        self._turn = turn
+        turn.lane.jobs.put((turn, work))
+        turn.handed = True
+        return turn
 
-    def _runs(self) -> bool:
-        """Whether there is a thread: a forked child has none, whatever its parent was doing."""
-        return self._thread is not None and self._thread.is_alive()
+    def _lane_that_takes(self) -> Lane:
+        lane = self._lane
+        if lane is not None and lane.takes:
+            return lane
+        if lane is not None:
+            lane.leave()
+        self._lane = lane = Lane()
+        lane.start()
+        return lane
 
     def settle(self) -> None:
         """Wait until the leaves in flight may be written again.
 
         Call it in the thread that trains: that it is here shows that it is not writing.
         """
-        job, self._job = self._job, None
-        if job is not None and self._runs():
-            job.quiet.set()
-            job.judged.wait()
+        turn = self._turn
+        if turn is None or turn.judged.is_set:
+            return
+        if not turn.handed:
+            turn.cancelled = True
+        turn.rest()
+        while turn.at_work:
+            if turn.judged.wait(LOOK_SECONDS_MAX):
+                return
+        self._turn = None
+
+    def drain(self) -> None:
+        """Wait until nothing in flight reads a leaf or writes a slot any more."""
+        self.settle()
+        turn = self._turn
+        while turn is not None and turn.at_work:
+            turn.ended.wait(LOOK_SECONDS_MAX)
+        self._turn = None
 
     def close(self) -> None:
         """Finish what is in flight and end the thread."""
-        self.settle()
-        if self._thread is not None and self._runs():
-            self._jobs.put(None)
-            self._thread.join()
-        self._thread = None
-
-    def _run(self) -> None:
-        _use_one_core()
-        jobs = self._jobs
-        while (job := jobs.get()) is not None:
-            job.run()
-            del job  # its sources may be the only references to tensors that training dropped
+        self.drain()
+        lane = self._lane
+        if lane is not None:
+            lane.leave()
+            lane.join()
+        self._lane = None
 
 
 def _divide(
