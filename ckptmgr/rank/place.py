@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, field
-from functools import partial as bound
 from typing import Any, Protocol
 
 import numpy as np
@@ -81,6 +80,7 @@ class Plan:
     arrays: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = field(default_factory=list)
     generators: list[tuple[Any, Any]] = field(default_factory=list)
     fills: list[tuple[Any, Any]] = field(default_factory=list)
+    merged: dict[str, Any] = field(default_factory=dict)
     rng: Any = None
 
 
@@ -124,6 +124,7 @@ def place(
         take_over(generator, found)
     for container, items in plan.fills:
         _fill(container, items)
+    _replace(state, plan.merged)
     if plan.rng is not None:
         write_generators(plan.rng)
 
@@ -151,7 +152,7 @@ def _plan(state: MutableMapping[str, Any], saved: Saved, *, rng: bool, partial: 
     }
     if plan.problems:
         raise StateMismatchError(_shown(plan.problems))
-    plan.fills.append((state, merged))
+    plan.merged = merged
     return plan
 
 
@@ -322,15 +323,22 @@ def _is_special(live: Tensor) -> bool:
 
 
 def _fill(container: Any, items: Any) -> None:
+    """Make a container hold `items`, in their order. A Counter or defaultdict stays what it is.
+
+    Only OrderedDict has methods of its own that must be used: they keep its order.
+    """
     if isinstance(container, (list, deque)):
         container.clear()
         container.extend(items)
         return
-    # A Counter or defaultdict is filled as the dict that it is; the user's mapping in its own way.
-    is_dict = isinstance(container, dict)
-    put = bound(dict.__setitem__, container) if is_dict else container.__setitem__
-    for key in [key for key in container if key not in items]:
-        del container[key]
+    kind: Any = OrderedDict if isinstance(container, OrderedDict) else dict
+    kind.clear(container)
     for key, item in items.items():
-        if key not in container or container[key] is not item:
-            put(key, item)
+        kind.__setitem__(container, key, item)
+
+
+def _replace(state: MutableMapping[str, Any], items: dict[str, Any]) -> None:
+    """Put new values into the user's mapping, which keeps its other names and its order."""
+    for name, item in items.items():
+        if state[name] is not item:
+            state[name] = item
