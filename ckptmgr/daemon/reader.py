@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-
-import xxhash
 
 from ckptmgr.daemon.intake import Held, Intake, make_buffer
 from ckptmgr.daemon.job import Job
@@ -31,18 +28,16 @@ from ckptmgr.errors import (
     RegisterConflictError,
 )
 from ckptmgr.repository import keys
-from ckptmgr.repository.budget import in_thread
 from ckptmgr.repository.catalog import standing_steps
 from ckptmgr.repository.commit import FROM_SCRATCH
 from ckptmgr.repository.hold import held_step
 from ckptmgr.repository.manifest import Manifest
-from ckptmgr.restore.fetch import fetch
-from ckptmgr.restore.plan import plan_whole
+from ckptmgr.restore.slot import capacity_for, fetch_into_slot
 from ckptmgr.staging.bufferfile import Capacity
 from ckptmgr.staging.control import Restored
-from ckptmgr.staging.hostbuffer import TAGS_BYTES_MAX, HostBuffer, round_up, table_bytes_needed
+from ckptmgr.staging.hostbuffer import HostBuffer
 from ckptmgr.staging.slots import free_slot
-from ckptmgr.types import PAGE_BYTES, Binding, Outcome, Snapshot, StepId
+from ckptmgr.types import Binding, Snapshot, StepId
 
 
 @dataclass(slots=True)
@@ -239,50 +234,20 @@ class Reader:
 
     async def _fetch(self, session: Session, manifest: Manifest) -> _Place:
         """Fetch, verify and seal a manifest's data: in the rank's own buffer where it fits."""
-        layout = manifest.read_layout()
-        table_bytes = table_bytes_needed(
-            len(manifest.layout), len(manifest.values) + TAGS_BYTES_MAX
-        )
-        buffer, slot = self._room(session, table_bytes, layout.data_bytes)
-        # A store into a hole of a full tmpfs would kill this process.
-        await in_thread(buffer.populate, slot)
-        writer = buffer.begin(slot)
-        data = writer.data
-        try:
-            await fetch(
-                session.job.store,
-                plan_whole(manifest),
-                data,
-                session.job.pool,
-                populate=partial(buffer.populate_data, slot),
-            )
-        finally:
-            data.release()
-        buffer.settle(slot, writer.generation, Outcome.COMMITTED)
-        session.fetched.add(writer.generation)
-        snapshot = writer.seal(
-            attempt=manifest.attempt,
-            nonce=manifest.nonce,
-            rank=manifest.rank,
-            world=manifest.world,
-            step=manifest.step,
-            layout=manifest.layout,
-            layout_hash=xxhash.xxh3_128_digest(manifest.layout),
-            values=manifest.values,
-            tags=manifest.tags,
-            data_bytes=layout.data_bytes,
-            stall_seconds=0.0,
-            sealed_at=manifest.sealed_at,
-        )
+        buffer, slot = self._room(session, capacity_for(manifest))
+        job = session.job
+        snapshot = await fetch_into_slot(job.store, manifest, buffer, slot, job.pool)
+        session.fetched.add(snapshot.generation)
         return _Place(buffer, snapshot, "store")
 
-    def _room(self, session: Session, table_bytes: int, data_bytes: int) -> tuple[HostBuffer, int]:
+    def _room(self, session: Session, capacity: Capacity) -> tuple[HostBuffer, int]:
         if session.held is not None:
             buffer = session.held.buffer
             slot = free_slot(buffer.capacity.slots, session.held.snapshots())
-            if slot is not None and buffer.capacity.holds(table_bytes, data_bytes):
+            if slot is not None and buffer.capacity.holds(
+                capacity.table_bytes, capacity.data_bytes
+            ):
                 return buffer, slot
-        capacity = Capacity(1, table_bytes, round_up(data_bytes, PAGE_BYTES))
         binding = Binding(session.job.url, session.rank, 1)
         buffer, _ = make_buffer(self._fetched, binding, capacity)
         session.lent.append(buffer)

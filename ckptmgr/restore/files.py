@@ -14,19 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import aiofiles
-import xxhash
 from safetensors import SafetensorError, safe_open
 
 from ckptmgr.errors import CkptmgrError, UnsupportedLeafError, UsageError
 from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.manifest import Manifest
 from ckptmgr.restore.fetch import fetch
-from ckptmgr.restore.plan import plan_leaves, plan_whole
-from ckptmgr.staging.bufferfile import Capacity
-from ckptmgr.staging.hostbuffer import TAGS_BYTES_MAX, HostBuffer, round_up, table_bytes_needed
+from ckptmgr.restore.plan import plan_leaves
+from ckptmgr.restore.slot import capacity_for, fetch_into_slot
+from ckptmgr.staging.hostbuffer import HostBuffer
 from ckptmgr.staging.revive import decode_tree, decode_values
 from ckptmgr.store.base import Store
-from ckptmgr.types import PAGE_BYTES, Binding, Leaf
+from ckptmgr.types import Binding, Leaf
 
 SAFETENSORS_DTYPES = {
     "float64": "F64",
@@ -199,29 +198,7 @@ async def write_hostbuffer(
     store: Store, manifest: Manifest, directory: Path, pool: BufferPool, progress: Progress
 ) -> Path:
     """Write the step as a host buffer file in `directory`, for a process that has torch."""
-    layout = manifest.read_layout()
-    capacity = Capacity(
-        1,
-        table_bytes_needed(len(manifest.layout), len(manifest.values) + TAGS_BYTES_MAX),
-        round_up(layout.data_bytes, PAGE_BYTES),
-    )
     binding = Binding(store.url, manifest.rank, manifest.world)
-    with HostBuffer.create(directory, binding, capacity) as buffer:
-        writer = buffer.begin(0)
-        with writer.data as data:
-            await fetch(store, plan_whole(manifest), data, pool, progress)
-        writer.seal(
-            attempt=manifest.attempt,
-            nonce=manifest.nonce,
-            rank=manifest.rank,
-            world=manifest.world,
-            step=manifest.step,
-            layout=manifest.layout,
-            layout_hash=xxhash.xxh3_128_digest(manifest.layout),
-            values=manifest.values,
-            tags=manifest.tags,
-            data_bytes=layout.data_bytes,
-            stall_seconds=0.0,
-            sealed_at=manifest.sealed_at,
-        )
+    with HostBuffer.create(directory, binding, capacity_for(manifest)) as buffer:
+        await fetch_into_slot(store, manifest, buffer, 0, pool, progress)
         return buffer.path

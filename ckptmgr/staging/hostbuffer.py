@@ -183,6 +183,14 @@ class HostBuffer:
         start = self.slot_at(slot)
         self._map.populate(start, start + self.capacity.slot_bytes, stop)
 
+    def populate_table(self, slot: int) -> None:
+        """Make a slot's header page and table region present and writable in this process.
+
+        Raises:
+            HostMemoryError: not enough shared memory.
+        """
+        self._map.populate(self.slot_at(slot), self.data_at(slot))
+
     def populate_data(self, slot: int, start: int, end: int) -> None:
         """Make a range of a slot's data region present and writable in this process.
 

@@ -1,0 +1,61 @@
+"""A saved step into a slot of host memory: the same door for a rank, a reader and an export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import xxhash
+
+from ckptmgr.repository.budget import BufferPool, in_thread
+from ckptmgr.repository.manifest import Manifest
+from ckptmgr.restore.fetch import fetch
+from ckptmgr.restore.plan import plan_whole
+from ckptmgr.staging.bufferfile import Capacity
+from ckptmgr.staging.hostbuffer import TAGS_BYTES_MAX, HostBuffer, round_up, table_bytes_needed
+from ckptmgr.store.base import Store
+from ckptmgr.types import PAGE_BYTES, Outcome, Snapshot
+
+
+def capacity_for(manifest: Manifest) -> Capacity:
+    """A buffer with one slot that holds the step."""
+    table_bytes = table_bytes_needed(len(manifest.layout), len(manifest.values) + TAGS_BYTES_MAX)
+    return Capacity(1, table_bytes, round_up(manifest.read_layout().data_bytes, PAGE_BYTES))
+
+
+async def fetch_into_slot(
+    store: Store,
+    manifest: Manifest,
+    buffer: HostBuffer,
+    slot: int,
+    pool: BufferPool,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Snapshot:
+    """Fetch and verify a step, and seal it in `slot` as what it is: committed.
+
+    Raises:
+        DamageError: it does not hold; the slot stays unsealed.
+        StoreUnreachableError: the store can not be read now.
+        HostMemoryError: not enough shared memory. Every page is made present before it is written:
+            a store into a hole of a full tmpfs would kill this process.
+    """
+    await in_thread(buffer.populate_table, slot)
+    writer = buffer.begin(slot)
+    populate = partial(buffer.populate_data, slot)
+    with writer.data as data:
+        await fetch(store, plan_whole(manifest), data, pool, progress, populate)
+    buffer.settle(slot, writer.generation, Outcome.COMMITTED)
+    return writer.seal(
+        attempt=manifest.attempt,
+        nonce=manifest.nonce,
+        rank=manifest.rank,
+        world=manifest.world,
+        step=manifest.step,
+        layout=manifest.layout,
+        layout_hash=xxhash.xxh3_128_digest(manifest.layout),
+        values=manifest.values,
+        tags=manifest.tags,
+        data_bytes=manifest.read_layout().data_bytes,
+        stall_seconds=0.0,
+        sealed_at=manifest.sealed_at,
+    )
