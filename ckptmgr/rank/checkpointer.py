@@ -127,7 +127,7 @@ class Checkpointer:
         self._handles: deque[SaveHandle] = deque(maxlen=HANDLES_MAX)
         self._last_step = -1
         self._fetching = False
-        self._used = False
+        self._used = self._busy = False
         self._keeps_up = True
 
     # -- the block ----------------------------------------------------------------------------
@@ -167,9 +167,11 @@ class Checkpointer:
                 self._drain(self._handle)
             self._tell_handles()
         finally:
-            self._capture.close()
-            link.close(clean=kind is None)
             self._link = None
+            try:
+                self._capture.close()
+            finally:  # a second Ctrl-C must not keep the daemon from hearing that we left
+                link.close(clean=kind is None)
 
     def _drain(self, handle: SaveHandle) -> None:
         """Wait for the last commit. What is not committed in time is left to the daemon."""
@@ -190,11 +192,8 @@ class Checkpointer:
 
     def _entered(self) -> Link:
         if self._link is None:
-            raise UsageError(
-                "is used outside its block",
-                subject="Checkpointer",
-                hint="Write `with ckptmgr.Checkpointer(...) as ckpt:`.",
-            )
+            hint = "Write `with ckptmgr.Checkpointer(...) as ckpt:`."
+            raise UsageError("is used outside its block", subject="Checkpointer", hint=hint)
         return self._link
 
     @property
@@ -256,6 +255,8 @@ class Checkpointer:
 
     def _next_step(self, step: int) -> int:
         """`step` as a plain int, remembered as the last one."""
+        if self._busy:
+            raise UsageError("is called by a signal handler amid a snapshot", subject="save")
         try:
             number = -1 if isinstance(step, bool) else operator.index(step)
         except TypeError:
@@ -279,6 +280,15 @@ class Checkpointer:
     ) -> SaveHandle:
         start = time.perf_counter()
         plain = plain_tags(tags)
+        self._busy = True
+        try:
+            return self._copy_and_seal(link, step, plain, slot, start)
+        finally:
+            self._busy = False
+
+    def _copy_and_seal(
+        self, link: Link, step: int, plain: Tags, slot: int, start: float
+    ) -> SaveHandle:
         prepared = self._capture.prepare()
         self._end_prefetch(link)
         if self._make_room(link, prepared):

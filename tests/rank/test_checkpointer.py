@@ -434,3 +434,29 @@ def test_a_commit_in_an_emptied_store_is_not_taken_for_one_in_the_new(
         with contextlib.suppress(CrashError):
             ckpt.__exit__(CrashError, CrashError(), None)
         subprocess.run(["rm", "-rf", str(root)], check=True)
+
+
+def test_a_save_out_of_a_signal_handler_amid_a_save_is_refused(
+    runtime: Path, store_url: str
+) -> None:
+    """It would write the slot that the interrupted one has begun."""
+    refused = []
+
+    class Reentrant:
+        def state_dict(self) -> dict[str, Any]:
+            if inside:
+                with pytest.raises(UsageError, match="amid a snapshot") as caught:
+                    ckpt.save(99)
+                refused.append(caught)
+            return {"n": 1}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            pass
+
+    inside = False
+    with ckptmgr.Checkpointer(store_url, {"x": Reentrant()}, every=None) as ckpt:
+        inside = True
+        assert ckpt.save(1).committed(30)
+        inside = False
+    assert refused
+    assert committed(store_url) == ["1.1"]
