@@ -221,9 +221,11 @@ def _logging_disk(image: Path, place: Path) -> Iterator[Path]:
         assert disk.stdout.readline() == "ready\n", "the disk did not come up"
         try:
             yield mount_point
-        finally:
-            _run("umount", mount_point)
-            assert disk.wait(60) == 0
+        except BaseException:
+            disk.kill()  # a disk that is still mounted would keep it, and us, waiting for ever
+            raise
+        _run("umount", mount_point)
+        assert disk.wait(60) == 0
 
 
 @contextmanager

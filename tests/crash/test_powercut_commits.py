@@ -7,6 +7,7 @@ Every image that a cut could have left is mounted and read as a restore reads it
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from ckptmgr.staging.inbox import SOCKET
 from ckptmgr.staging.slots import free_slot
 from ckptmgr.store.local import LocalStore
 from ckptmgr.types import Outcome, StepId
+from processes import owners_of
 from scale import scaled
 
 SEED = 20261124
@@ -67,6 +69,10 @@ def train(runtime: Path, root: Path, codec: str, steps: int, mark: Mark) -> None
     with Client(runtime / SOCKET) as client:
         client.ask(Stop(), Done)
         client.wait_closed()
+    deadline = time.monotonic() + 60
+    while owners_of(runtime):  # its last threads may still have the disk open
+        assert time.monotonic() < deadline, "the daemon does not end"
+        time.sleep(0.02)
 
 
 async def faults_of(image: Image) -> list[str]:
