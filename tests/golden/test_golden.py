@@ -58,7 +58,7 @@ def test_a_store_of_every_version_is_read_bit_by_bit(golden: Path, tmp_path: Pat
         reports = await verify_store(
             catalog, None, every=True, quick=False, progress=lambda _: None
         )
-        assert [(r["step"], r["damage"]) for r in reports] == [("1.30", []), ("1.20", [])]
+        assert [(r["id"], r["damage"]) for r in reports] == [("1.30", []), ("1.20", [])]
         assert {str(e.id): e.state for e in await catalog.entries()} == {
             "1.30": StepState.VERIFIED,
             "1.25": StepState.ABORTED,
@@ -109,7 +109,7 @@ def test_a_store_of_every_version_is_written_on(golden: Path, tmp_path: Path) ->
         reports = await verify_store(
             Catalog(store), None, every=True, quick=False, progress=lambda _: None
         )
-        assert [(r["step"], r["damage"]) for r in reports] == [
+        assert [(r["id"], r["damage"]) for r in reports] == [
             ("3.50", []),
             ("3.40", []),
             ("1.20", []),  # held

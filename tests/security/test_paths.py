@@ -105,7 +105,7 @@ def test_a_manifest_that_names_a_pack_elsewhere_is_damage(tmp_path: Path, name: 
         )
         assert key in [damage["key"] for damage in reports[0]["damage"]]
         document = await restore_files(catalog, None, "safetensors", out, lambda _: None)
-        assert (document["step"], document["skipped"][0]["step"]) == ("1.10", "1.20")
+        assert (document["id"], document["skipped"][0]["id"]) == ("1.10", "1.20")
         await store.aclose()
 
     asyncio.run(main())
@@ -143,7 +143,7 @@ def test_a_forged_commit_is_damage_and_no_crash(tmp_path: Path, changes: dict[st
         )
         assert reports[0]["damage"]
         document = await restore_files(catalog, None, "safetensors", out, lambda _: None)
-        assert document["step"] == "1.10"
+        assert document["id"] == "1.10"
         await store.aclose()
 
     asyncio.run(main())
