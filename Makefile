@@ -21,10 +21,8 @@ STAMP := .venv/.installed
 demo: $(STAMP)
 	@$(BIN)/ckptmgr demo
 
-# Real daemons and kills beside each other on two cores: what fails is run once more alone, in sight.
 test: lint
-	@$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS) \
-		|| $(BIN)/python -m pytest --last-failed --last-failed-no-failures none $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

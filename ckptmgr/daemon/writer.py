@@ -139,6 +139,7 @@ class Writer:
             self._job.retain_soon(self._held.binding.keep)
         else:
             self._job.metrics.aborts.labels(self._job.label).inc()
+            event("aborted", step=str(snapshot.id), why=decision.why)
             await self._held.settle(snapshot, Outcome.ABORTED, decision.why)
 
     async def _refuse(self, snapshot: Snapshot, error: CkptmgrError) -> None:

@@ -203,13 +203,15 @@ def is_stopped(pid: int) -> bool:
 def test_a_trainer_that_dies_without_a_connection_is_noticed(runtime: Path, rig: Rig) -> None:
     """It had not yet attached to the daemon that followed a killed one."""
     environment = rig.environment(CKPTMGR_MEMORY_SECONDS="0.1")
-    with Trainer.of(runtime, rig, steps=1) as trainer:
-        with Daemon(runtime, environment=environment) as first:
-            trainer.await_event("finished")
-            first.await_event("committed")
-            trainer.process.send_signal(signal.SIGSTOP)
-            until(lambda: is_stopped(trainer.process.pid), "every thread of the trainer stops")
-            first.end(signal.SIGKILL)
+    # The daemon comes first: a trainer that finds none starts one of its own, which would take the
+    # place of the second.
+    first = Daemon(runtime, environment=environment)
+    with first, Trainer.of(runtime, rig, steps=1) as trainer:
+        trainer.await_event("finished")
+        first.await_event("committed")
+        trainer.process.send_signal(signal.SIGSTOP)
+        until(lambda: is_stopped(trainer.process.pid), "every thread of the trainer stops")
+        first.end(signal.SIGKILL)
         with Daemon(runtime, environment=environment) as second:
             second.await_event("adopted")
             assert second.status()["trainers"] == 1

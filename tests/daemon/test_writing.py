@@ -191,10 +191,34 @@ def test_the_last_snapshot_of_a_dead_older_attempt_is_finished_all_the_same(
             new.restore()
             new.save(1)
             assert new.wait(1).outcome == Outcome.COMMITTED
+            # Collection gives up what older attempts left undecided: let it come first.
+            until(lambda: rig.asked("list", "data/"), "the new attempt has collected")
             rig.obey()
             daemon.await_event("committed")
     assert set(states(rig)) == {"1.1", "2.1"}
     assert asyncio.run(latest(rig)) == StepId(2, 1)  # it never goes back
+
+
+def test_collection_of_a_newer_attempt_gives_up_the_older_ones_step(
+    runtime: Path, rig: Rig
+) -> None:
+    """Its snapshot is then nobody's to resume from; the daemon that holds it says so."""
+    other = runtime / "host2"
+    other.mkdir(mode=0o700)
+    rig.obey(("put_new", f"man/{ONE}", "hold"))
+    with Daemon(runtime) as daemon, Daemon(other):
+        with Trainer.of(runtime, rig, steps=1) as trainer:
+            trainer.await_event("finished")
+            until(lambda: rig.asked("put_new", f"man/{ONE}"), "its packs are there")
+        with Rank(other, rig.url) as new:
+            new.restore()
+            new.save(1)
+            assert new.wait(1).outcome == Outcome.COMMITTED
+            until(lambda: not files(rig, f"data/{ONE}"), "the new attempt has collected")
+            rig.obey()
+            assert daemon.await_event("aborted")["step"] == "1.1"
+    assert states(rig)["1.1"] is StepState.ABORTED
+    assert asyncio.run(latest(rig)) == StepId(2, 1)
 
 
 async def latest(rig: Rig) -> StepId | None:
