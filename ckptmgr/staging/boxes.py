@@ -1,0 +1,149 @@
+"""Boxes: which part of a whole tensor somebody holds or wants. Pure, in elements and in bytes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from ckptmgr.types import Leaf
+
+Ints = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A rectangular part of a tensor: where it starts and how long it is, in elements.
+
+    A tensor without dimensions is one box with no numbers; a box with a length of 0 is empty.
+    """
+
+    offset: Ints
+    shape: Ints
+
+    @property
+    def count(self) -> int:
+        """Elements in it."""
+        return math.prod(self.shape)
+
+    def common(self, other: Box) -> Box | None:
+        """What lies in both, or None if nothing does."""
+        ends = zip(self.offset, self.shape, other.offset, other.shape, strict=True)
+        pairs = [(max(a, b), min(a + n, b + m)) for a, n, b, m in ends]
+        if any(start >= end for start, end in pairs):
+            return None
+        starts = tuple(start for start, _ in pairs)
+        return Box(starts, tuple(end - start for start, end in pairs))
+
+    def within(self, outer: Box) -> Box:
+        """The same part, counted from the start of `outer`."""
+        moved = zip(self.offset, outer.offset, strict=True)
+        return Box(tuple(mine - theirs for mine, theirs in moved), self.shape)
+
+
+def whole(shape: Sequence[int]) -> Box:
+    """The box that is all of a tensor."""
+    return Box((0,) * len(shape), tuple(shape))
+
+
+def box_of(leaf: Leaf) -> Box:
+    """The part of its tensor that a leaf holds; a leaf that is no shard holds all of it."""
+    if leaf.global_offset is None:
+        return whole(leaf.shape)
+    return Box(leaf.global_offset, leaf.shape)
+
+
+def whole_shape(leaf: Leaf) -> Ints:
+    """The shape of the tensor that a leaf is a part of."""
+    return leaf.shape if leaf.global_shape is None else leaf.global_shape
+
+
+def boxes_of_run(shape: Sequence[int], start: int, stop: int) -> list[Box]:
+    """Elements `start` to `stop` of a row-major tensor as boxes, in their order.
+
+    A run of the flattened tensor is at most two boxes per dimension: the end of a row, whole
+    rows, the start of a row. Each box is itself contiguous in the flattened tensor.
+    """
+    if start >= stop:
+        return []
+    if len(shape) == 0:
+        return [Box((), ())]
+    row = math.prod(shape[1:])
+    first, last = start // row, (stop - 1) // row
+    if first == last:
+        inner = boxes_of_run(shape[1:], start - first * row, stop - first * row)
+        return [Box((first, *b.offset), (1, *b.shape)) for b in inner]
+    head = -start % row
+    tail = stop % row
+    found = boxes_of_run(shape, start, start + head)
+    rows = (start + head) // row, (stop - tail) // row
+    if rows[0] < rows[1]:
+        rest = (0,) * (len(shape) - 1)
+        found.append(Box((rows[0], *rest), (rows[1] - rows[0], *shape[1:])))
+    return found + boxes_of_run(shape, stop - tail, stop)
+
+
+def runs(part: Box, outer_shape: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(start, count) in elements of each contiguous run of `part` in a row-major tensor.
+
+    `part` is counted from the start of that tensor.
+    """
+    if not part.count:
+        return
+    # Trailing dimensions that are taken whole make one run together with the one before them.
+    depth = len(outer_shape)
+    while depth and part.shape[depth - 1] == outer_shape[depth - 1]:
+        depth -= 1
+    depth = max(depth - 1, 0)
+    strides = [math.prod(outer_shape[at + 1 :]) for at in range(len(outer_shape))]
+    count = math.prod(part.shape[depth:])
+    base = sum(o * s for o, s in zip(part.offset[depth:], strides[depth:], strict=True))
+    for index in _indices(part.offset[:depth], part.shape[:depth]):
+        yield base + sum(i * s for i, s in zip(index, strides[:depth], strict=True)), count
+
+
+def _indices(offset: Sequence[int], shape: Sequence[int]) -> Iterator[Ints]:
+    if not shape:
+        yield ()
+        return
+    for at in range(offset[0], offset[0] + shape[0]):
+        for rest in _indices(offset[1:], shape[1:]):
+            yield (at, *rest)
+
+
+def gap(shape: Sequence[int], boxes: Iterable[Box]) -> Box | None:
+    """A part of a tensor that none of `boxes` holds, or None if they cover it.
+
+    The tensor is cut at the edges of the boxes along one dimension after the other, so the cost
+    grows with the number of boxes and not with the number of elements.
+    """
+    return _gap(whole(shape), [box for box in boxes if box.count])
+
+
+def _gap(part: Box, boxes: list[Box]) -> Box | None:
+    if not part.count:
+        return None
+    if not boxes:
+        return part
+    for at, length in enumerate(part.shape):
+        start, stop = part.offset[at], part.offset[at] + length
+        edges = {start, stop}
+        for box in boxes:
+            edges |= {
+                e for e in (box.offset[at], box.offset[at] + box.shape[at]) if start < e < stop
+            }
+        if len(edges) > 2:
+            return _gap_along(part, boxes, at, sorted(edges))
+    return None  # nobody's edge cuts it, so whoever touches it holds all of it
+
+
+def _gap_along(part: Box, boxes: list[Box], at: int, edges: list[int]) -> Box | None:
+    for start, stop in itertools.pairwise(edges):
+        offset = (*part.offset[:at], start, *part.offset[at + 1 :])
+        shape = (*part.shape[:at], stop - start, *part.shape[at + 1 :])
+        piece = Box(offset, shape)
+        found = _gap(piece, [box for box in boxes if box.common(piece) is not None])
+        if found is not None:
+            return found
+    return None
