@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from ckptmgr.daemon.log import event, warning
+from ckptmgr.daemon.resume import ActiveMarks
 from ckptmgr.daemon.retain import collect
 from ckptmgr.errors import CkptmgrError
 from ckptmgr.metrics import Metrics
@@ -39,6 +40,7 @@ class Job:
     pool: BufferPool
     last_commit: StepId | None = None
     resumed_from: dict[int, StepId] = field(default_factory=dict)
+    active: ActiveMarks = field(default_factory=ActiveMarks)
     _retention: asyncio.Task[None] | None = None
     _retain_again: bool = False
 

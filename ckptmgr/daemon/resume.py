@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import secrets
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
-from ckptmgr.errors import DamageError, ObjectNotFoundError, StoreError
+from ckptmgr.daemon.log import warning
+from ckptmgr.errors import (
+    DamageError,
+    ObjectNotFoundError,
+    RegisterConflictError,
+    StoreError,
+)
 from ckptmgr.repository import keys
 from ckptmgr.repository.catalog import Catalog, list_steps, standing_steps
 from ckptmgr.repository.commit import (
@@ -102,19 +108,82 @@ async def publish_have(store: Store, attempt: int, found: list[Snapshot]) -> Non
     await put_record(store, Kind.HAVE, keys.have(attempt, host), record)
 
 
-async def newest_active(store: Store) -> int:
-    """The newest attempt that has put a snapshot; 0 if none has."""
-    active = [key for key in await store.list("attempts/") if key.endswith("/active")]
-    return max((keys.parse_attempt(key) or 0 for key in active), default=0)
+@dataclass(slots=True)
+class ActiveMarks:
+    """What a job knows of the marks of active attempts, so that a save need not read them again.
+
+    `newest` is the attempt whose mark was found to hold, and has been listed ever since; `told`
+    are those whose mark does not hold, told once each.
+    """
+
+    newest: int = 0
+    told: set[int] = field(default_factory=set)
 
 
-async def put_active(store: Store, attempt: int, nonce: str) -> int:
-    """Mark the attempt as active; returns the newest active attempt, which may be a newer one."""
-    newest = await newest_active(store)
+async def newest_active(store: Store, marks: ActiveMarks) -> int:
+    """The newest attempt that has put a snapshot, by a mark that holds; 0 if there is none."""
+    listed = {(keys.parse_attempt(key) or 0, key) for key in await store.list("attempts/")}
+    for attempt, key in sorted(listed, reverse=True):
+        if key == keys.active(attempt) and (
+            attempt == marks.newest or await _holds(store, attempt, marks)
+        ):
+            marks.newest = attempt
+            return attempt
+    marks.newest = 0
+    return 0
+
+
+async def _holds(store: Store, attempt: int, marks: ActiveMarks) -> bool:
+    """Whether the mark of an attempt is one, and of the incarnation that claimed the attempt.
+
+    A name alone must not end a job: it may be all that is left of the object, or a stray copy.
+    """
+    try:
+        mark = await get_record(store, Kind.ACTIVE, keys.active(attempt), Active)
+        claim = await get_record(store, Kind.CLAIM, keys.claim(attempt), Claim)
+    except (DamageError, ObjectNotFoundError) as error:
+        why = f"{error.subject}: {error.message}"
+    else:
+        if (mark.attempt, claim.attempt, claim.nonce) == (attempt, attempt, mark.nonce):
+            return True
+        why = "is not of the incarnation that claimed the attempt"
+    if attempt not in marks.told:
+        marks.told.add(attempt)
+        warning("active_ignored", attempt=attempt, why=why)
+    return False
+
+
+async def put_active(
+    store: Store, attempt: int, nonce: str, marks: ActiveMarks | None = None
+) -> int:
+    """Mark the attempt as active; returns the newest active attempt, which may be a newer one.
+
+    Raises:
+        RegisterConflictError: another incarnation has marked this attempt.
+    """
+    marks = marks or ActiveMarks()
+    newest = await newest_active(store, marks)
     if newest < attempt:
-        await decide(store, Kind.ACTIVE, keys.active(attempt), Active(attempt, nonce))
-        newest = await newest_active(store)
+        await _mark(store, Active(attempt, nonce))
+        marks.newest = attempt
+        newest = max(attempt, await newest_active(store, marks))
     return newest
+
+
+async def _mark(store: Store, mark: Active) -> None:
+    key = keys.active(mark.attempt)
+    if await put_record(store, Kind.ACTIVE, key, mark) is PutResult.OK:
+        return
+    try:
+        found = await get_record(store, Kind.ACTIVE, key, Active)
+    except DamageError:
+        # A mark decides nothing, and whoever puts it puts these bytes: it may be put again.
+        await store.delete(key)
+        await put_record(store, Kind.ACTIVE, key, mark)
+        return
+    if found != mark:
+        raise RegisterConflictError("is of another incarnation", subject=key)
+    await store.make_durable(key)
 
 
 async def decide_resume(store: Store, attempt: int, k: int, choice: StepId) -> StepId:

@@ -121,7 +121,9 @@ class Writer:
                 subject=self._job.url,
                 hint="Give every job a URL of its own.",
             )
-        newest = await put_active(self._job.store, snapshot.attempt, snapshot.nonce)
+        newest = await put_active(
+            self._job.store, snapshot.attempt, snapshot.nonce, self._job.active
+        )
         if newest > snapshot.attempt:
             self._held.buffer.supersede(newest)
             if self._held.writer_alive:
