@@ -27,7 +27,7 @@ from ckptmgr.repository.commit import (
 from ckptmgr.repository.hold import left_behind
 from ckptmgr.repository.record import Kind, digest_of
 from ckptmgr.restore.verify import verify_step
-from ckptmgr.store.base import Store
+from ckptmgr.store.base import PutResult, Store
 from ckptmgr.types import StepId
 
 NEWER_MIN = 2
@@ -145,8 +145,14 @@ async def _digest_of_commit(store: Store, step: StepId) -> str:
 
 async def mark_verified(store: Store, step: StepId) -> None:
     """Record that a step was read back whole."""
+    key = keys.verified(step)
     record = Verified(step.attempt, step.step, await _digest_of_commit(store, step))
-    await put_record(store, Kind.VERIFIED, keys.verified(step), record)
+    put = await put_record(store, Kind.VERIFIED, key, record)
+    if put is PutResult.CONFLICT and not await _is_verified(store, step):
+        # A mark decides nothing: whoever finds none, or one that does not hold, reads the step
+        # back. So one that does not hold may be replaced, or each collection would read it again.
+        await store.delete(key)
+        await put_record(store, Kind.VERIFIED, key, record)
     event("verified", step=str(step))
 
 

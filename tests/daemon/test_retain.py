@@ -250,6 +250,26 @@ def test_a_mark_of_verification_of_another_register_is_not_believed() -> None:
     run(main())
 
 
+def test_a_mark_of_verification_that_does_not_hold_is_put_again() -> None:
+    """Else each collection reads the newest step back again."""
+
+    async def main() -> None:
+        store = FaultyStore(memory_store({}))
+        saved = await save_steps(store, (10, 20, 30, 40))
+        await put_hold(store, saved[1].id, "person", "")
+        key = keys.verified(saved[3].id)
+        await store.put_new(key, [memoryview(b"rubbish")])
+        assert await gather(store) == [("1.10", "retire")]
+        await store.delete(keys.hold(saved[1].id, "person"))
+        start = len(store.operations)
+        assert await gather(store) == [("1.20", "retire")]
+        read = [key for name, key in store.operations[start:] if name == "get"]
+        assert not [key for key in read if key.startswith("data/")], "it was read back again"
+        assert await damage_in(store) == []
+
+    run(main())
+
+
 def test_what_takes_the_place_of_a_retired_step_is_made_durable_first() -> None:
     """Visible is not durable: a power cut must not take the new step after the old one went."""
 
