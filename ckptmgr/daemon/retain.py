@@ -96,7 +96,7 @@ async def collect(
 
 
 async def _drop_dead_holds(store: Store) -> None:
-    """A reader of this host that was killed can not release its hold any more."""
+    """A reader of this host that was killed, or that the store failed, left its hold."""
     for key in await store.list("holds/"):
         if left_behind(key.rsplit("/", 1)[1]):
             await store.delete(key)

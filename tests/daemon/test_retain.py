@@ -351,6 +351,20 @@ def test_holds_of_dead_readers_are_dropped() -> None:
     run(main())
 
 
+def test_a_hold_that_could_not_be_released_is_released_by_the_next_collection() -> None:
+    async def main() -> None:
+        store = FaultyStore(memory_store({}))
+        saved = await save_steps(store, (10, 20, 30))
+        store.plan([Fault(StoreUnreachableError("no"), operation="delete", key="holds/")])
+        async with held_step(store, saved[0].id):
+            assert await gather(store) == []
+        assert len(await store.list("holds/")) == 1
+        assert await gather(store) == [("1.10", "retire")]
+        assert await store.list("holds/") == []
+
+    run(main())
+
+
 def test_a_collection_that_fails_anywhere_is_finished_by_the_next() -> None:
     async def main() -> None:
         clean = memory_store({})
