@@ -59,6 +59,7 @@ class RiggedStore(Store):
         await self._obey("make_durable", key, lambda: self._inner.make_durable(key))
 
     async def aclose(self) -> None:
+        log(self._path, "aclose")
         await self._inner.aclose()
 
     async def _obey(self, operation: str, key: str, work: Callable[[], Awaitable[T]]) -> T:

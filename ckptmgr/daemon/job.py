@@ -79,7 +79,7 @@ class Job:
     def retain_soon(self, keep: int) -> None:
         """Give old steps up in the background, so that the next snapshot need not wait for it."""
         self._retain_again = True
-        if self._retention is None or self._retention.done():
+        if not self.collecting:
             self._retention = asyncio.create_task(self._retain(keep), name=f"retain {self.label}")
 
     async def _retain(self, keep: int) -> None:
@@ -93,6 +93,11 @@ class Job:
                 await collect(self.catalog, self.pool, keep, protected)
             except CkptmgrError as error:
                 warning("retention_failed", job=self.label, why=str(error))
+
+    @property
+    def collecting(self) -> bool:
+        """Whether a collection is under way."""
+        return self._retention is not None and not self._retention.done()
 
     async def aclose(self) -> None:
         """End the collection that is under way, and close the store."""

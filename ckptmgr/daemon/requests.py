@@ -7,6 +7,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from ckptmgr.daemon.intake import Held
+from ckptmgr.daemon.job import Job
 from ckptmgr.daemon.log import event
 from ckptmgr.daemon.reader import Session
 from ckptmgr.daemon.resume import claim_attempt, publish_have, resumed_from
@@ -29,11 +30,14 @@ if TYPE_CHECKING:
 
 
 class Requests:
-    """Answers the requests of one connection, in order."""
+    """Answers the requests of one connection, in order. `urls` are the jobs that it asked for:
+    they stay open as long as it lasts.
+    """
 
     def __init__(self, service: Service) -> None:
         self._service = service
         self._session: Session | None = None
+        self.urls: set[str] = set()
 
     async def answer(self, request: control.Request) -> control.Reply:
         """Carry a request out; every error of ckptmgr becomes a reply."""
@@ -91,7 +95,7 @@ class Requests:
         if not 2 <= request.slots <= SLOTS_MAX or not 0 <= request.rank < request.world:
             raise UsageError(f"slots={request.slots} rank={request.rank} world={request.world}")
         url = normalise_url(request.url)
-        job = self._service.job(url)
+        job = self._job(url)
         attempt, nonce, is_new = request.attempt, request.nonce, not request.attempt
         if is_new:
             attempt, nonce = await claim_attempt(job.store, request.world, request.run_id)
@@ -161,7 +165,7 @@ class Requests:
 
     async def _load(self, request: control.Load) -> control.Reply:
         _check_protocol(request.protocol)
-        job = self._service.job(normalise_url(request.url))
+        job = self._job(normalise_url(request.url))
         if self._session is not None and self._session.held is not None:
             raise UsageError("load on a connection of its own", subject="control socket")
         await self._released()
@@ -173,6 +177,11 @@ class Requests:
     async def _released(self) -> None:
         if self._session is not None:
             await self._session.release()
+
+    def _job(self, url: str) -> Job:
+        job = self._service.job(url)
+        self.urls.add(url)
+        return job
 
     def _attached(self) -> Session:
         if self._session is None:

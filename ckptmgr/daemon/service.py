@@ -22,7 +22,7 @@ from ckptmgr.daemon.pipeline import Pipeline
 from ckptmgr.daemon.reader import Reader
 from ckptmgr.daemon.requests import Requests
 from ckptmgr.daemon.writer import Writer
-from ckptmgr.errors import CkptmgrError, DaemonError, UsageError
+from ckptmgr.errors import CkptmgrError, DaemonError, StoreError, UsageError
 from ckptmgr.metrics import Metrics
 from ckptmgr.repository.budget import BufferPool
 from ckptmgr.staging import control
@@ -51,6 +51,7 @@ class Service:
         self.metrics_port = -1
         self._pipeline = Pipeline(self.pool)
         self._connections: set[asyncio.Task[None]] = set()
+        self._serving: set[Requests] = set()
         self._ending = asyncio.Event()
         self._fault: BaseException | None = None
         self._last_activity = time.monotonic()
@@ -102,6 +103,7 @@ class Service:
         while not self._ending.is_set():
             await self._wait_for_change()
             self._look_after_orphans()
+            await self._close_unused()
             if self._idle_for() > self.settings.idle_seconds > 0:
                 event("idle", seconds=self.settings.idle_seconds)
                 return
@@ -134,6 +136,17 @@ class Service:
             gone_for = held.orphaned_seconds
             if held.free_when_decided or gone_for > self.settings.memory_seconds:
                 self.intake.release(held)
+
+    async def _close_unused(self) -> None:
+        """Close the stores of jobs that have neither a buffer nor a connection any more."""
+        used = {held.binding.url for held in self.intake.held.values()}
+        used = used.union(*(requests.urls for requests in self._serving))
+        for url in self.jobs.keys() - used:
+            if not self.jobs[url].collecting:
+                # Out of the list first: whoever asks for it meanwhile opens it anew.
+                job = self.jobs.pop(url)
+                with contextlib.suppress(StoreError):  # what can not be closed is not used again
+                    await job.aclose()
 
     async def _close(
         self, server: asyncio.Server, watch: InboxWatch, metrics: MetricsServer | None
@@ -221,6 +234,7 @@ class Service:
         self._connections.add(task)
         sock: socket.socket = writer.get_extra_info("socket")
         requests = Requests(self)
+        self._serving.add(requests)
         try:
             pid = control.check_peer(sock)
             with self._watch_death(pid, task):
@@ -234,6 +248,7 @@ class Service:
             self._connections.discard(task)
             self._last_activity = time.monotonic()
             await requests.close()
+            self._serving.discard(requests)
             writer.close()
 
     @contextlib.contextmanager
