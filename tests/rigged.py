@@ -24,7 +24,7 @@ LOOK_SECONDS = 0.005
 
 
 class RiggedStore(Store):
-    """A local store; `refuse`, `full` and `dead` fail, `hold` waits."""
+    """A local store; `refuse`, `full`, `dead` and `fault` fail, `hold` waits."""
 
     durable_on_return = LocalStore.durable_on_return
 
@@ -67,6 +67,10 @@ class RiggedStore(Store):
         while (rule := rule_for(self._path, operation, key)) is not None:
             if rule == "refuse":
                 raise StorePermissionError("is refused by the test", subject=key)
+            if rule == "fault once":
+                Path(f"{self._path}.rules").unlink()
+            if rule in ("fault", "fault once"):
+                raise ZeroDivisionError("a fault by the test's will")
             if rule == "dead":
                 raise StoreUnreachableError("is dead by the test's will", subject=key)
             if rule == "full":
@@ -113,7 +117,7 @@ class Rig:
         return os.pathsep.join([str(self._site), str(here), str(here.parent)])
 
     def obey(self, *rules: tuple[str, str, str]) -> None:
-        """Replace the rules: (operation or '*', key prefix, 'refuse', 'full', 'dead' or 'hold')."""
+        """Replace the rules: (operation or '*', key prefix, what to do)."""
         temporary = Path(f"{self.path}.rules.new")
         temporary.write_text(json.dumps(rules))
         temporary.rename(f"{self.path}.rules")

@@ -23,13 +23,22 @@ _WASTE_MAX = 1.5
 """A buffer is adopted if the new layout fills it to 1/1.5 at least; else memory lies idle."""
 
 
-def pick(snapshots: list[tuple[Snapshot, Outcome]], *, writer_alive: bool) -> Snapshot | None:
-    """The undecided snapshot to write next.
+def pick(
+    snapshots: list[tuple[Snapshot, Outcome]],
+    *,
+    writer_alive: bool,
+    skipped: frozenset[int] = frozenset(),
+) -> Snapshot | None:
+    """The undecided snapshot to write next; those with a generation in `skipped` are left alone.
 
     In order while the job runs. When its trainer is dead the newest goes first: it is what the
     next attempt resumes from, and the host may be the next to go.
     """
-    undecided = [snapshot for snapshot, outcome in snapshots if outcome is Outcome.UNDECIDED]
+    undecided = [
+        snapshot
+        for snapshot, outcome in snapshots
+        if outcome is Outcome.UNDECIDED and snapshot.generation not in skipped
+    ]
     if not undecided:
         return None
     return (min if writer_alive else max)(undecided, key=lambda s: s.generation)
@@ -57,6 +66,8 @@ class Held:
     last_failure: str = ""
     writing: Snapshot | None = None
     _freed: bool = False
+    _faulted: int = 0
+    _skipped: frozenset[int] = frozenset()
     _damaged: set[tuple[int, int]] = field(default_factory=set)
 
     @property
@@ -114,7 +125,22 @@ class Held:
 
     def next(self) -> Snapshot | None:
         """The snapshot to write next."""
-        return pick(self.snapshots(), writer_alive=self.writer_alive)
+        return pick(self.snapshots(), writer_alive=self.writer_alive, skipped=self._skipped)
+
+    def faulted(self, snapshot: Snapshot, error: BaseException) -> bool:
+        """Take note of a fault of ours over a snapshot; True if it is the second in a row.
+
+        It is left alone then, or it would end in the same fault for ever. Nothing is lost: it stays
+        undecided in host memory, can be resumed from, and the next daemon tries again. Only those
+        who wait are told that it was given up.
+        """
+        again, self._faulted = self._faulted == snapshot.generation, snapshot.generation
+        if again:
+            sealed = {found.generation for found, _ in self.snapshots()}
+            self._skipped = (self._skipped & sealed) | {snapshot.generation}
+            self.last_failure = f"a fault of the daemon: {error!r}"
+            self._remember(snapshot, Outcome.ABORTED, self.last_failure)
+        return again
 
     def undecided(self) -> int:
         """How many snapshots are not decided yet."""
@@ -123,10 +149,13 @@ class Held:
     async def settle(self, snapshot: Snapshot, outcome: Outcome, why: str = "") -> None:
         """Record what became of a snapshot, in the buffer and for those who wait."""
         self.buffer.settle(snapshot.slot, snapshot.generation, outcome)
+        self._remember(snapshot, outcome, why)
+        await self.tell()
+
+    def _remember(self, snapshot: Snapshot, outcome: Outcome, why: str) -> None:
         self.results[snapshot.nonce, snapshot.step] = (outcome, why)
         while len(self.results) > _RESULTS_MAX:
             self.results.popitem(last=False)
-        await self.tell()
 
     async def tell(self) -> None:
         """Let those who wait look again."""
@@ -229,6 +258,10 @@ class Intake:
     def undecided(self) -> int:
         """Sealed snapshots that are not decided yet."""
         return sum(held.undecided() for held in self.held.values())
+
+    def busy(self) -> bool:
+        """Whether there is a snapshot that is written, or will be."""
+        return any(held.next() is not None for held in self.held.values())
 
     def release(self, held: Held) -> None:
         """Free a buffer's memory."""

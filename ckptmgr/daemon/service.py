@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ class Service:
             await asyncio.wait_for(self._ending.wait(), pause)
 
     def _idle_for(self) -> float:
-        if self._connections or self.intake.undecided():
+        if self._connections or self.intake.busy():
             self._last_activity = time.monotonic()
         return time.monotonic() - self._last_activity
 
@@ -131,7 +132,7 @@ class Service:
         for held in list(self.intake.held.values()):
             if held.owner is None and not held.buffer.has_live_writer():
                 held.died()
-            if held.writer_alive or held.next() is not None or held.writing:
+            if held.writer_alive or held.undecided() or held.writing:
                 continue
             gone_for = held.orphaned_seconds
             if held.free_when_decided or gone_for > self.settings.memory_seconds:
@@ -162,7 +163,7 @@ class Service:
             metrics.close()
         (self.settings.runtime_dir / SOCKET).unlink(missing_ok=True)
         for held in list(self.intake.held.values()):
-            if not held.writer_alive and held.next() is None:
+            if not held.writer_alive and not held.undecided():
                 self.intake.release(held)
         for job in self.jobs.values():
             await job.aclose()
@@ -196,15 +197,26 @@ class Service:
             return
         writer = Writer(held, job, self._pipeline, self._count)
         task = asyncio.create_task(writer.run(), name=f"writer {held.buffer.id[:8]}")
-        task.add_done_callback(self._writer_ended)
+        task.add_done_callback(partial(self._writer_ended, held, writer))
         held.worker = task
         held.wake.set()
 
-    def _writer_ended(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and task.exception() is not None:
+    def _writer_ended(self, held: Held, writer: Writer, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is None:
+            return
+        snapshot = writer.snapshot
+        if snapshot is None:
             # A fault of ours: end loudly. The snapshots stay in host memory for the next daemon.
-            self._fault = task.exception()
+            self._fault = error
             self._ending.set()
+            return
+        # No reason to end: the next daemon would meet it again, and all other jobs wait meanwhile.
+        fault(error, step=str(snapshot.id))
+        if held.faulted(snapshot, error):
+            kind = type(error).__name__
+            warning("given_up", step=str(snapshot.id), kind=kind, why=held.last_failure)
+        self._employ(held)
 
     def _count(self) -> None:
         """Bring the gauges up to date: on every ticket, and whenever a worker turns around."""

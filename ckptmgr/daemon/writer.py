@@ -33,20 +33,24 @@ WITNESS_SECONDS_MAX = 5.0
 
 
 class Writer:
-    """The worker of one buffer. `run` ends only by cancellation."""
+    """The worker of one buffer. `run` ends only by cancellation, or by a fault of ours: over
+    `snapshot`, unless that is None.
+    """
 
     def __init__(self, held: Held, job: Job, pipeline: Pipeline, count: Callable[[], None]) -> None:
         self._held = held
         self._job = job
         self._pipeline = pipeline
         self._count = count
+        self.snapshot: Snapshot | None = None
 
     async def run(self) -> None:
         """Write whatever is sealed and undecided; sleep until woken when there is nothing."""
         pause = RETRY_SECONDS_MIN
+        await self._held.tell()  # what the writer before this one may have given up
         while True:
             self._held.wake.clear()
-            snapshot = self._held.next()
+            self.snapshot = snapshot = self._held.next()
             self._count()
             if snapshot is None:
                 await self._held.wake.wait()
