@@ -64,13 +64,14 @@ def _out(document: Any, as_json: bool, human: Callable[[], None]) -> None:
 
 def _with_store(url: str, use: Callable[[Any], Awaitable[T]]) -> T:
     """Run `use` on a catalog of the store at `url`; nothing is created."""
+    from ckptmgr.repository import keys
     from ckptmgr.repository.catalog import Catalog
     from ckptmgr.repository.commit import check_format
     from ckptmgr.store.registry import open_store
     from ckptmgr.store.retry import RetryingStore
 
     async def run() -> T:
-        store = RetryingStore(open_store(url))
+        store = RetryingStore(open_store(url), landmark=keys.FORMAT)
         try:
             if not await check_format(store, create=False):
                 raise NothingToRestoreError("is not a ckptmgr store", subject=store.url)

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ckptmgr.errors import StoreFullError, StorePermissionError, StoreUnreachableError
+from ckptmgr.errors import MediumError, StoreFullError, StorePermissionError, StoreUnreachableError
 from ckptmgr.store.base import Buffers, PutResult, Store
 from ckptmgr.store.local import LocalStore
 
@@ -24,7 +24,7 @@ LOOK_SECONDS = 0.005
 
 
 class RiggedStore(Store):
-    """A local store; `refuse`, `full`, `dead` and `fault` fail, `hold` waits."""
+    """A local store; `refuse`, `full`, `dead`, `unreadable` and `fault` fail, `hold` waits."""
 
     durable_on_return = LocalStore.durable_on_return
 
@@ -67,6 +67,8 @@ class RiggedStore(Store):
         while (rule := rule_for(self._path, operation, key)) is not None:
             if rule == "refuse":
                 raise StorePermissionError("is refused by the test", subject=key)
+            if rule == "unreadable":
+                raise MediumError("can not be read by the test's will", subject=key)
             if rule == "fault once":
                 Path(f"{self._path}.rules").unlink()
             if rule in ("fault", "fault once"):

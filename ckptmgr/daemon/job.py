@@ -11,6 +11,7 @@ from ckptmgr.daemon.resume import ActiveMarks
 from ckptmgr.daemon.retain import collect
 from ckptmgr.errors import CkptmgrError
 from ckptmgr.metrics import Metrics
+from ckptmgr.repository import keys
 from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.catalog import Catalog
 from ckptmgr.repository.commit import Decision
@@ -58,7 +59,12 @@ class Job:
             metrics.failures.labels(label, kind).inc()
             warning("store_failed", job=label, operation=operation, kind=kind, why=str(error))
 
-        store = RetryingStore(open_store(url), timeout_seconds=timeout_seconds, on_failure=failed)
+        store = RetryingStore(
+            open_store(url),
+            timeout_seconds=timeout_seconds,
+            on_failure=failed,
+            landmark=keys.FORMAT,
+        )
         return cls(url, store, Catalog(store), label, metrics, pool)
 
     def committed(self, decision: Decision) -> None:

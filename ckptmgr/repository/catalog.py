@@ -12,6 +12,7 @@ from ckptmgr.errors import (
     DamageError,
     MissingObjectError,
     ObjectNotFoundError,
+    ObjectUnreadableError,
     RecordDamagedError,
 )
 from ckptmgr.repository import keys
@@ -115,6 +116,8 @@ async def exists(store: Store, key: str) -> bool:
         await store.get(key, length=0)
     except ObjectNotFoundError:
         return False
+    except ObjectUnreadableError:  # which is there
+        pass
     return True
 
 

@@ -111,6 +111,21 @@ def test_a_release_ends_the_prefetch_before_the_trainer_writes(
         assert not daemon.events("prefetched")
 
 
+@pytest.mark.parametrize("kind", ["data", "man", "commit"])
+def test_an_object_that_can_not_be_read_costs_one_step(
+    runtime: Path, saved: Rig, daemon: Daemon, kind: str
+) -> None:
+    """EIO of one object, for as long as anybody tries; everything else can be read."""
+    saved.obey(("get", f"{kind}/00000001/000000000003", "unreadable"))
+    with Rank(runtime, saved.url) as rank:
+        reply = rank.restore()
+    assert (reply.attempt, reply.step, reply.source) == (1, 2, "store")
+    ((skipped, why),) = reply.skipped
+    assert skipped == "1.3"
+    assert f"{kind}/00000001/000000000003" in why
+    assert "can not be read by the test's will" in why
+
+
 def test_a_prefetch_that_fails_loses_only_a_head_start(
     runtime: Path, saved: Rig, daemon: Daemon
 ) -> None:
