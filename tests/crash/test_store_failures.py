@@ -35,14 +35,12 @@ from ckptmgr.daemon.writer import Writer
 from ckptmgr.errors import (
     CkptmgrError,
     DamageError,
-    MediumError,
     StoreError,
     StoreFullError,
     StorePermissionError,
     StoreUnreachableError,
 )
 from ckptmgr.metrics import Metrics
-from ckptmgr.repository import keys
 from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.catalog import Catalog
 from ckptmgr.restore.check import restore_files, verify_store
@@ -453,58 +451,6 @@ def test_any_failing_system_call_of_a_restore_is_an_error_or_nothing(
         for case in spread(cases, 120):
             await one(*case)
         print(f"\n{count} system calls in a restore: {dict(counts)}")
-
-    asyncio.run(main())
-
-
-@pytest.mark.parametrize("key", ["data/", "man/", "commit/"])
-def test_an_object_that_stays_unreadable_is_damage_of_its_step(
-    base: tuple[list[SavedStep], Objects], directory: Path, key: str
-) -> None:
-    """EIO on one object of a store that otherwise answers: the step before is there to be had."""
-
-    async def main() -> None:
-        named = f"{key}00000001/000000000020"
-        gone = Fault(MediumError("by the test's will"), operation="get", key=named, and_later=True)
-        store = RetryingStore(
-            FaultyStore(memory_store(base[1]), [gone]), jitter=lambda: 0.0, landmark=keys.FORMAT
-        )
-        assert await restored(store, directory, 0) == ("1.10", ["1.20"])
-        out = directory / "out"
-        out.mkdir()
-        document = await restore_files(Catalog(store), None, "safetensors", out, lambda _: None)
-        assert document["id"] == "1.10"
-        assert named in document["skipped"][0]["why"]
-        for quick in (True, False):
-            reports = await verify_store(
-                Catalog(store), None, every=True, quick=quick, progress=lambda _: None
-            )
-            damage = [one["key"] for report in reports for one in report["damage"]]
-            assert set(damage) == {next(k for k in base[1] if k.startswith(named))}
-        assert await store.list("holds/") == []
-
-    asyncio.run(main())
-
-
-def test_a_medium_that_fails_everywhere_is_no_damage(
-    base: tuple[list[SavedStep], Objects], directory: Path
-) -> None:
-    async def main() -> None:
-        gone = Fault(MediumError("by the test's will"), operation="get", and_later=True)
-        store = RetryingStore(
-            FaultyStore(memory_store(base[1]), [gone]),
-            deadline_seconds=0.05,
-            jitter=lambda: 0.0,
-            landmark=keys.FORMAT,
-        )
-        with pytest.raises(StoreUnreachableError):
-            await restored(store, directory, 2)
-        with pytest.raises(StoreUnreachableError):
-            await restore_files(Catalog(store), None, "safetensors", directory, lambda _: None)
-        with pytest.raises(StoreUnreachableError):
-            await verify_store(
-                Catalog(store), None, every=True, quick=False, progress=lambda _: None
-            )
 
     asyncio.run(main())
 
