@@ -24,7 +24,8 @@ class PutResult(Enum):
     CONFLICT = "conflict"
 
 
-_SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_SEGMENT = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+_KEY = re.compile(rf"{_SEGMENT}(/{_SEGMENT})*")
 
 
 def check_key(key: str) -> str:
@@ -33,7 +34,7 @@ def check_key(key: str) -> str:
     Raises:
         UsageError: an empty segment, '..', a leading dot, another character, or too long.
     """
-    if len(key) > 512 or not all(_SEGMENT.fullmatch(part) for part in key.split("/")):
+    if len(key) > 512 or not _KEY.fullmatch(key):
         raise UsageError("is not a valid key", subject=repr(key))
     return key
 
