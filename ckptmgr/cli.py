@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
@@ -13,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from ckptmgr import __version__, present
+from ckptmgr import __version__, foreground, present
 from ckptmgr.config import BUDGET_BYTES, DRAIN_SECONDS, DaemonSettings, runtime_dir
 from ckptmgr.errors import (
     EXIT_FELL_BACK,
@@ -62,8 +63,17 @@ def _out(document: Any, as_json: bool, human: Callable[[], None]) -> None:
         human()
 
 
-def _with_store(url: str, use: Callable[[Any], Awaitable[T]]) -> T:
-    """Run `use` on a catalog of the store at `url`; nothing is created."""
+def _nothing() -> None:
+    pass
+
+
+def _with_store(
+    url: str, use: Callable[[Any], Awaitable[T]], leave_nothing: Callable[[], None] = _nothing
+) -> T:
+    """Run `use` on a catalog of the store at `url`; nothing is created.
+
+    `leave_nothing` deletes what `use` made, when an interrupt has to end the process without it.
+    """
     from ckptmgr.repository import keys
     from ckptmgr.repository.catalog import Catalog
     from ckptmgr.repository.commit import check_format
@@ -79,7 +89,7 @@ def _with_store(url: str, use: Callable[[Any], Awaitable[T]]) -> T:
         finally:
             await store.aclose()
 
-    return asyncio.run(run())
+    return foreground.run(run(), leave_nothing)
 
 
 # -- the daemon -----------------------------------------------------------------------------------
@@ -226,32 +236,42 @@ def restore(
     if form not in ("safetensors", "torch", "dcp"):
         raise UsageError(f"{form!r} is not a format", hint="Choose safetensors, torch or dcp.")
 
+    made: list[Path] = []
+
     async def use(catalog: Any) -> dict[str, Any]:
         with new_directory(to) as directory, present.progress("restoring") as advance:
+            made.append(directory)
             document = await restore_files(catalog, step, form, directory, advance)
             if form != "safetensors":
-                _export(Path(document.pop("buffer")), form, directory)
+                await _export(Path(document.pop("buffer")), form, directory)
             files = sorted(str(p.relative_to(directory)) for p in directory.rglob("*"))
             return {**document, "to": str(to), "files": files}
 
-    document = _with_store(url, use)
+    def leave_nothing() -> None:
+        for directory in made:
+            shutil.rmtree(directory, ignore_errors=True)
+
+    document = _with_store(url, use, leave_nothing)
     _out(document, as_json, lambda: present.restored(document))
     raise typer.Exit(EXIT_FELL_BACK if document["skipped"] else EXIT_OK)
 
 
-def _export(buffer: Path, form: str, directory: Path) -> None:
+async def _export(buffer: Path, form: str, directory: Path) -> None:
     """Only a process of its own imports torch: this one must work without it."""
-    module = "ckptmgr.rank.export"
-    done = subprocess.run(
-        [sys.executable, "-m", module, str(buffer), form, str(directory)],
-        check=False,
-        capture_output=True,
-        text=True,
+    arguments = ("-m", "ckptmgr.rank.export", str(buffer), form, str(directory))
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, *arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
+    try:
+        _, errors = await process.communicate()
+    except asyncio.CancelledError:
+        process.kill()
+        await process.wait()
+        raise
     buffer.unlink()
-    if done.returncode:
+    if process.returncode:
         raise CkptmgrError(
-            f"torch could not write the files: {done.stderr.strip().splitlines()[-1:]}",
+            f"torch could not write the files: {errors.decode().strip().splitlines()[-1:]}",
             subject=form,
             hint="Install torch (`pip install 'ckptmgr[torch]'`), or use --format safetensors.",
         )
@@ -376,7 +396,7 @@ def main() -> None:
             raise
         for line in f"ckptmgr: {error}".splitlines():
             typer.echo(present.printable(line), err=True)
-        sys.exit(error.exit_status)
+        foreground.end(error.exit_status)
 
 
 def _last_words(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +25,9 @@ LOOK_SECONDS = 0.005
 
 
 class RiggedStore(Store):
-    """A local store; `refuse`, `full`, `dead`, `unreadable` and `fault` fail, `hold` waits."""
+    """A local store; `refuse`, `full`, `dead`, `unreadable` and `fault` fail, `hold` waits, `hang`
+    never ends.
+    """
 
     durable_on_return = LocalStore.durable_on_return
 
@@ -77,6 +80,8 @@ class RiggedStore(Store):
                 raise StoreUnreachableError("is dead by the test's will", subject=key)
             if rule == "full":
                 raise StoreFullError("is full by the test's will", subject=key)
+            if rule == "hang":  # in a thread that nobody can end, as in the kernel
+                await asyncio.to_thread(time.sleep, 3600)
             await asyncio.sleep(LOOK_SECONDS)
         return await work()
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -30,4 +31,6 @@ def export(buffer_path: Path, form: str, target: Path) -> None:
 
 
 if __name__ == "__main__":
+    # The command that started us takes these in a thread, and we have inherited its mask.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     export(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))

@@ -6,7 +6,6 @@ import os
 import re
 import secrets
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -365,25 +364,6 @@ def test_a_reader_that_closes_the_pipe_is_no_error(made: Path) -> None:
     )
     assert done.stdout.startswith("id ")
     assert "Traceback" not in done.stderr
-
-
-def test_an_interrupt_leaves_no_half_written_directory(store: Path, tmp_path: Path) -> None:
-    rig = Rig(tmp_path / "rig")
-    shutil.copytree(store, rig.path)
-    rig.obey(("get", "data/", "hold"))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ckptmgr.cli", "restore", rig.url, "--to", tmp_path / "out"],
-        env={**os.environ, "PYTHONPATH": rig.python_path},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    until(lambda: rig.asked("get", "data/"), "it reads")
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode not in (0, 7)
-    assert "Traceback" not in err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["rig", "store"]
-    assert not list((rig.path / "holds").rglob("reader*"))
 
 
 def test_a_store_of_a_newer_version_is_refused(store: Path) -> None:
