@@ -270,10 +270,12 @@ async def _export(buffer: Path, form: str, directory: Path) -> None:
         raise
     buffer.unlink()
     if process.returncode:
+        why = errors.decode(errors="replace").strip() or f"it ended with {process.returncode}"
+        hint = "Free space, give --to a directory on another disk, or use --format safetensors."
+        if "No module named 'torch" in why:
+            hint = "Install torch (`pip install 'ckptmgr[torch]'`), or use --format safetensors."
         raise CkptmgrError(
-            f"torch could not write the files: {errors.decode().strip().splitlines()[-1:]}",
-            subject=form,
-            hint="Install torch (`pip install 'ckptmgr[torch]'`), or use --format safetensors.",
+            f"torch could not write the files: {why.splitlines()[-1]}", subject=form, hint=hint
         )
 
 

@@ -80,6 +80,8 @@ class RiggedStore(Store):
                 raise StoreUnreachableError("is dead by the test's will", subject=key)
             if rule == "full":
                 raise StoreFullError("is full by the test's will", subject=key)
+            if rule == "surprise":
+                raise RuntimeError("nobody expected this")
             if rule == "hang":  # in a thread that nobody can end, as in the kernel
                 await asyncio.to_thread(time.sleep, 3600)
             await asyncio.sleep(LOOK_SECONDS)

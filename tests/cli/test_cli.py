@@ -338,11 +338,12 @@ def test_status_and_drain_of_a_running_daemon(runtime: Path, tmp_path: Path) -> 
 # ---- surprises --------------------------------------------------------------
 
 
-def test_an_error_that_nobody_expected_is_two_lines(made: Path) -> None:
-    """The directory of --to can not be made: its parent is a file."""
-    found = call("restore", made, "--to", made / "format" / "out")
-    check_error(found, 1, "FileExistsError", "hint: Run it again with `ckptmgr --debug`")
-    debugged = call("--debug", "restore", made, "--to", made / "format" / "out")
+def test_an_error_that_nobody_expected_is_two_lines(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    rig.obey(("*", "", "surprise"))
+    found = call("ls", rig.url, PYTHONPATH=rig.python_path)
+    check_error(found, 1, "RuntimeError: nobody", "hint: Run it again with `ckptmgr --debug`")
+    debugged = call("--debug", "ls", rig.url, PYTHONPATH=rig.python_path)
     assert debugged.status == 1
     assert "Traceback (most recent call last)" in debugged.err
 
