@@ -25,6 +25,7 @@ from ckptmgr.errors import (
     MissingObjectError,
     NothingToRestoreError,
     RecordDamagedError,
+    SupersededError,
     UsageError,
 )
 
@@ -141,19 +142,31 @@ def drain(
     stop: Annotated[bool, typer.Option("--stop", help="End the daemon afterwards.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Wait until every sealed snapshot on this host is committed."""
-    from ckptmgr.staging.control import Done, Drain, Stop
+    """Wait until every sealed snapshot on this host is committed.
+
+    Exit status 6 says that a trainer still runs here though a newer attempt of its job has taken
+    over: what it snapshots is given up, and nothing of it will be committed.
+    """
+    from ckptmgr.staging.control import Done, Drain, Stated, Status, Stop
     from ckptmgr.staging.launch import connect
 
     with connect(runtime_dir()) as client, present.waiting("draining"):
         left = client.ask(Drain(timeout), Done, timeout + 10).left
+        jobs = client.ask(Status(), Stated).state["jobs"]
         if stop:
             client.ask(Stop(), Done)
-    _out({"undecided": left}, as_json, lambda: typer.echo(f"{left} snapshots undecided"))
+    stale = [(job["url"], b) for job in jobs for b in job["buffers"] if b["superseded_by"]]
+    document = {"undecided": left, "superseded": len(stale)}
+    _out(document, as_json, lambda: typer.echo(f"{left} snapshots undecided"))
     if left:
         raise CkptmgrError(
             f"{left} snapshots are not committed after {timeout} s",
             hint="Look at `ckptmgr status` for the failure; the daemon goes on trying.",
+        )
+    for url, buffer in stale:
+        raise SupersededError(
+            f"attempt {buffer['superseded_by']} has taken over from rank {buffer['rank']} here",
+            subject=url,
         )
 
 

@@ -220,6 +220,8 @@ def status(state: dict[str, Any]) -> None:
         for buffer in job["buffers"]:
             alive = "alive" if buffer["trainer_alive"] else "gone"
             line = f"  rank {buffer['rank']} {size(buffer['bytes'])}, trainer {alive}"
+            if buffer["superseded_by"]:
+                line += f", SUPERSEDED by attempt {buffer['superseded_by']}"
             if buffer["writing"]:
                 line += f", writing {buffer['writing']}"
             _print(line)

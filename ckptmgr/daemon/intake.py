@@ -80,6 +80,13 @@ class Held:
         """How long the buffer has been without a writer."""
         return 0.0 if self.writer_alive else time.monotonic() - self.orphaned_at
 
+    @property
+    def superseded_by(self) -> int | None:
+        """The newer attempt that has taken over from a trainer that still runs."""
+        newest = self.buffer.superseded_by
+        stale = self.owner is not None and self.writer_alive and newest > self.owner.attempt
+        return newest if stale else None
+
     def snapshots(self) -> list[tuple[Snapshot, Outcome]]:
         """The sealed snapshots with their outcomes, oldest first; damaged slots are left out."""
         found: list[tuple[Snapshot, Outcome]] = []

@@ -336,6 +336,7 @@ def _buffer_state(held: Held) -> dict[str, Any]:
         "world": held.binding.world,
         "bytes": held.buffer.capacity.file_bytes,
         "trainer_alive": held.writer_alive,
+        "superseded_by": held.superseded_by,
         "writing": str(held.writing.id) if held.writing else None,
         "last_failure": held.last_failure,
         "snapshots": [

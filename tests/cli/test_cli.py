@@ -16,6 +16,7 @@ import pytest
 from called import Called, call, make_store, spoil
 from ckptmgr.cli import STATUS, app
 from ckptmgr.config import open_private_dir
+from ckptmgr.types import Outcome
 from driven import PYTHON_PATH, Daemon, Rank, until
 from rigged import Rig
 
@@ -128,7 +129,8 @@ def test_1_not_drained(runtime: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         assert (found.status, found.out) == (1, "1 snapshots undecided\n")
         assert "hint: Look at `ckptmgr status`" in found.err
         assert call("drain", "--timeout=0.1", "--json", runtime=runtime).document == {
-            "undecided": 1
+            "undecided": 1,
+            "superseded": 0,
         }
         rig.obey()
         assert call("drain", runtime=runtime).status == 0
@@ -236,6 +238,35 @@ def test_5_the_store_refuses(made: Path, tmp_path: Path, command: str) -> None:
     rig.obey(("*", "", "refuse"))
     found = call(command, rig.url, PYTHONPATH=rig.python_path)
     check_error(found, 5, "is refused by the test", "hint: Give the user")
+
+
+def test_6_a_trainer_of_this_host_is_superseded(runtime: Path, tmp_path: Path) -> None:
+    """Two hosts, as their daemons see it: the old one was cut off and comes back."""
+    other = runtime / "host2"
+    other.mkdir(mode=0o700)
+    url = f"file://{tmp_path}/store"
+    with Daemon(runtime), Daemon(other):
+        with Rank(runtime, url) as old:
+            with Rank(other, url) as new:
+                new.restore()
+                new.save(1)
+                assert new.wait(1).outcome == Outcome.COMMITTED
+            assert call("drain", runtime=runtime).status == 0, "it has not met the newer one yet"
+            old.save(2)
+            assert old.wait(2).outcome == Outcome.ABORTED
+            found = call("drain", runtime=runtime)
+            assert (found.status, found.out) == (6, "0 snapshots undecided\n")
+            first, second = found.err.splitlines()
+            assert first == f"ckptmgr: {url}: attempt 2 has taken over from rank 0 here"
+            assert second.startswith("hint: Stop this process")
+            report = call("drain", "--json", runtime=runtime)
+            assert (report.status, report.document) == (6, {"undecided": 0, "superseded": 1})
+            assert "SUPERSEDED by attempt 2" in call("status", runtime=runtime).out
+        assert call("drain", runtime=runtime).status == 0, "the trainer has ended"
+        with Rank(runtime, url) as newest:  # the buffer that was marked serves again
+            newest.restore()
+            assert call("drain", runtime=runtime).status == 0
+        assert call("drain", runtime=other).status == 0
 
 
 @pytest.mark.parametrize("how", [["--json"], []])

@@ -100,6 +100,15 @@ def daemon_side(runtime: Path, place: Path, note: Any) -> None:
             until(lambda: note("status")["jobs"][0]["buffers"][0]["writing"], "it is written")
             rig.obey()
             note("drain")
+            (runtime / "host2").mkdir(mode=0o700)
+            with Daemon(runtime / "host2", environment=rig.environment()):
+                with Rank(runtime / "host2", rig.url) as newer:
+                    newer.save(1)
+                    assert newer.wait(1).outcome == Outcome.COMMITTED
+                rank.save(3)
+                assert rank.wait(3).outcome == Outcome.ABORTED
+                note("status")
+                note("drain", status=6)
 
 
 def store_side(store: Path, place: Path, note: Any) -> None:
