@@ -27,6 +27,7 @@ from ckptmgr.errors import (
     StateError,
     StateMismatchError,
     StepOrderError,
+    StoreError,
     SupersededError,
     UnsupportedLeafError,
     UsageError,
@@ -251,6 +252,15 @@ def test_an_older_attempt_ends_itself(runtime: Path, store_url: str) -> None:
             old.step(51)
         new.__exit__(None, None, None)
     assert committed(store_url) == ["2.1"]
+
+
+@pytest.mark.timeout(60)
+def test_a_store_that_can_never_be_made_is_said_at_once(runtime: Path) -> None:
+    with (
+        pytest.raises(StoreError, match="/proc/nope: the directory of the store can not be made"),
+        ckptmgr.Checkpointer("/proc/nope", {"x": torch.ones(4)}),
+    ):
+        pass
 
 
 def test_training_goes_on_without_the_store(runtime: Path, tmp_path: Path) -> None:
