@@ -67,12 +67,16 @@ class Attached(Message, frozen=True):
 class Restore(Message, frozen=True):
     """Put the agreed step (or, with `step`, a chosen one) where the rank can copy it from.
 
-    `rejected` lists steps that this rank found unusable; they are not offered again.
+    `rejected` lists steps that this rank found unusable; they are not offered again. `k` numbers
+    the resume decisions of this attempt; those from `first_k` on were made by this same restore and
+    proved unusable.
     """
 
     step: int | None = None
     of_attempt: int | None = None
     rejected: tuple[tuple[int, int], ...] = ()
+    k: int = 0
+    first_k: int = 0
 
 
 class Load(Message, frozen=True):
@@ -88,7 +92,8 @@ class Load(Message, frozen=True):
 class Restored(Message, frozen=True):
     """Where the restored snapshot is; `attempt` 0 means that the job has no step yet.
 
-    `skipped` names newer steps that could not be used, and why.
+    `skipped` names newer steps that could not be used, and why. `world` ranks wrote the step; this
+    rank's own part is that of rank `own`, whose table is in the file `tables`.
     """
 
     attempt: int
@@ -98,6 +103,41 @@ class Restored(Message, frozen=True):
     slot: int = 0
     generation: int = 0
     skipped: tuple[tuple[str, str], ...] = ()
+    world: int = 1
+    own: int = 0
+    tables: str = ""
+
+
+class Describe(Message, frozen=True):
+    """Ask for the tables of all ranks of the step that Restore chose."""
+
+
+class Described(Message, frozen=True):
+    """`tables` is a file with the tables of all ranks; gone after Release."""
+
+    tables: str
+
+
+class Fetch(Message, frozen=True):
+    """Bring byte ranges [start, stop) of the data regions of saved ranks into host memory."""
+
+    wanted: tuple[tuple[int, tuple[tuple[int, int], ...]], ...]
+
+
+class Lent(msgspec.Struct, frozen=True):
+    """Where the wanted bytes of one saved rank are; `source` is "memory" or "store"."""
+
+    rank: int
+    source: str
+    path: str
+    slot: int
+    generation: int
+
+
+class Fetched(Message, frozen=True):
+    """Every wanted byte is verified and in host memory until Release."""
+
+    parts: tuple[Lent, ...]
 
 
 class Release(Message, frozen=True):
