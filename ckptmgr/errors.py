@@ -24,6 +24,10 @@ CkptmgrError                     exit 1
 |  |  +- StoreFullError          exit 5   ENOSPC or EDQUOT
 |  |  +- StorePermissionError    exit 5   EACCES, EPERM, EROFS
 |  +- ObjectNotFoundError                 `get` of a key that does not exist
++- RanksError                    exit 1   the ranks of the job can not act together
+|  +- RankFailedError                     another rank failed, with an error that is not of this tree
+|  +- RanksMissingError                   ranks that did not answer in time, named
+|  +- RendezvousError                     the job's rendezvous key-value store does not answer
 +- SupersededError               exit 6   a newer attempt of the job is active
 +- RegisterConflictError         exit 1   a register holds what no correct writer puts there
 """
@@ -187,6 +191,28 @@ class StorePermissionError(StoreUnreachableError):
 
 class ObjectNotFoundError(StoreError):
     """`get` of a key that the store does not hold."""
+
+
+class RanksError(CkptmgrError):
+    """The ranks of the job can not act together."""
+
+
+class RankFailedError(RanksError):
+    """Another rank failed with an error that is not of this tree; `subject` is the rank."""
+
+    default_hint = "Look at the log of that rank: it has the first error."
+
+
+class RanksMissingError(RanksError):
+    """Ranks that did not answer in time; `subject` names them."""
+
+    default_hint = "Look whether these ranks run, and call the same methods as the others."
+
+
+class RendezvousError(RanksError):
+    """The job's rendezvous key-value store does not answer."""
+
+    default_hint = "It lives in rank 0 or in torchrun's agent: look whether that process runs."
 
 
 class SupersededError(CkptmgrError):
