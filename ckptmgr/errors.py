@@ -25,7 +25,7 @@ CkptmgrError                     exit 1
 |  |  +- StorePermissionError    exit 5   EACCES, EPERM, EROFS
 |  +- ObjectNotFoundError                 `get` of a key that does not exist
 +- RanksError                    exit 1   the ranks of the job can not act together
-|  +- RankFailedError                     another rank failed, with an error that is not of this tree
+|  +- RankFailedError                     another rank failed with an error of another kind
 |  +- RanksMissingError                   ranks that did not answer in time, named
 |  +- RendezvousError                     the job's rendezvous key-value store does not answer
 +- SupersededError               exit 6   a newer attempt of the job is active

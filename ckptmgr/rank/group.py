@@ -6,23 +6,23 @@ is missing, and can be interrupted.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
 
 from ckptmgr import errors
 from ckptmgr.errors import (
     CkptmgrError,
     ControlProtocolError,
-    DamageError,
     RankFailedError,
+    RanksError,
     RanksMissingError,
     RendezvousError,
     UsageError,
@@ -30,21 +30,26 @@ from ckptmgr.errors import (
 from ckptmgr.rank.registers import Registers, StoreRegisters
 from ckptmgr.types import MALFORMED
 
-ANNOUNCEMENT_BYTES = 4096
+T = TypeVar("T")
+
+ANNOUNCEMENT_BYTES = 16 << 10
 """Length of the broadcast: three texts of _TEXT_MAX characters, each escaped to six bytes."""
 
-_TEXT_MAX = 180
+_TEXT_MAX = 600
 _NAMED_MAX = 20
 _LOOK_SECONDS = 0.002
 _GRACE_SECONDS = 5.0
 """How long after a deadline the key-value store may take to say who is missing."""
+
+AGREE_SECONDS_MAX = 600.0
+"""Longest wait for the other ranks to come to the same call; a restore may fetch for longer."""
 
 ASKS_PER_SECOND_MAX = 2000.0
 """Bound of the questions that all waiting ranks together put to the key-value store. One core
 answers about 25,000 (37 us each over loopback)."""
 
 ASK_PAUSE_SECONDS_MAX = 0.05
-"""Longest pause between two questions of a rank, unless there are so many that it must be longer."""
+"""Longest pause between two questions of a rank; longer only where there are very many ranks."""
 
 
 class Claimed(msgspec.Struct, frozen=True):
@@ -56,17 +61,13 @@ class Claimed(msgspec.Struct, frozen=True):
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """What a rank has to say in an agreement: nothing wrong, or an error.
-
-    `damaged`: another step may do, so it is no error of the job yet.
-    """
+    """What a rank has to say in an agreement: nothing wrong, or an error."""
 
     rank: int
     error: str = ""
     message: str = ""
     subject: str = ""
     hint: str = ""
-    damaged: bool = False
 
     @property
     def ok(self) -> bool:
@@ -79,8 +80,10 @@ class Verdict(msgspec.Struct, frozen=True):
         if not isinstance(error, CkptmgrError):
             told = f"{type(error).__name__}: {error}"[:_TEXT_MAX]
             return cls(rank, RankFailedError.__name__, told)
-        texts = (text[:_TEXT_MAX] for text in (error.message, error.subject, error.hint))
-        return cls(rank, type(error).__name__, *texts, damaged=isinstance(error, DamageError))
+        message, subject, hint = (
+            text[:_TEXT_MAX] for text in (error.message, error.subject, error.hint)
+        )
+        return cls(rank, type(error).__name__, message, subject, hint)
 
     def failure(self) -> CkptmgrError:
         """The error, of its own type, with the rank in its subject."""
@@ -146,12 +149,11 @@ class Group:
 
     def share(self, claim: Callable[[], Claimed]) -> Claimed:
         """As promised by Ranks: one broadcast of a fixed length, whatever happened on rank 0."""
-        if self.rank:
-            announced = _opened(self._broadcast(b""))
-        else:
-            announced = self._announce(claim)
+        announced = _opened(self._broadcast(b"")) if self.rank else self._announce(claim)
         if isinstance(announced, Verdict):
             raise announced.failure()
+        from torch.distributed.distributed_c10d import _get_default_store
+
         self._registers = StoreRegisters.under(announced.nonce, _get_default_store())
         return announced
 
@@ -263,6 +265,28 @@ class _Round:
             f"did not come to {self._key.partition('-')[2]!r} in time",
             subject=f"ranks {named}{more}",
         )
+
+
+def together(ranks: Ranks, topic: str, timeout_seconds: float, act: Callable[[], T]) -> T:
+    """Do something on every rank; its result, once it was done on all of them.
+
+    Raises:
+        CkptmgrError: what went wrong first on any rank, of the same type on all ranks.
+        RanksMissingError: ranks that have not come to it within the time.
+    """
+    try:
+        result = act()
+    except BaseException as error:
+        agreed = Verdict.of(ranks.rank, error)
+        with contextlib.suppress(RanksError):
+            agreed = ranks.agree(topic, agreed, timeout_seconds)
+        if agreed.rank == ranks.rank or not isinstance(error, Exception):
+            raise
+        raise agreed.failure() from error
+    agreed = ranks.agree(topic, Verdict(ranks.rank), timeout_seconds)
+    if not agreed.ok:
+        raise agreed.failure()
+    return result
 
 
 def ask_pause_seconds(world: int) -> float:

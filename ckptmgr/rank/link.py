@@ -48,12 +48,13 @@ class Link:
     A thread of its own hears the daemon's death at once, starts another daemon and attaches the
     same buffer to it: the snapshots in it are adopted, the trainer notices nothing. `lost` says
     that the daemon does not know our buffer, because somebody removed its file: the next snapshot
-    must `grow` into a new one.
+    must `grow` into a new one. An `attempt` and its `nonce` are given where rank 0 has claimed.
     """
 
-    def __init__(self, runtime: Path, wanted: Wanted) -> None:
+    def __init__(self, runtime: Path, wanted: Wanted, attempt: int = 0, nonce: str = "") -> None:
         self._runtime = runtime
         self._wanted = wanted
+        self.attempt, self.nonce = attempt, nonce
         self._asking = threading.Lock()
         self._ended = threading.Event()
         self._client, attached = self._join()
@@ -140,11 +141,19 @@ class Link:
             self._stop_populating = threading.Event()
             self._populating = self._populate()
 
+    @property
+    def progress_bytes(self) -> int:
+        """Bytes of this buffer that are in the store; any thread may ask while another grows."""
+        try:
+            return self.buffer.progress_bytes
+        except ValueError:  # it is just being closed
+            return 0
+
     # -- requests -----------------------------------------------------------------------------
 
     def _attach(self, client: Client, *, same_buffer: bool = True) -> Attached:
         wanted = self._wanted
-        known = hasattr(self, "attempt")
+        known = hasattr(self, "buffer")
         request = Attach(
             url=wanted.url,
             rank=wanted.rank,
@@ -154,8 +163,8 @@ class Link:
             data_bytes=wanted.data_bytes,
             codec=wanted.codec,
             keep=wanted.keep,
-            attempt=self.attempt if known else 0,
-            nonce=self.nonce if known else "",
+            attempt=self.attempt,
+            nonce=self.nonce,
             buffer=self.buffer.id if known and same_buffer else "",
             run_id=wanted.run_id,
         )

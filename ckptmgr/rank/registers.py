@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Protocol
-
-from torch.distributed import PrefixStore, Store
+from typing import TYPE_CHECKING, Protocol
 
 from ckptmgr.errors import RendezvousError
+
+if TYPE_CHECKING:  # a torch without distributed still serves one rank
+    from torch.distributed.distributed_c10d import Store
 
 
 class Registers(Protocol):
@@ -43,6 +44,8 @@ class StoreRegisters:
     @classmethod
     def under(cls, nonce: str, store: Store) -> StoreRegisters:
         """The registers of one attempt: nothing of another incarnation can be read in them."""
+        from torch.distributed.distributed_c10d import PrefixStore
+
         return cls(PrefixStore(f"ckptmgr/{nonce}", store)).twin()
 
     def decide(self, key: str, record: str) -> bytes:
