@@ -195,7 +195,9 @@ class Group:
 
 
 class _Round:
-    """One agreement: a count of those who are content, and a register for the first who is not."""
+    """One agreement: a count of those who are content, and the outcome, which is decided once: by
+    the first who is not, or by whoever sees that all are.
+    """
 
     def __init__(self, registers: Registers, key: str, world: int, verdict: Verdict) -> None:
         self._registers, self._key, self._world, self._own = registers, key, world, verdict
@@ -231,25 +233,25 @@ class _Round:
 
     def _ask(self) -> Verdict:
         if not self._own.ok:
-            return self._fail(self._own)
+            return self._decide(self._own)
         self._registers.decide(f"{self._key}/{self._own.rank}", "ok")
         self._registers.count(f"{self._key}/ok", 1)
         pause = _LOOK_SECONDS
         while True:
             last_look = self._stop.is_set()
+            decided = self._registers.read(f"{self._key}/outcome")
+            if decided is not None:
+                return _verdict(decided)
             if self._registers.count(f"{self._key}/ok") == self._world:
-                return self._own
-            failed = self._registers.read(f"{self._key}/failed")
-            if failed is not None:
-                return _verdict(failed)
+                return self._decide(self._own)
             if last_look:
-                return self._fail(Verdict.of(self._own.rank, self._what_is_wrong()))
+                return self._decide(Verdict.of(self._own.rank, self._what_is_wrong()))
             self._stop.wait(pause)
             pause = min(2 * pause, ask_pause_seconds(self._world))
 
-    def _fail(self, verdict: Verdict) -> Verdict:
+    def _decide(self, verdict: Verdict) -> Verdict:
         record = msgspec.json.encode(verdict).decode()
-        return _verdict(self._registers.decide(f"{self._key}/failed", record))
+        return _verdict(self._registers.decide(f"{self._key}/outcome", record))
 
     def _what_is_wrong(self) -> BaseException:
         if self._interrupted:
