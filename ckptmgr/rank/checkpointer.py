@@ -161,7 +161,7 @@ class Checkpointer:
             data_bytes=round_up(data_bytes, PAGE_BYTES),
             run_id=self._run_id,
         )
-        return Link(default_runtime_dir(), wanted, claimed.attempt, claimed.nonce)
+        return Link(default_runtime_dir(), wanted, (claimed.attempt, claimed.nonce))
 
     def _pace(self, link: Link) -> Pace:
         if self._ranks.world == 1:

@@ -48,13 +48,15 @@ class Link:
     A thread of its own hears the daemon's death at once, starts another daemon and attaches the
     same buffer to it: the snapshots in it are adopted, the trainer notices nothing. `lost` says
     that the daemon does not know our buffer, because somebody removed its file: the next snapshot
-    must `grow` into a new one. An `attempt` and its `nonce` are given where rank 0 has claimed.
+    must `grow` into a new one.
+
+    Rank 0 claims the attempt; the others are given `claimed`, its number and nonce.
     """
 
-    def __init__(self, runtime: Path, wanted: Wanted, attempt: int = 0, nonce: str = "") -> None:
+    def __init__(self, runtime: Path, wanted: Wanted, claimed: tuple[int, str] = (0, "")) -> None:
         self._runtime = runtime
         self._wanted = wanted
-        self.attempt, self.nonce = attempt, nonce
+        self.attempt, self.nonce = claimed
         self._asking = threading.Lock()
         self._ended = threading.Event()
         self._client, attached = self._join()
