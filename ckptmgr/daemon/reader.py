@@ -20,7 +20,6 @@ from ckptmgr.daemon.resume import (
     Standing,
     await_resume,
     candidates,
-    claim_of,
     decide_resume,
     held_by_hosts,
     resume_decisions,
@@ -39,7 +38,7 @@ from ckptmgr.errors import (
 )
 from ckptmgr.repository import keys
 from ckptmgr.repository.catalog import standing_steps
-from ckptmgr.repository.commit import FROM_SCRATCH, Decision, read_record
+from ckptmgr.repository.commit import FROM_SCRATCH, Decision, claim_of, read_record
 from ckptmgr.repository.hold import held_step
 from ckptmgr.repository.manifest import Manifest, read_manifest
 from ckptmgr.repository.rules import complete_steps

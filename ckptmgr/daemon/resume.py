@@ -26,6 +26,7 @@ from ckptmgr.repository.commit import (
     Have,
     Resume,
     check_format,
+    claim_of,
     decide,
     get_record,
     put_record,
@@ -256,14 +257,6 @@ async def held_by_hosts(store: Store, attempt: int) -> HeldByHosts:
         ranks[step].update(rank for rank in found if rank is not None)
     claims = {a: await claim_of(store, a) for a in {step.attempt for step in ranks}}
     return HeldByHosts(ranks, {a: claim.world for a, claim in claims.items() if claim is not None})
-
-
-async def claim_of(store: Store, attempt: int) -> Claim | None:
-    """The claim of an attempt; None if it is not there, or does not hold."""
-    try:
-        return await get_record(store, Kind.CLAIM, keys.claim(attempt), Claim)
-    except (ObjectNotFoundError, DamageError):
-        return None
 
 
 async def parent_of(catalog: Catalog, step: StepId) -> StepId:
