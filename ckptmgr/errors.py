@@ -23,7 +23,9 @@ CkptmgrError                     exit 1
 |  +- StoreUnreachableError      exit 5   it may work later: timeout, ESTALE, connection lost
 |  |  +- StoreFullError          exit 5   ENOSPC or EDQUOT
 |  |  +- StorePermissionError    exit 5   EACCES, EPERM, EROFS
+|  |  +- MediumError             exit 5   EIO: of one object, or of all the store
 |  +- ObjectNotFoundError                 `get` of a key that does not exist
+|  +- ObjectUnreadableError       exit 3   EIO of one object that stays, while others can be read
 +- RanksError                    exit 1   the ranks of the job can not act together
 |  +- RankFailedError                     another rank failed with an error of another kind
 |  +- RanksMissingError                   ranks that did not answer in time, named
@@ -189,8 +191,19 @@ class StorePermissionError(StoreUnreachableError):
     default_hint = "Give the user that runs the daemon write access to the store."
 
 
+class MediumError(StoreUnreachableError):
+    """The medium failed (EIO); whether below this object only, one answer does not tell."""
+
+
 class ObjectNotFoundError(StoreError):
     """`get` of a key that the store does not hold."""
+
+
+class ObjectUnreadableError(StoreError):
+    """One object can not be read, again and again, though the store answers: it is damaged."""
+
+    exit_status = 3
+    default_hint = DamageError.default_hint
 
 
 class RanksError(CkptmgrError):

@@ -13,7 +13,7 @@ from ckptmgr.rank.arguments import parse_step
 from ckptmgr.rank.group import AGREE_SECONDS_MAX, Ranks, together
 from ckptmgr.rank.handle import RestoredStep
 from ckptmgr.rank.link import Link
-from ckptmgr.rank.taking import fetched
+from ckptmgr.rank.taking import Taken, taken
 from ckptmgr.staging.control import Restore, Restored
 from ckptmgr.types import StepId
 
@@ -72,24 +72,32 @@ class Resuming:
             lent.callback(self._release)
             if not reply.attempt:
                 return RestoredStep(0, 0, "", reply.skipped)
-            one = str(StepId(reply.attempt, reply.step))
-            if one in skipped:
-                raise DamageError(f"can not be used: {skipped[one]}", subject=one)
-            part = fetched(self._link, reply, self._state, rng=self._rng)
+            skipped.update(reply.skipped)
             try:
-                ready = together(
+                part = together(
                     self._ranks,
                     "fetched",
                     RESTORE_SECONDS_MAX,
-                    lambda: lent.enter_context(part),
+                    lambda: self._checked(lent, reply),
                 )
             except DamageError as error:
+                one = str(StepId(reply.attempt, reply.step))
                 skipped[one] = str(error).partition("\n")[0]
                 return None
             # Another rank may still be reading what this one will write next.
-            together(self._ranks, "applied", AGREE_SECONDS_MAX, ready.apply)
-            reasons = tuple({**skipped, **dict(reply.skipped)}.items())
-            return RestoredStep(reply.step, reply.attempt, ready.source, reasons)
+            together(
+                self._ranks,
+                "applied",
+                AGREE_SECONDS_MAX,
+                lambda: part.apply(self._state, rng=self._rng),
+            )
+            reasons = tuple(skipped.items())
+            return RestoredStep(reply.step, reply.attempt, part.source, reasons)
+
+    def _checked(self, lent: contextlib.ExitStack, reply: Restored) -> Taken:
+        part = lent.enter_context(taken(self._link.ask, reply, self._link.buffer))
+        part.check(self._state, rng=self._rng)
+        return part
 
 
 def _tell_skipped(result: str, found: RestoredStep) -> None:

@@ -76,11 +76,11 @@ def range_length(
 class Store(ABC):
     """Named, immutable objects.
 
-    Errors of every method: `StoreUnreachableError` (or a subclass) where a retry may help,
-    `StoreError` where it will not; `UsageError` for a bad key or prefix. Cancelling a call leaves
-    its outcome unknown, but once a call has ended in any way `into` is not written any more, and
-    bytes that `buffers` get afterwards never become part of an object. A call that returned
-    keeps no view of `buffers` or `into`.
+    Errors of every method: `StoreUnreachableError` (or a subclass) where a retry may help, of which
+    `MediumError` may be a fault of this one object; `StoreError` where it will not; `UsageError`
+    for a bad key or prefix. Cancelling a call leaves its outcome unknown, but once a call has ended
+    in any way `into` is not written any more, and bytes that `buffers` get afterwards never become
+    part of an object. A call that returned keeps no view of `buffers` or `into`.
     """
 
     durable_on_return: bool = True

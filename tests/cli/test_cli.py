@@ -252,6 +252,17 @@ def test_7_an_older_step_was_restored(store: Path, tmp_path: Path, how: list[str
         assert "step 1.3 (" in found.out
 
 
+def test_7_an_object_that_can_not_be_read(made: Path, tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    shutil.copytree(made, rig.path)
+    rig.obey(("get", "data/00000002/", "unreadable"))
+    found = call("restore", rig.url, "--to", tmp_path / "out", PYTHONPATH=rig.python_path)
+    assert found.status == 7
+    assert found.out.startswith("skipped 2.2: data/00000002/")
+    assert "can not be read by the test's will" in found.out
+    assert call("verify", rig.url, PYTHONPATH=rig.python_path).status == 3
+
+
 # ---- what is printed --------------------------------------------------------
 
 
