@@ -38,7 +38,7 @@ _WAIT_SECONDS = 0.2
 
 
 class Saving:
-    """The snapshots of one block. `fetching` says that the daemon may be filling a slot."""
+    """The snapshots of one block."""
 
     def __init__(
         self, capture: Capture, link: Link, pace: Pace, ranks: Ranks, stats: Stats, url: str
@@ -48,7 +48,7 @@ class Saving:
         self._url = url
         self._handle: SaveHandle | None = None
         self._handles: deque[SaveHandle] = deque(maxlen=HANDLES_MAX)
-        self._fetching = True  # the daemon may be filling a slot until we release it
+        self._fetching = ranks.world == 1  # only then the daemon may be filling a slot
         self.busy = False
 
     def step(self, step: int, tags: Mapping[str, Any] | None) -> SaveHandle | None:
