@@ -128,7 +128,12 @@ class Alone:
         """Claim."""
         return claim()
 
-    def agree(self, topic: str, verdict: Verdict, timeout_seconds: float) -> Verdict:  # noqa: ARG002
+    def agree(
+        self,
+        topic: str,  # noqa: ARG002
+        verdict: Verdict,
+        timeout_seconds: float,  # noqa: ARG002
+    ) -> Verdict:
         """One rank always agrees with itself."""
         return verdict
 
