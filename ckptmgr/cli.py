@@ -176,9 +176,29 @@ def drain(
 @command
 def ls(url: Url, as_json: Json = False) -> None:
     """List the steps of a job, newest first."""
-    entries = _with_store(url, lambda catalog: catalog.entries())
-    rows = [present.entry_json(entry) for entry in entries]
-    _out(rows, as_json, lambda: present.entries(entries))
+    memory = _in_memory(url)
+    entries = present.with_memory(_with_store(url, lambda catalog: catalog.entries()), memory)
+    rows = [present.entry_json(entry, memory) for entry in entries]
+    _out(rows, as_json, lambda: present.entries(entries, memory))
+
+
+def _in_memory(url: str) -> dict[str, list[int]]:
+    """Steps of a job that the memory of this host holds, if a daemon runs here."""
+    from ckptmgr.staging.control import Stated, Status
+    from ckptmgr.staging.launch import connect
+    from ckptmgr.store.registry import normalise_url
+
+    try:
+        with connect(runtime_dir()) as client:
+            jobs = client.ask(Status(), Stated).state["jobs"]
+    except DaemonError:
+        return {}
+    found: dict[str, set[int]] = {}
+    for job in jobs:
+        for buffer in job["buffers"] if job["url"] == normalise_url(url) else ():
+            for snapshot in buffer["snapshots"]:
+                found.setdefault(snapshot["step"], set()).add(buffer["rank"])
+    return {step: sorted(ranks) for step, ranks in found.items()}
 
 
 @command
@@ -188,13 +208,16 @@ def show(
     tensors: Annotated[bool, typer.Option("--tensors", help="List every leaf.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show one committed step: ranks, bytes, packs, tags, leaves."""
-    from ckptmgr.restore.choose import find
+    """Show one step: state, ranks, bytes, packs, tags, leaves, and who is missing."""
+    from ckptmgr.restore.choose import find_entry
+
+    memory = _in_memory(url)
 
     async def use(catalog: Any) -> dict[str, Any]:
-        decision = await find(catalog, step)
-        manifests = await catalog.manifests(decision)
-        return present.step_json(decision, [m.manifest for m in manifests], tensors=tensors)
+        entry = await find_entry(catalog, step)
+        committed = entry.decision is not None and entry.decision.committed
+        manifests = await catalog.manifests(entry.decision) if committed else []
+        return present.step_json(entry, memory, [m.manifest for m in manifests], tensors=tensors)
 
     document = _with_store(url, use)
     _out(document, as_json, lambda: present.step(document))

@@ -32,7 +32,7 @@ from ckptmgr.daemon.retain import collect
 from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.catalog import Catalog
 from ckptmgr.repository.commit import Decision, abort_step, commit_step, put_witness
-from ckptmgr.repository.hold import put_hold
+from ckptmgr.repository.hold import host_name, put_hold
 from ckptmgr.staging.bufferfile import Capacity
 from ckptmgr.staging.hostbuffer import HostBuffer, round_up, table_bytes_needed
 from ckptmgr.staging.layout import encode_layout
@@ -222,7 +222,7 @@ async def save_steps(
 ) -> list[SavedStep]:
     """Claim an attempt and commit `steps` under it, oldest first."""
     attempt, nonce = await claim_attempt(store, 1, "")
-    await publish_have(store, attempt, [])
+    await publish_have(store, attempt, host_name(), [])
     return [await save_step(store, attempt, nonce, step, state(step), codec) for step in steps]
 
 

@@ -29,7 +29,8 @@ def pick(
     writer_alive: bool,
     skipped: frozenset[int] = frozenset(),
 ) -> Snapshot | None:
-    """The undecided snapshot to write next; those with a generation in `skipped` are left alone.
+    """The undecided snapshot to write next; those with a generation in `skipped` are left alone:
+    they are on their way, or have failed by a fault of ours.
 
     In order while the job runs. When its trainer is dead the newest goes first: it is what the
     next attempt resumes from, and the host may be the next to go.
@@ -50,7 +51,8 @@ class Held:
 
     `owner` is the session that it was given to; None when that is over, though its trainer may
     live on without a connection. `worker` writes its snapshots. `results` are by nonce and step:
-    attempts are numbered anew in a store that was emptied.
+    attempts are numbered anew in a store that was emptied. `busy` are the snapshots on their way,
+    by generation: being written, or waiting for the other ranks.
     """
 
     buffer: HostBuffer
@@ -64,7 +66,7 @@ class Held:
     decided: asyncio.Condition = field(default_factory=asyncio.Condition)
     results: OrderedDict[tuple[str, int], tuple[Outcome, str]] = field(default_factory=OrderedDict)
     last_failure: str = ""
-    writing: Snapshot | None = None
+    busy: dict[int, Snapshot] = field(default_factory=dict)
     _freed: bool = False
     _faulted: int = 0
     _skipped: frozenset[int] = frozenset()
@@ -119,7 +121,7 @@ class Held:
     def died(self) -> None:
         """The trainer is dead, if it was not known to be."""
         if self.writer_alive:
-            event("trainer_died", buffer=self.buffer.id, undecided=self.next() is not None)
+            event("trainer_died", buffer=self.buffer.id, undecided=self.undecided() > 0)
             self.let_go()
 
     def free(self) -> None:
@@ -132,7 +134,8 @@ class Held:
 
     def next(self) -> Snapshot | None:
         """The snapshot to write next."""
-        return pick(self.snapshots(), writer_alive=self.writer_alive, skipped=self._skipped)
+        skipped = self._skipped | frozenset(self.busy)
+        return pick(self.snapshots(), writer_alive=self.writer_alive, skipped=skipped)
 
     def faulted(self, snapshot: Snapshot, error: BaseException) -> bool:
         """Take note of a fault of ours over a snapshot; True if it is the second in a row.
@@ -155,7 +158,8 @@ class Held:
 
     async def settle(self, snapshot: Snapshot, outcome: Outcome, why: str = "") -> None:
         """Record what became of a snapshot, in the buffer and for those who wait."""
-        self.buffer.settle(snapshot.slot, snapshot.generation, outcome)
+        if self.buffer.unchanged(snapshot):  # else its slot may be settled for a newer one already
+            self.buffer.settle(snapshot.slot, snapshot.generation, outcome)
         self._remember(snapshot, outcome, why)
         await self.tell()
 
@@ -172,7 +176,7 @@ class Held:
     async def wait_decided(self) -> None:
         """Return when no snapshot of the buffer is undecided."""
         async with self.decided:
-            await self.decided.wait_for(lambda: self.next() is None)
+            await self.decided.wait_for(lambda: not self.undecided())
 
 
 def make_buffer(directory: Path, binding: Binding, capacity: Capacity) -> tuple[HostBuffer, str]:
@@ -254,13 +258,17 @@ class Intake:
         """Let go of dead buffers of the same rank that do not fit any more and hold nothing new."""
         for held in list(self.held.values()):
             same = (held.binding.url, held.binding.rank) == (binding.url, binding.rank)
-            used = held.owner is not None or held.writing or held.buffer.has_live_writer()
+            used = held.owner is not None or held.busy or held.buffer.has_live_writer()
             if same and not used and not held.snapshots():
                 self.release(held)
 
-    def of_job(self, url: str, rank: int) -> list[Held]:
+    def of_job(self, url: str) -> list[Held]:
+        """The buffers of all ranks of a job on this host."""
+        return [held for held in self.held.values() if held.binding.url == url]
+
+    def of_rank(self, url: str, rank: int) -> list[Held]:
         """The buffers of one rank of a job."""
-        return [h for h in self.held.values() if (h.binding.url, h.binding.rank) == (url, rank)]
+        return [held for held in self.of_job(url) if held.binding.rank == rank]
 
     def undecided(self) -> int:
         """Sealed snapshots that are not decided yet."""

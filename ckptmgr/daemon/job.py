@@ -6,6 +6,8 @@ import asyncio
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
+from ckptmgr.config import DaemonSettings
+from ckptmgr.daemon.committer import Committer
 from ckptmgr.daemon.log import event, warning
 from ckptmgr.daemon.resume import ActiveMarks
 from ckptmgr.daemon.retain import collect
@@ -31,6 +33,7 @@ class Job:
     """What all buffers and trainers of one store URL share.
 
     `resumed_from` is what each running attempt resumed from; retention leaves it alone.
+    `published` are attempts that know what this host's memory held when they began.
     """
 
     url: str
@@ -39,14 +42,20 @@ class Job:
     label: str
     metrics: Metrics
     pool: BufferPool
+    stuck_seconds: float
     last_commit: StepId | None = None
     resumed_from: dict[int, StepId] = field(default_factory=dict)
     active: ActiveMarks = field(default_factory=ActiveMarks)
+    published: set[int] = field(default_factory=set)
+    committer: Committer = field(init=False)
     _retention: asyncio.Task[None] | None = None
     _retain_again: bool = False
 
+    def __post_init__(self) -> None:
+        self.committer = Committer(self.catalog, self.committed, self.stuck_seconds)
+
     @classmethod
-    def open(cls, url: str, metrics: Metrics, pool: BufferPool, timeout_seconds: float) -> Job:
+    def open(cls, url: str, metrics: Metrics, pool: BufferPool, settings: DaemonSettings) -> Job:
         """Open the job's store. Nothing is read yet.
 
         Raises:
@@ -61,11 +70,11 @@ class Job:
 
         store = RetryingStore(
             open_store(url),
-            timeout_seconds=timeout_seconds,
+            timeout_seconds=settings.store_timeout_seconds,
             on_failure=failed,
             landmark=keys.FORMAT,
         )
-        return cls(url, store, Catalog(store), label, metrics, pool)
+        return cls(url, store, Catalog(store), label, metrics, pool, settings.stuck_seconds)
 
     def committed(self, decision: Decision) -> None:
         """Take note of a commit."""
@@ -106,7 +115,8 @@ class Job:
         return self._retention is not None and not self._retention.done()
 
     async def aclose(self) -> None:
-        """End the collection that is under way, and close the store."""
+        """End the waits and the collection that are under way, and close the store."""
+        await self.committer.aclose()
         if self._retention is not None:
             self._retention.cancel()
             await asyncio.gather(self._retention, return_exceptions=True)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import secrets
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -15,7 +18,7 @@ from ckptmgr.errors import (
     StoreError,
 )
 from ckptmgr.repository import keys
-from ckptmgr.repository.catalog import Catalog, list_steps, standing_steps
+from ckptmgr.repository.catalog import Catalog, list_steps
 from ckptmgr.repository.commit import (
     FROM_SCRATCH,
     Active,
@@ -23,36 +26,41 @@ from ckptmgr.repository.commit import (
     Have,
     Resume,
     check_format,
+    claim_of,
     decide,
     get_record,
     put_record,
 )
 from ckptmgr.repository.hold import host_name
 from ckptmgr.repository.record import Kind
+from ckptmgr.repository.rules import next_attempt, resume_order
 from ckptmgr.store.base import PutResult, Store
 from ckptmgr.types import Outcome, Snapshot, StepId
+
+DECISION_SECONDS_MAX = 30.0
+"""How long a daemon leaves a resume decision to that of rank 0; then it decides itself."""
+
+DECISION_LOOK_SECONDS_MIN, DECISION_LOOK_SECONDS_MAX = 0.01, 0.5
 
 Skipped = tuple[str, str]
 """A step that could not be used, and why."""
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A step that an attempt may resume from, and whether this host's memory holds it."""
+def candidates(
+    standing: Collection[StepId],
+    complete: Collection[StepId],
+    rejected: Collection[StepId],
+    step: int | None,
+    of_attempt: int | None,
+) -> list[StepId]:
+    """What may be resumed from, best first; with `step` only steps of that number (and attempt).
 
-    id: StepId
-    in_memory: bool
-    in_store: bool
-
-
-def rank_candidates(
-    memory: list[StepId], standing: list[StepId], rejected: frozenset[StepId]
-) -> list[Candidate]:
-    """Newest first, by (attempt, step). `standing` may hold steps that turn out to be ABORT."""
-    found = (set(memory) | set(standing)) - rejected
+    `standing` may hold steps that turn out to be ABORT.
+    """
     return [
-        Candidate(step, step in set(memory), step in set(standing))
-        for step in sorted(found, reverse=True)
+        found
+        for found in resume_order(standing, complete, (), rejected)
+        if step in (None, found.step) and of_attempt in (None, found.attempt)
     ]
 
 
@@ -71,7 +79,7 @@ async def claim_attempt(store: Store, world: int, run_id: str) -> tuple[int, str
     nonce = secrets.token_hex(16)
     while True:
         taken = [keys.parse_attempt(key) or 0 for key in await store.list("attempts/")]
-        attempt = 1 + max(taken, default=0)
+        attempt = next_attempt(taken)
         claim = Claim(attempt, nonce, world, host_name(), run_id, time.time())
         result = await put_record(store, Kind.CLAIM, keys.claim(attempt), claim)
         if result is PutResult.OK:
@@ -101,9 +109,8 @@ async def standing_of(store: Store, snapshot: Snapshot) -> Standing:
     return Standing.OURS if claim.nonce == snapshot.nonce else Standing.OTHER
 
 
-async def publish_have(store: Store, attempt: int, found: list[Snapshot]) -> None:
-    """Say which sealed snapshots this host's memory holds, once per attempt."""
-    host = host_name()
+async def publish_have(store: Store, attempt: int, host: str, found: list[Snapshot]) -> None:
+    """Say which sealed snapshots the memory of `host` holds, once per attempt."""
     record = Have(host, tuple((s.attempt, s.step, s.rank) for s in found))
     await put_record(store, Kind.HAVE, keys.have(attempt, host), record)
 
@@ -192,6 +199,31 @@ async def decide_resume(store: Store, attempt: int, k: int, choice: StepId) -> S
     return (await decide(store, Kind.RESUME, keys.resume(attempt, k), record)).id
 
 
+async def await_resume(store: Store, attempt: int, k: int) -> StepId | None:
+    """The k-th resume decision, made durable; None if it is not made in DECISION_SECONDS_MAX."""
+    key, deadline = keys.resume(attempt, k), time.monotonic() + DECISION_SECONDS_MAX
+    pause = DECISION_LOOK_SECONDS_MIN
+    while True:
+        try:
+            found = await get_record(store, Kind.RESUME, key, Resume)
+            await store.make_durable(key)
+            return found.id
+        except ObjectNotFoundError:
+            if time.monotonic() >= deadline:
+                return None
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, DECISION_LOOK_SECONDS_MAX)
+
+
+async def resume_decisions(store: Store, attempt: int, first: int, end: int) -> list[StepId]:
+    """What resume decisions `first` to `end` - 1 of an attempt say."""
+    records = [
+        await get_record(store, Kind.RESUME, keys.resume(attempt, k), Resume)
+        for k in range(first, end)
+    ]
+    return [record.id for record in records]
+
+
 async def resumed_from(store: Store, attempt: int) -> StepId | None:
     """What an attempt resumed from: its last resume decision, if it made one."""
     made = await store.list(keys.resumes(attempt))
@@ -200,13 +232,31 @@ async def resumed_from(store: Store, attempt: int) -> StepId | None:
     return (await get_record(store, Kind.RESUME, made[-1], Resume)).id
 
 
-async def committed_choices(catalog: Catalog, step: int, of_attempt: int | None) -> list[StepId]:
-    """Standing commits of step number `step` (of one attempt), newest attempt first."""
-    return [
-        found
-        for found in await standing_steps(catalog.store)
-        if found.step == step and of_attempt in (None, found.attempt)
-    ]
+@dataclass(frozen=True, slots=True)
+class HeldByHosts:
+    """What the hosts of an attempt hold together: ranks of each step, and worlds of attempts."""
+
+    ranks: dict[StepId, set[int]]
+    worlds: dict[int, int]
+
+
+async def held_by_hosts(store: Store, attempt: int) -> HeldByHosts:
+    """Parts that can be had without a commit: in some host's memory, or in the store.
+
+    Every daemon publishes what it holds before its first rank has joined, so that all of it is
+    there once all ranks have.
+    """
+    ranks: dict[StepId, set[int]] = {}
+    for key in await store.list(keys.haves(attempt)):
+        with contextlib.suppress(ObjectNotFoundError, DamageError):  # candidates only
+            have = await get_record(store, Kind.HAVE, key, Have)
+            for a, s, rank in have.snapshots:
+                ranks.setdefault(StepId(a, s), set()).add(rank)
+    for step in list(ranks):
+        found = (keys.parse_rank(key) for key in await store.list(keys.manifests(step)))
+        ranks[step].update(rank for rank in found if rank is not None)
+    claims = {a: await claim_of(store, a) for a in {step.attempt for step in ranks}}
+    return HeldByHosts(ranks, {a: claim.world for a, claim in claims.items() if claim is not None})
 
 
 async def parent_of(catalog: Catalog, step: StepId) -> StepId:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from ckptmgr.daemon.log import event, warning
@@ -27,6 +28,7 @@ from ckptmgr.repository.commit import (
 from ckptmgr.repository.hold import left_behind
 from ckptmgr.repository.record import Kind, digest_of
 from ckptmgr.restore.verify import verify_step
+from ckptmgr.staging.bufferfile import SLOTS_MAX
 from ckptmgr.store.base import PutResult, Store
 from ckptmgr.types import StepId
 
@@ -49,10 +51,21 @@ def victims(commits: list[StepId], held: frozenset[StepId], keep: int) -> list[S
     return [s for s in reversed(newest_first[max(keep, NEWER_MIN) :]) if s not in held]
 
 
-def garbage(listing: Listing, stored: frozenset[StepId], live: StepId | None) -> list[StepId]:
-    """Undecided steps that nobody will finish: older than the newest commit or attempt `live`."""
+def garbage(
+    listing: Listing, stored: frozenset[StepId], commits: Collection[StepId]
+) -> list[StepId]:
+    """Undecided steps that nobody will finish: of an attempt before that of the newest commit, or
+    of the same one and with more newer commits than a host buffer has slots, so that no rank can
+    have it in memory any more.
+    """
     undecided = (stored | frozenset(listing.manifests)) - listing.decided
-    return sorted(step for step in undecided if live is not None and step < live)
+    newest = max(commits, default=None)
+    return sorted(
+        step
+        for step in undecided
+        if newest is not None
+        and (step.attempt < newest.attempt or sum(c > step for c in commits) > SLOTS_MAX)
+    )
 
 
 async def collect(
@@ -193,7 +206,7 @@ async def _sweep(
     stored = frozenset(step for step in packs if step is not None)
     newest = commits[0].id if commits else None
     done = []
-    for step in garbage(listing, stored, newest):
+    for step in garbage(listing, stored, [commit.id for commit in commits]):
         done.append(Given(step, "abort", f"undecided, and {newest} is committed"))
         if not dry_run and not (await abort_step(store, step, "superseded")).committed:
             await _delete(store, step)

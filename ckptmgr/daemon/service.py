@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -26,10 +27,12 @@ from ckptmgr.daemon.writer import Writer
 from ckptmgr.errors import CkptmgrError, DaemonError, StoreError, UsageError
 from ckptmgr.metrics import Metrics
 from ckptmgr.repository.budget import BufferPool
+from ckptmgr.repository.hold import host_name
 from ckptmgr.staging import control
 from ckptmgr.staging.inbox import LOCK, SOCKET, InboxWatch, prepare, take_tickets
 
 FETCHED = "fetched"
+HOST = "host"
 _SIGTERM_DRAIN_SECONDS = 60.0
 
 URL_CHARS_MAX = 2048
@@ -50,6 +53,7 @@ class Service:
         self.reader = Reader(self.intake, settings.runtime_dir / FETCHED)
         self.jobs: dict[str, Job] = {}
         self.metrics_port = -1
+        self.host = ""
         self._pipeline = Pipeline(self.pool)
         self._connections: set[asyncio.Task[None]] = set()
         self._serving: set[Requests] = set()
@@ -73,6 +77,7 @@ class Service:
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self._ending.set)
+            self.host = host_identity(runtime)
             shutil.rmtree(runtime / FETCHED, ignore_errors=True)
             (runtime / FETCHED).mkdir(mode=0o700)
             metrics = self._serve_metrics()
@@ -132,7 +137,7 @@ class Service:
         for held in list(self.intake.held.values()):
             if held.owner is None and not held.buffer.has_live_writer():
                 held.died()
-            if held.writer_alive or held.undecided() or held.writing:
+            if held.writer_alive or held.undecided() or held.busy:
                 continue
             gone_for = held.orphaned_seconds
             if held.free_when_decided or gone_for > self.settings.memory_seconds:
@@ -180,9 +185,7 @@ class Service:
         if len(url) > URL_CHARS_MAX:
             raise UsageError(f"has more than {URL_CHARS_MAX} characters", subject=url[:80] + "...")
         if url not in self.jobs:
-            self.jobs[url] = Job.open(
-                url, self.metrics, self.pool, self.settings.store_timeout_seconds
-            )
+            self.jobs[url] = Job.open(url, self.metrics, self.pool, self.settings)
         return self.jobs[url]
 
     def employ(self, held: Held) -> None:
@@ -337,7 +340,7 @@ def _buffer_state(held: Held) -> dict[str, Any]:
         "bytes": held.buffer.capacity.file_bytes,
         "trainer_alive": held.writer_alive,
         "superseded_by": held.superseded_by,
-        "writing": str(held.writing.id) if held.writing else None,
+        "writing": next((str(snapshot.id) for snapshot in held.busy.values()), None),
         "last_failure": held.last_failure,
         "snapshots": [
             {
@@ -350,6 +353,23 @@ def _buffer_state(held: Held) -> dict[str, Any]:
             for snapshot, outcome in held.snapshots()
         ],
     }
+
+
+def host_identity(runtime: Path) -> str:
+    """A name for this host's memory: its host name, and a number that lives as long as the memory.
+
+    Host names are not enough: containers of one image may share theirs.
+    """
+    path = runtime / HOST
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    if not path.exists():
+        temporary = runtime / f".{HOST}.{os.getpid()}"
+        temporary.unlink(missing_ok=True)
+        fd = os.open(temporary, flags, 0o600)
+        os.write(fd, secrets.token_hex(4).encode())
+        os.close(fd)
+        temporary.rename(path)  # under the lock of the directory: nobody else makes one
+    return f"{host_name()}.{path.read_text()}"
 
 
 @contextlib.contextmanager

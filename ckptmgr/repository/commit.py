@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from ckptmgr.errors import (
+    DamageError,
     MissingObjectError,
     ObjectNotFoundError,
     RecordDamagedError,
@@ -141,6 +142,14 @@ async def get_record(store: Store, kind: Kind, key: str, type_: type[T]) -> T:
         DamageError: it does not hold.
     """
     return unseal(kind, key, await read_record(store, key), type_)
+
+
+async def claim_of(store: Store, attempt: int) -> Claim | None:
+    """The claim of an attempt; None if it is not there, or does not hold."""
+    try:
+        return await get_record(store, Kind.CLAIM, keys.claim(attempt), Claim)
+    except (ObjectNotFoundError, DamageError):
+        return None
 
 
 async def decide(store: Store, kind: Kind, key: str, payload: T) -> T:

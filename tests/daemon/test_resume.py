@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from ckptmgr.daemon.resume import (
     ActiveMarks,
     Standing,
+    candidates,
     claim_attempt,
     decide_resume,
     newest_active,
     parent_of,
     publish_have,
     put_active,
-    rank_candidates,
     resumed_from,
     standing_of,
     usable_in_memory,
@@ -39,6 +39,7 @@ from ckptmgr.repository.commit import (
     get_record,
     put_record,
 )
+from ckptmgr.repository.hold import host_name
 from ckptmgr.repository.record import Kind
 from ckptmgr.store.base import Store
 from ckptmgr.store.memory import MemoryStore
@@ -64,12 +65,13 @@ def snapshot(attempt: int, step: int, nonce: str = "00" * 16) -> Snapshot:
 def test_candidates_are_all_that_is_there_newest_attempt_first(
     memory: list[StepId], standing: list[StepId], rejected: frozenset[StepId]
 ) -> None:
-    found = rank_candidates(memory, standing, rejected)
-    ids = [one.id for one in found]
-    assert ids == sorted(set(ids), reverse=True)
-    assert set(ids) == (set(memory) | set(standing)) - rejected
-    for one in found:
-        assert (one.in_memory, one.in_store) == (one.id in memory, one.id in standing)
+    found = candidates(standing, memory, rejected, None, None)
+    assert found == sorted(set(found), reverse=True)
+    assert set(found) == (set(memory) | set(standing)) - rejected
+    for step in found:
+        of_number = candidates(standing, memory, rejected, step.step, None)
+        assert of_number == [one for one in found if one.step == step.step]
+        assert candidates(standing, memory, rejected, step.step, step.attempt) == [step]
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.sampled_from(Outcome))))
@@ -124,8 +126,8 @@ def test_a_claim_whose_answer_is_lost_is_not_used_by_two() -> None:
 def test_what_memory_holds_is_published_once() -> None:
     async def main() -> None:
         store = memory_store()
-        await publish_have(store, 1, [snapshot(1, 5), snapshot(1, 6)])
-        await publish_have(store, 1, [])
+        await publish_have(store, 1, host_name(), [snapshot(1, 5), snapshot(1, 6)])
+        await publish_have(store, 1, host_name(), [])
         (key,) = await store.list("attempts/")
         have = await get_record(store, Kind.HAVE, key, Have)
         assert have.snapshots == ((1, 5, 0), (1, 6, 0))
