@@ -1,0 +1,118 @@
+"""The protocol as a system to explore: the processes of a setup, and the invariants I1 to I12."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from functools import partial
+from typing import Any
+
+from ckptmgr.types import StepId
+from model.explore import Process, System, Violated, World
+from model.protocol import Committer, Rank, standing
+from model.protocol_others import Collector, Fate, Reader, whole
+from model.protocol_puts import is_soft
+from model.protocol_rules import ABORT, RANKS, Rules, Setup, committed, manifest_name
+
+BITS = {"memory": 7, "have": 7, "data": 2, "soft": 1, "hold": 1, "acked": 1, "active": 1}
+_FEW_BITS = {"claim": 2, "learned": 2, "retired": 1, "verified": 1, "man": 2, "verdict": 2}
+
+
+def bits_of(key: Any) -> int:
+    """Room for every value that a variable of this kind takes."""
+    return (BITS | _FEW_BITS).get(key[0], 5)
+
+
+def system_of(setup: Setup, decide: Rules) -> System:
+    """The processes of a setup, deciding by `decide`, and what must hold."""
+    processes = []
+    for i in setup.attempts:
+        ranks = [Rank(setup, decide, i, r) for r in range(RANKS)]
+        daemons = [Committer(setup, decide, i, r) for r in range(setup.daemons)]
+        processes += [Process(f"rank {i}/{r}", ("start",), p.step) for r, p in enumerate(ranks)]
+        processes += [Process(f"daemon {i}/{r}", ("start",), p.step) for r, p in enumerate(daemons)]
+    first = len(processes)
+    collector = Collector(setup, decide)
+    for n in range(setup.collectors):
+        processes.append(Process(f"collector {n}", ("scan",), collector.step))
+    for x in range(setup.readers):
+        processes.append(Process(f"reader {x}", ("list",), Reader(setup, decide, x).step))
+    fate = Fate(setup)
+    fates = (
+        (setup.cuts, "power", fate.cut),
+        (setup.damages, "rot", fate.rot),
+        (setup.losses, "hosts", fate.lose),
+    )
+    processes += [Process(name, 0, step) for count, name, step in fates if count]
+    return System(
+        processes=tuple(processes),
+        holds=_holds(setup),
+        moves=partial(_moves, setup),
+        ends=partial(_ends, setup) if setup.timely else None,
+        bits_of=bits_of,
+        twins=((first, first + 1),) if setup.collectors == 2 else (),
+    )
+
+
+def _holds(setup: Setup) -> tuple[Callable[[World], None], ...]:
+    steps = [partial(check, setup, c) for c in setup.ids() for check in (_commit_is_whole, _acked)]
+    attempts = [partial(_one_start, i) for i in setup.attempts]
+    return (*steps, *attempts, partial(_something_stands, setup))
+
+
+def _commit_is_whole(setup: Setup, step: StepId, w: World) -> None:
+    register = w["commit", step]
+    if not committed(register):
+        return
+    names = register[1]
+    nonces = {name.rsplit("/", 1)[1] for name in names}
+    if len(names) != RANKS or len(nonces) != 1:
+        raise Violated(f"I2 the COMMIT of {step} is of {names}")
+    if w["retired", step]:
+        return
+    for r, name in enumerate(names):
+        nonce = int(name.rsplit("/", 1)[1])
+        if w["data", step, r, nonce] is None:
+            raise Violated(f"I1 {step} is committed, and packs of rank {r} are missing")
+        found = w["man", step, r]
+        if found is None or manifest_name(step, r, found) != name:
+            raise Violated(f"I1 {step} is committed, and its manifest of rank {r} is not there")
+
+
+def _acked(_setup: Setup, step: StepId, w: World) -> None:
+    if w["acked", step] and not committed(w["commit", step]):
+        raise Violated(f"I12 {step} was acknowledged, and is no commit any more")
+
+
+def _one_start(incarnation: int, w: World) -> None:
+    applied = [w["applied", incarnation, r] for r in range(RANKS)]
+    if None not in applied and len(set(applied)) > 1:
+        raise Violated(f"I6 the ranks of one attempt start from {[*map(str, applied)]}")
+
+
+def _something_stands(setup: Setup, w: World) -> None:
+    if any(w["retired", c] for c in setup.ids()):
+        if not any(whole(w, c) for c in standing(w, setup)):
+            raise Violated("I3 steps were given up, and none is left to restore")
+
+
+def _moves(setup: Setup, old: World, new: World, changes: Mapping[Hashable, Any]) -> None:
+    touched = {key[0] for key in changes if isinstance(key, tuple)}
+    for key in changes:
+        if isinstance(key, tuple) and key[0] == "commit" and old[key] is not None:
+            lost = new[key] is None and is_soft(old, key)
+            if not lost and new[key] != old[key]:
+                raise Violated(f"I9 the register {key[1]} was {old[key]} and is {new[key]}")
+    if touched & {"commit", "retired"}:
+        before = [c for c in standing(old, setup) if not is_soft(old, ("commit", c))]
+        after = standing(new, setup)
+        if before and (not after or after[-1] < before[-1]):
+            raise Violated(f"I4 the last consistent step goes back from {before[-1]}")
+
+
+def _ends(setup: Setup, w: World) -> None:
+    for step in setup.ids():
+        there = all(w["man", step, r] is not None for r in range(RANKS))
+        if there and w["commit", step] is None:
+            raise Violated(f"L1 nobody commits {step}, and all its manifests are there")
+        if w["commit", step] == ABORT:
+            raise Violated(f"L2 {step} was given up, and nothing was wrong")
