@@ -100,7 +100,9 @@ class System:
 
     processes: tuple[Process, ...]
     holds: tuple[Callable[[World], None], ...] = ()
-    moves: Callable[[World, World, Mapping[Hashable, Any]], None] = lambda _old, _new, _changes: None
+    moves: Callable[[World, World, Mapping[Hashable, Any]], None] = lambda _old, _new, _changes: (
+        None
+    )
     ends: Callable[[World], None] | None = None
     bits_of: Callable[[Any], int] = lambda _key: VALUE_BITS
     twins: tuple[tuple[int, int], ...] = ()

@@ -91,13 +91,26 @@ class Rank:
         complete = self._complete(w, attempt) if self._setup.memory else frozenset()
         order = self._rules.resume_order(commits, complete, given_up, rejected)
         choice = order[0] if order else FROM_SCRATCH
-        newest = max((c for c in commits if c not in rejected), default=FROM_SCRATCH)
-        if choice < newest:
-            raise Violated(f"I5 attempt {attempt} resumes from {choice}, and {newest} stands")
+        self._check_choice(w, attempt, choice, rejected)
         then: Local = ("resume", attempt, k, choice)
         if choice in commits and "resume durable" not in self._rules.without:
             then = self._records.settled(("commit", choice), then)
         return [(f"choose {choice}", then, {})]
+
+    def _check_choice(self, w: World, attempt: int, choice: StepId, rejected: list[StepId]) -> None:
+        commits = standing(w, self._setup)
+        newest = max((c for c in commits if c not in rejected), default=FROM_SCRATCH)
+        if choice < newest:
+            raise Violated(f"I5 attempt {attempt} resumes from {choice}, and {newest} stands")
+        if choice in rejected and choice != FROM_SCRATCH:
+            raise Violated(f"I5 attempt {attempt} goes back to {choice}, which it rejected")
+        if choice in commits or choice == FROM_SCRATCH:
+            return
+        if w["commit", choice] == ABORT or w["retired", choice]:
+            raise Violated(f"I5 attempt {attempt} resumes from {choice}, which was given up")
+        for r in range(RANKS):
+            if w["man", choice, r] is None and choice not in (w["have", attempt, r] or ()):
+                raise Violated(f"I6 attempt {attempt} resumes from {choice}: rank {r} lacks it")
 
     def _complete(self, w: World, attempt: int) -> frozenset[StepId]:
         held = {}
@@ -118,6 +131,7 @@ class Rank:
                 label,
                 ("resume", attempt, k),
                 choice,
+                ("resume", attempt, k, choice),
                 lambda found: self._after_decision(attempt, k, found),
             )
         ]
@@ -213,7 +227,7 @@ class Committer:
         return act(w, *local[1:]) or []
 
     def _start(self, w: World) -> list[Move] | None:
-        base = w["applied", self._i, self._r]
+        base = w["applied", self._i, self._r % RANKS]
         if base is None:
             return None
         return [("begin", ("look", StepId(w["learned", self._i], base.step + 1), 0), {})]
@@ -246,9 +260,10 @@ class Committer:
         key = ("commit", step)
         if "register exclusive" in self._rules.without:
             return [self._records.put(w, f"commit {step}", key, value, ("ack", step, n, value))]
+        again = ("commit", step, n, value)
         return [
             self._records.decide_once(
-                w, f"commit {step}", key, value, lambda found: ("ack", step, n, found)
+                w, f"commit {step}", key, value, again, lambda found: ("ack", step, n, found)
             )
         ]
 
@@ -261,7 +276,8 @@ class Committer:
             gone = found == ABORT or "abort wins" in self._rules.without
             return ("clear", step, n) if gone else ("ack", step, n, found)
 
-        return [self._records.decide_once(w, f"give {step} up", ("commit", step), ABORT, then)]
+        key, again = ("commit", step), ("abort", step, n)
+        return [self._records.decide_once(w, f"give {step} up", key, ABORT, again, then)]
 
     def _clear(self, w: World, step: StepId, n: int) -> list[Move]:
         mine = [("data", step, r, self._i) for r in range(RANKS)]

@@ -28,7 +28,10 @@ def objects(w: World, setup: Setup, step: StepId) -> list[Any]:
 
 def whole(w: World, step: StepId) -> bool:
     """Whether everything that a step's COMMIT names is there, unharmed."""
-    _, names = w["commit", step]
+    register = w["commit", step]
+    if not committed(register):
+        return False
+    _, names = register
     nonces = [int(name.rsplit("/", 1)[1]) for name in names]
     return len(nonces) == RANKS and all(
         w["man", step, r] == nonce and w["data", step, r, nonce] is True
@@ -147,6 +150,8 @@ class Collector:
     # -- garbage ------------------------------------------------------------------------------
 
     def _abort(self, w: World, step: StepId) -> Iterable[Move]:
+        if not any(committed(w["commit", c]) for c in self._setup.ids() if c > step):
+            raise Violated(f"I8 {step} is given up as garbage, and nothing newer is committed")
         if "abort" in self._rules.without:
             return [("no ABORT", ("delete", step, (), ()), {})]
 
@@ -154,7 +159,8 @@ class Collector:
             gone = found == ABORT or "abort wins" in self._rules.without
             return ("delete", step, (), ()) if gone else ("scan",)
 
-        return [self._records.decide_once(w, f"abort {step}", ("commit", step), ABORT, then)]
+        key, again = ("commit", step), ("abort", step)
+        return [self._records.decide_once(w, f"abort {step}", key, ABORT, again, then)]
 
 
 class Reader:

@@ -40,25 +40,30 @@ class Records:
         return self._visible(label, key, value, won)
 
     def decide_once(
-        self, w: World, label: str, key: Hashable, value: Any, then: Any
+        self, w: World, label: str, key: Hashable, value: Any, again: Local, then: Any
     ) -> Move:
-        """Put into a register or obey what is there; `then(value)` is what comes after."""
+        """Put into a register or obey what is there; `then(value)` is what comes after.
+
+        What is there is made durable, and read after that, in the state `again`: whatever was
+        read before may be gone, and another decision in its place.
+        """
         found = w[key]
         if found is None:
             return self._visible(label, key, value, then(value))
-        if "settle" in self.decide.without:
+        if not is_soft(w, key) or "settle" in self.decide.without:
             return (f"{label}: {found} is there", then(found), {})
-        return (f"{label}: {found} is there", self.settled(key, then(found), found), {})
+        after = then(found) if "read after settling" in self.decide.without else again
+        return (f"{label}: {found} is there", self.settled(key, after), {})
 
-    def settled(self, key: Hashable, then: Local, value: Any = None) -> Local:
+    def settled(self, key: Hashable, then: Local) -> Local:
         """The local state that makes an existing record durable and goes on with `then`."""
-        return ("settle", key, value, then) if self.setup.cuts else then
+        return ("settle", key, then) if self.setup.cuts else then
 
     def step(self, local: Any, w: World) -> list[Move]:
         """The second half of what is begun by the other methods."""
         if local[0] == "flush":
             return self._flush(local, w)
-        _, key, _value, then = local
+        _, key, then = local
         if w[key] is None:
             return [(f"make {key} durable: it is gone", STOPPED, {})]
         return [(f"make {key} durable", then, {("soft", key): None})]

@@ -42,7 +42,8 @@ class Setup:
 
     `cuts` power cuts, each of which drops any of the records that are visible but not durable;
     those who were putting them are dead, all others live on. `damages` chunks rot, each of a
-    commit that was not read back yet. `losses` hosts lose their memory.
+    commit that was not read back yet. `losses` hosts lose their memory. Of the last `lone`
+    incarnations only rank 0 comes.
     """
 
     incarnations: int = 2
@@ -59,6 +60,7 @@ class Setup:
     cuts: int = 0
     damages: int = 0
     losses: int = 0
+    lone: int = 0
 
     @property
     def attempts(self) -> range:

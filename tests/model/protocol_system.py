@@ -11,10 +11,16 @@ from model.explore import Process, System, Violated, World
 from model.protocol import Committer, Rank, standing
 from model.protocol_others import Collector, Fate, Reader, whole
 from model.protocol_puts import is_soft
-from model.protocol_rules import ABORT, RANKS, Rules, Setup, committed, manifest_name
+from model.protocol_rules import RANKS, Rules, Setup, committed, manifest_name
 
 BITS = {"memory": 7, "have": 7, "data": 2, "soft": 1, "hold": 1, "acked": 1, "active": 1}
 _FEW_BITS = {"claim": 2, "learned": 2, "retired": 1, "verified": 1, "man": 2, "verdict": 2}
+
+
+_HISTORY = {"commit", "retired"}
+
+STANDING_MIN = 2
+"""Commits that must stand in for one that is given up: a promise, so not taken from the code."""
 
 
 def bits_of(key: Any) -> int:
@@ -26,8 +32,9 @@ def system_of(setup: Setup, decide: Rules) -> System:
     """The processes of a setup, deciding by `decide`, and what must hold."""
     processes = []
     for i in setup.attempts:
-        ranks = [Rank(setup, decide, i, r) for r in range(RANKS)]
-        daemons = [Committer(setup, decide, i, r) for r in range(setup.daemons)]
+        alone = i > setup.incarnations - setup.lone
+        ranks = [Rank(setup, decide, i, r) for r in range(1 if alone else RANKS)]
+        daemons = [Committer(setup, decide, i, r) for r in range(0 if alone else setup.daemons)]
         processes += [Process(f"rank {i}/{r}", ("start",), p.step) for r, p in enumerate(ranks)]
         processes += [Process(f"daemon {i}/{r}", ("start",), p.step) for r, p in enumerate(daemons)]
     first = len(processes)
@@ -96,17 +103,31 @@ def _something_stands(setup: Setup, w: World) -> None:
 
 
 def _moves(setup: Setup, old: World, new: World, changes: Mapping[Hashable, Any]) -> None:
-    touched = {key[0] for key in changes if isinstance(key, tuple)}
-    for key in changes:
-        if isinstance(key, tuple) and key[0] == "commit" and old[key] is not None:
-            lost = new[key] is None and is_soft(old, key)
-            if not lost and new[key] != old[key]:
-                raise Violated(f"I9 the register {key[1]} was {old[key]} and is {new[key]}")
-    if touched & {"commit", "retired"}:
+    touched = [key for key in changes if isinstance(key, tuple) and key[0] in _HISTORY]
+    for kind, step in touched:
+        if kind == "commit" and old[kind, step] is not None:
+            _register_changes(setup, old, new, step)
+        elif kind == "retired" and new[kind, step] and not old[kind, step]:
+            newer = [c for c in standing(new, setup) if c > step]
+            if len(newer) < STANDING_MIN:
+                raise Violated(f"I3 {step} is given up behind {[*map(str, newer)]} only")
+    if touched:
         before = [c for c in standing(old, setup) if not is_soft(old, ("commit", c))]
         after = standing(new, setup)
         if before and (not after or after[-1] < before[-1]):
             raise Violated(f"I4 the last consistent step goes back from {before[-1]}")
+
+
+def _register_changes(setup: Setup, old: World, new: World, step: StepId) -> None:
+    key = ("commit", step)
+    now, then = old[key], new[key]
+    if now == then:
+        return
+    if then is not None or not is_soft(old, key):
+        raise Violated(f"I9 the register of {step} was {now} and is {then}")
+    users = [i for i in setup.attempts for r in range(RANKS) if old["applied", i, r] == step]
+    if users and not setup.memory:
+        raise Violated(f"I12 incarnation {users[0]} resumed from {step}, whose COMMIT is lost")
 
 
 def _ends(setup: Setup, w: World) -> None:
@@ -114,5 +135,3 @@ def _ends(setup: Setup, w: World) -> None:
         there = all(w["man", step, r] is not None for r in range(RANKS))
         if there and w["commit", step] is None:
             raise Violated(f"L1 nobody commits {step}, and all its manifests are there")
-        if w["commit", step] == ABORT:
-            raise Violated(f"L2 {step} was given up, and nothing was wrong")
