@@ -23,7 +23,7 @@ LOCAL_BITS = 12
 VALUE_BITS = 5
 
 
-class Violated(Exception):
+class ViolatedError(Exception):
     """A property does not hold."""
 
 
@@ -94,7 +94,7 @@ class System:
     """Processes and what must hold.
 
     `holds` are looked at in every state, `moves` at every change of a variable, `ends` in every
-    state in which nobody can do anything. They raise `Violated`. Processes of a pair of `twins`
+    state in which nobody can do anything. They raise `ViolatedError`. Processes of a pair of `twins`
     (by index) are alike in everything: their states are kept in order.
     """
 
@@ -190,7 +190,7 @@ class Explorer:
             while frontier and len(seen) < states_max:
                 frontier, moved = self._level(frontier, seen)
                 transitions += moved
-        except Violated as violation:
+        except ViolatedError as violation:
             return Found(len(seen), transitions, False, str(violation), self._trace())
         return Found(len(seen), transitions, not frontier)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ckptmgr.repository.commit import FROM_SCRATCH
 from ckptmgr.types import StepId
-from model.explore import Local, Move, Violated, World
+from model.explore import Local, Move, ViolatedError, World
 from model.protocol_puts import PUTTING, STOPPED, Records
 from model.protocol_rules import ABORT, RANKS, Rules, Setup, commit_value, committed
 
@@ -30,7 +30,7 @@ def deleted(w: World, step: StepId, keys: list[Any]) -> dict[Any, Any]:
     aborted = register == ABORT and not w["soft", ("commit", step)]
     retired = mark is not None and not w["soft", ("retired", step)]
     if not aborted and not retired:
-        raise Violated(f"I8 data of {step} is deleted before it was given up")
+        raise ViolatedError(f"I8 data of {step} is deleted before it was given up")
     return dict.fromkeys(keys)
 
 
@@ -101,16 +101,18 @@ class Rank:
         commits = standing(w, self._setup)
         newest = max((c for c in commits if c not in rejected), default=FROM_SCRATCH)
         if choice < newest:
-            raise Violated(f"I5 attempt {attempt} resumes from {choice}, and {newest} stands")
+            raise ViolatedError(f"I5 attempt {attempt} resumes from {choice}, and {newest} stands")
         if choice in rejected and choice != FROM_SCRATCH:
-            raise Violated(f"I5 attempt {attempt} goes back to {choice}, which it rejected")
+            raise ViolatedError(f"I5 attempt {attempt} goes back to {choice}, which it rejected")
         if choice in commits or choice == FROM_SCRATCH:
             return
         if w["commit", choice] == ABORT or w["retired", choice]:
-            raise Violated(f"I5 attempt {attempt} resumes from {choice}, which was given up")
+            raise ViolatedError(f"I5 attempt {attempt} resumes from {choice}, which was given up")
         for r in range(RANKS):
             if w["man", choice, r] is None and choice not in (w["have", attempt, r] or ()):
-                raise Violated(f"I6 attempt {attempt} resumes from {choice}: rank {r} lacks it")
+                raise ViolatedError(
+                    f"I6 attempt {attempt} resumes from {choice}: rank {r} lacks it"
+                )
 
     def _complete(self, w: World, attempt: int) -> frozenset[StepId]:
         held = {}

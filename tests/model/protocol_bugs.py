@@ -1,4 +1,4 @@
-"""Seeded bugs of the protocol: small changes to a decision or an order, each of which must be found.
+"""Seeded bugs of the protocol: small changes to a decision or an order; each must be found.
 
 The first word of what is expected is the invariant that the shortest way to it breaks.
 """

@@ -8,7 +8,7 @@ from typing import Any
 
 from ckptmgr.repository.catalog import Listing
 from ckptmgr.types import StepId
-from model.explore import Local, Move, Violated, World
+from model.explore import Local, Move, ViolatedError, World
 from model.protocol import deleted, standing
 from model.protocol_puts import PUTTING, STOPPED, Records, dropped
 from model.protocol_rules import ABORT, RANKS, Rules, Setup, committed
@@ -151,7 +151,7 @@ class Collector:
 
     def _abort(self, w: World, step: StepId) -> Iterable[Move]:
         if not any(committed(w["commit", c]) for c in self._setup.ids() if c > step):
-            raise Violated(f"I8 {step} is given up as garbage, and nothing newer is committed")
+            raise ViolatedError(f"I8 {step} is given up as garbage, and nothing newer is committed")
         if "abort" in self._rules.without:
             return [("no ABORT", ("delete", step, (), ()), {})]
 
@@ -200,11 +200,11 @@ class Reader:
             return [("done", STOPPED, release)]
         register = w["commit", step]
         if not committed(register):
-            raise Violated(f"I7 the COMMIT of {step} is gone while it is held")
+            raise ViolatedError(f"I7 the COMMIT of {step} is gone while it is held")
         nonce = int(register[1][r].rsplit("/", 1)[1])
         found = w["data", step, r, nonce]
         if w["man", step, r] != nonce or found is None:
-            raise Violated(f"I7 rank {r} of {step} is missing while it is held")
+            raise ViolatedError(f"I7 rank {r} of {step} is missing while it is held")
         if found == "rotten":
             return [("damaged", STOPPED, release)]
         return [(f"read rank {r}", ("read", step, r + 1), {})]

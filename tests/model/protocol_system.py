@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from ckptmgr.types import StepId
-from model.explore import Process, System, Violated, World
+from model.explore import Process, System, ViolatedError, World
 from model.protocol import Committer, Rank, standing
 from model.protocol_others import Collector, Fate, Reader, whole
 from model.protocol_puts import is_soft
@@ -73,33 +73,35 @@ def _commit_is_whole(setup: Setup, step: StepId, w: World) -> None:
     names = register[1]
     nonces = {name.rsplit("/", 1)[1] for name in names}
     if len(names) != RANKS or len(nonces) != 1:
-        raise Violated(f"I2 the COMMIT of {step} is of {names}")
+        raise ViolatedError(f"I2 the COMMIT of {step} is of {names}")
     if w["retired", step]:
         return
     for r, name in enumerate(names):
         nonce = int(name.rsplit("/", 1)[1])
         if w["data", step, r, nonce] is None:
-            raise Violated(f"I1 {step} is committed, and packs of rank {r} are missing")
+            raise ViolatedError(f"I1 {step} is committed, and packs of rank {r} are missing")
         found = w["man", step, r]
         if found is None or manifest_name(step, r, found) != name:
-            raise Violated(f"I1 {step} is committed, and its manifest of rank {r} is not there")
+            raise ViolatedError(
+                f"I1 {step} is committed, and its manifest of rank {r} is not there"
+            )
 
 
 def _acked(_setup: Setup, step: StepId, w: World) -> None:
     if w["acked", step] and not committed(w["commit", step]):
-        raise Violated(f"I12 {step} was acknowledged, and is no commit any more")
+        raise ViolatedError(f"I12 {step} was acknowledged, and is no commit any more")
 
 
 def _one_start(incarnation: int, w: World) -> None:
     applied = [w["applied", incarnation, r] for r in range(RANKS)]
     if None not in applied and len(set(applied)) > 1:
-        raise Violated(f"I6 the ranks of one attempt start from {[*map(str, applied)]}")
+        raise ViolatedError(f"I6 the ranks of one attempt start from {[*map(str, applied)]}")
 
 
 def _something_stands(setup: Setup, w: World) -> None:
-    if any(w["retired", c] for c in setup.ids()):
-        if not any(whole(w, c) for c in standing(w, setup)):
-            raise Violated("I3 steps were given up, and none is left to restore")
+    given_up = any(w["retired", c] for c in setup.ids())
+    if given_up and not any(whole(w, c) for c in standing(w, setup)):
+        raise ViolatedError("I3 steps were given up, and none is left to restore")
 
 
 def _moves(setup: Setup, old: World, new: World, changes: Mapping[Hashable, Any]) -> None:
@@ -110,12 +112,12 @@ def _moves(setup: Setup, old: World, new: World, changes: Mapping[Hashable, Any]
         elif kind == "retired" and new[kind, step] and not old[kind, step]:
             newer = [c for c in standing(new, setup) if c > step]
             if len(newer) < STANDING_MIN:
-                raise Violated(f"I3 {step} is given up behind {[*map(str, newer)]} only")
+                raise ViolatedError(f"I3 {step} is given up behind {[*map(str, newer)]} only")
     if touched:
         before = [c for c in standing(old, setup) if not is_soft(old, ("commit", c))]
         after = standing(new, setup)
         if before and (not after or after[-1] < before[-1]):
-            raise Violated(f"I4 the last consistent step goes back from {before[-1]}")
+            raise ViolatedError(f"I4 the last consistent step goes back from {before[-1]}")
 
 
 def _register_changes(setup: Setup, old: World, new: World, step: StepId) -> None:
@@ -124,14 +126,14 @@ def _register_changes(setup: Setup, old: World, new: World, step: StepId) -> Non
     if now == then:
         return
     if then is not None or not is_soft(old, key):
-        raise Violated(f"I9 the register of {step} was {now} and is {then}")
+        raise ViolatedError(f"I9 the register of {step} was {now} and is {then}")
     users = [i for i in setup.attempts for r in range(RANKS) if old["applied", i, r] == step]
     if users and not setup.memory:
-        raise Violated(f"I12 incarnation {users[0]} resumed from {step}, whose COMMIT is lost")
+        raise ViolatedError(f"I12 incarnation {users[0]} resumed from {step}, whose COMMIT is lost")
 
 
 def _ends(setup: Setup, w: World) -> None:
     for step in setup.ids():
         there = all(w["man", step, r] is not None for r in range(RANKS))
         if there and w["commit", step] is None:
-            raise Violated(f"L1 nobody commits {step}, and all its manifests are there")
+            raise ViolatedError(f"L1 nobody commits {step}, and all its manifests are there")

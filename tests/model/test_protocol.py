@@ -6,7 +6,7 @@ import multiprocessing
 
 import pytest
 
-from model.explore import Found, Process, System, Violated, World, explore
+from model.explore import Found, Process, System, ViolatedError, World, explore
 from model.protocol_bugs import BUGS
 from model.protocol_setups import FULL, NORMAL
 from model.protocol_system import system_of
@@ -60,7 +60,7 @@ def test_there_are_enough_seeded_bugs() -> None:
     assert len(BUGS) >= 25
 
 
-# -- the checker itself -----------------------------------------------------------------------------
+# -- the checker itself --------------------------------------------------------------------------
 
 
 def counter(name: str, ends_at: int) -> Process:
@@ -89,7 +89,7 @@ def test_twins_are_seen_once() -> None:
 def test_the_shortest_way_to_a_violation_is_told() -> None:
     def small(world: World) -> None:
         if (world["a"] or 0) + (world["b"] or 0) >= 5 and world["b"] == 1:
-            raise Violated("too much")
+            raise ViolatedError("too much")
 
     found = explore(System((counter("a", 5), counter("b", 4)), holds=(small,)))
     assert found.violation == "too much"
@@ -100,7 +100,7 @@ def test_the_shortest_way_to_a_violation_is_told() -> None:
 def test_an_end_that_is_not_one_is_told() -> None:
     def end(world: World) -> None:
         if world["a"] != 2:
-            raise Violated("stuck")
+            raise ViolatedError("stuck")
 
     assert not explore(System((counter("a", 2),), ends=end)).violation
     assert explore(System((counter("a", 3),), ends=end)).violation == "stuck"
