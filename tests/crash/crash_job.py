@@ -17,7 +17,7 @@ from ckptmgr.daemon.resume import (
     put_active,
     standing_of,
 )
-from ckptmgr.daemon.retain import collect
+from ckptmgr.daemon.retain import collect, retire
 from ckptmgr.errors import ObjectNotFoundError
 from ckptmgr.repository import commit, keys
 from ckptmgr.repository.budget import BufferPool
@@ -30,7 +30,7 @@ from ckptmgr.repository.pack import pack_header
 from ckptmgr.repository.record import Kind, digest_of, unseal
 from ckptmgr.repository.rules import complete_steps, resume_order
 from ckptmgr.staging.layout import encode_layout
-from ckptmgr.store.base import Buffers, PutResult, Store
+from ckptmgr.store.base import Store
 from ckptmgr.types import PAGE_BYTES, Group, Layout, Leaf, Snapshot, StepId
 from crash.crash_store import CrashStore, Sealed, State, ViolatedError
 
@@ -139,12 +139,16 @@ class Job:
         """Read a committed step back under a hold and compare every bit."""
         decision = await self.catalog.decision(step)
         async with held_step(self.store, step):
-            for rank in range(decision.world):
-                sealed = await self.catalog.manifest(decision, rank)
-                ((pack, nbytes),) = sealed.manifest.packs
-                found = bytes(await self.store.get(pack))
-                if found != pack_of(pack, step, rank, decision.nonce) or len(found) != nbytes:
-                    raise ViolatedError(f"I11 rank {rank} of {step} is not what was saved")
+            await self.fetch(decision)
+
+    async def fetch(self, decision: Decision) -> None:
+        """Compare every bit of a step that is held."""
+        for rank in range(decision.world):
+            sealed = await self.catalog.manifest(decision, rank)
+            ((pack, nbytes),) = sealed.manifest.packs
+            found = bytes(await self.store.get(pack))
+            if found != pack_of(pack, decision.id, rank, decision.nonce) or len(found) != nbytes:
+                raise ViolatedError(f"I11 rank {rank} of {decision.id} is not what was saved")
 
     # -- saves --------------------------------------------------------------------------------
 
@@ -232,9 +236,7 @@ def _decision(key: str, record: bytes) -> Decision:
 def check(state: State) -> None:
     """The invariants of a store, by an oracle that looks at its objects only."""
     objects = state.objects
-    registers = [
-        _decision(key, blob) for key, blob in objects.items() if key.startswith("commit/")
-    ]
+    registers = [_decision(key, blob) for key, blob in objects.items() if key.startswith("commit/")]
     commits = sorted(d.id for d in registers if d.committed)
     lost = state.ledger.acked - set(commits)
     if lost:
@@ -295,7 +297,7 @@ async def second_run(job: Job) -> None:
 
 
 async def reading(job: Job) -> None:
-    """A step is held while it would be given up, and then is not any more."""
+    """A step is held while it would be given up, and another when that has just been decided."""
     await job.enter()
     for step in (1, 2):
         await job.save(step)
@@ -305,6 +307,11 @@ async def reading(job: Job) -> None:
     await job.read(StepId(job.attempt, 1))
     await release_hold(job.store, StepId(job.attempt, 1), "somebody")
     await job.save(4)
+    held = await job.catalog.decision(StepId(job.attempt, 2))
+    await put_hold(job.store, held.id, "somebody", "since the listing")
+    await retire(job.store, held.id, "not held in the listing")
+    await job.fetch(held)
+    await release_hold(job.store, held.id, "somebody")
     await job.collect()
 
 
@@ -344,5 +351,3 @@ SCRIPTS: dict[str, tuple[int, Script]] = {
     "reading": (2, reading),
     "zombie": (3, zombie),
 }
-
-__all__ = ["SCRIPTS", "Buffers", "Job", "PutResult", "check", "last_recovery", "recovery"]

@@ -6,6 +6,7 @@ the code runs once, whole, and every crash of it is a copy of a dict.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -110,6 +111,7 @@ class CrashStore(Store):
         self._ambiguous = ambiguous
         self.ledger = state.ledger
         self.instants: list[tuple[State, Change]] = []
+        self._keys: list[str] | None = None
 
     @property
     def url(self) -> str:
@@ -126,6 +128,7 @@ class CrashStore(Store):
     def _note(self, change: Change) -> bool:
         """Remember the instant; whether the answer to this change is lost."""
         self.instants.append((self.now, change))
+        self._keys = None
         return len(self.instants) - 1 == self._ambiguous
 
     async def put_new(self, key: str, buffers: Buffers) -> PutResult:
@@ -155,7 +158,11 @@ class CrashStore(Store):
         return into
 
     async def list(self, prefix: str) -> list[str]:
-        return sorted(key for key in self._objects if key.startswith(prefix))
+        if self._keys is None:
+            self._keys = sorted(self._objects)
+        # "0" is the character after "/", with which every prefix ends.
+        end = f"{prefix[:-1]}0"
+        return self._keys[bisect_left(self._keys, prefix) : bisect_left(self._keys, end)]
 
     async def delete(self, key: str) -> None:
         lost = self._note(Change("delete", key))
