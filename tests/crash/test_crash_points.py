@@ -164,7 +164,7 @@ def test_there_are_enough_points() -> None:
     assert sum(POINTS_MIN.values()) >= 100_000
 
 
-# -- seeded bugs ------------------------------------------------------------------------------------
+# -- seeded bugs ----------------------------------------------------------------------------------
 
 
 async def _delete_first(store: Store, step: StepId, why: str) -> bool:

@@ -94,8 +94,8 @@ class System:
     """Processes and what must hold.
 
     `holds` are looked at in every state, `moves` at every change of a variable, `ends` in every
-    state in which nobody can do anything. They raise `ViolatedError`. Processes of a pair of `twins`
-    (by index) are alike in everything: their states are kept in order.
+    state in which nobody can do anything. They raise `ViolatedError`. Processes of a pair of
+    `twins` (by index) are alike in everything: their states are kept in order.
     """
 
     processes: tuple[Process, ...]
@@ -106,6 +106,7 @@ class System:
     ends: Callable[[World], None] | None = None
     bits_of: Callable[[Any], int] = lambda _key: VALUE_BITS
     twins: tuple[tuple[int, int], ...] = ()
+    local_bits: int = LOCAL_BITS
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ class Explorer:
         firsts = {second: first for first, second in system.twins}
         self._twins = []
         for at, process in enumerate(system.processes):
-            own = self._space.add(LOCAL_BITS, process.start)
+            own = self._space.add(system.local_bits, process.start)
             if at in firsts:
                 # Twins share the numbers of their states, so that these can change places.
                 elder = self._runners[firsts[at]].own
