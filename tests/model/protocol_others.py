@@ -87,7 +87,7 @@ class Collector:
         victims = self._rules.victims(commits, frozenset(listing.holds), self._setup.keep)
         if victims:
             yield f"victims {[*map(str, victims)]}", ("verify", (*victims,), (*commits,))
-        for step in self._rules.garbage(listing, stored, commits[0] if commits else None):
+        for step in self._rules.garbage(listing, stored, commits):
             yield f"garbage {step}", ("abort", step)
         for step in sorted(stored & decided):
             if step in marks and step not in listing.holds:
