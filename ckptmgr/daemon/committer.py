@@ -167,11 +167,10 @@ class Committer:
 
     async def _registered(self, step: StepId) -> Decision | None:
         try:
-            decision = await self._catalog.decision(step)
+            await self._store.make_durable(keys.commit(step))
+            return await self._catalog.decision(step)
         except ObjectNotFoundError:
             return None
-        await self._store.make_durable(keys.commit(step))
-        return decision
 
     async def _present(self, watch: Watch) -> tuple[int, ...]:
         """Ranks whose manifest is in the store. Their nonces are looked at when all are there."""
@@ -206,9 +205,8 @@ class Committer:
                 return own
             key = keys.manifest(watch.id, rank)
             async with gate:
-                found = read_manifest(watch.id, rank, await read_record(self._store, key))
                 await self._store.make_durable(key)
-            return found
+                return read_manifest(watch.id, rank, await read_record(self._store, key))
 
         found = await asyncio.gather(*map(one, range(watch.world)))
         nonces = {one.manifest.rank: one.manifest.nonce for one in found}

@@ -189,6 +189,9 @@ class Reader:
             choice = await self._choose(
                 session, request.step, request.of_attempt, rejected, skipped
             )
+            if session.chosen is not None and session.chosen.decision is not None:
+                # Visible is not durable: what training goes on from must survive a power cut.
+                await job.store.make_durable(keys.commit(choice))
             decided = await decide_resume(job.store, session.attempt, k, choice)
         job.resumed_from[session.attempt] = decided
         if decided == FROM_SCRATCH:

@@ -205,9 +205,8 @@ async def await_resume(store: Store, attempt: int, k: int) -> StepId | None:
     pause = DECISION_LOOK_SECONDS_MIN
     while True:
         try:
-            found = await get_record(store, Kind.RESUME, key, Resume)
             await store.make_durable(key)
-            return found.id
+            return (await get_record(store, Kind.RESUME, key, Resume)).id
         except ObjectNotFoundError:
             if time.monotonic() >= deadline:
                 return None

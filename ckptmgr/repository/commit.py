@@ -156,9 +156,10 @@ async def decide(store: Store, kind: Kind, key: str, payload: T) -> T:
     """Put `payload` into a register, or return what somebody else decided, made durable."""
     if await put_record(store, kind, key, payload) is PutResult.OK:
         return payload
-    decided = await get_record(store, kind, key, type(payload))
+    # Durable first, then read: what is read before may be lost in a power cut of the store, and
+    # another decision be made durable in its place.
     await store.make_durable(key)
-    return decided
+    return await get_record(store, kind, key, type(payload))
 
 
 async def check_format(store: Store, *, create: bool) -> bool:
