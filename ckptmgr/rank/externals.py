@@ -38,7 +38,7 @@ _NAMED: dict[type, str] = {
     torch.layout: "torch.layout",
     torch.memory_format: "torch.memory_format",
 }
-_LAYOUTS = {
+LAYOUTS = {
     name: getattr(torch, name)
     for name in ("strided", "sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc")
 }
@@ -186,7 +186,7 @@ def assemble(external: External) -> Any:
 
 
 def _assemble_sparse(kind: str, attributes: Any, children: Any) -> Tensor:
-    layout = _LAYOUTS[kind.removeprefix("torch.")]
+    layout = LAYOUTS[kind.removeprefix("torch.")]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "sparse CSR support is in beta"
         if layout == torch.sparse_coo:
@@ -321,7 +321,7 @@ _Build = Callable[[Any, Any], Any]
 _BUILDERS: dict[str, _Build] = {
     "torch.dtype": lambda name, _: dtype_of(name),
     "torch.device": lambda name, _: torch.device(name),
-    "torch.layout": lambda name, _: _LAYOUTS[name],
+    "torch.layout": lambda name, _: LAYOUTS[name],
     "torch.memory_format": lambda name, _: _MEMORY_FORMATS[name],
     "torch.Size": lambda sizes, _: torch.Size(sizes),
     "torch.Generator": _assemble_generator,

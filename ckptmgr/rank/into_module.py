@@ -1,44 +1,72 @@
-"""A saved state_dict goes into a live module: checked first, then copied into what exists."""
+"""A saved state_dict goes into a live module: checked first, then written into what exists.
+
+Where only torch.nn takes part, the tensors are written in place, one part from each rank that holds
+one, and load_state_dict is not called. Code of the user gets new tensors, by load_state_dict.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+import torch
 
 from ckptmgr.errors import StateMismatchError
+from ckptmgr.rank.living import live_box, live_part
 from ckptmgr.rank.names import match_names
-from ckptmgr.rank.saved import Clones, SavedLeaf, fresh
-from ckptmgr.rank.tensors import carried
+from ckptmgr.rank.regions import Clones, SavedLeaf
+from ckptmgr.rank.saved import fresh
+from ckptmgr.rank.wants import Tie, Wants, part_like
 from ckptmgr.staging.paths import segment
+from ckptmgr.rank.outline import kind_of, outline
 
 _EXTRA_STATE = "_extra_state"
-_LOADING_METHODS = ("load_state_dict", "_load_from_state_dict", "set_extra_state")
+_METHODS = (
+    "get_extra_state",
+    "load_state_dict",
+    "set_extra_state",
+    "state_dict",
+    "_load_from_state_dict",
+    "_save_to_state_dict",
+)
+_TORCH = ("torch.nn.", "torch.distributed.")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ModuleLoad:
-    """A state_dict that fits `module`; `own_code` if classes of the user take part in loading."""
+    """A saved state_dict for a module that loads it by code of its own.
+
+    `items` are (live name, saved item, live item).
+    """
 
     path: str
     module: nn.Module
-    state: OrderedDict[str, Any]
-    own_code: bool
+    items: list[tuple[str, Any, Any]]
+    versions: OrderedDict[str, Any] | None
     ignored: frozenset[str]
+    state: OrderedDict[str, Any] = field(default_factory=OrderedDict)
+
+    def build(self, clones: Clones) -> None:
+        """Make the state that it will be given; nothing in it is in saved memory."""
+        for name, saved, live in self.items:
+            spread = type(saved) is SavedLeaf and is_spread(live)
+            self.state[name] = (
+                part_like(live, saved, clones.regions) if spread else fresh(saved, clones)
+            )
+        if self.versions is not None:
+            self.state._metadata = self.versions  # type: ignore[attr-defined]
 
     def backup(self) -> Any:
-        """What `undo` needs; taken only where loading can fail half-way."""
-        return copy.deepcopy(self.module.state_dict()) if self.own_code else None
+        """What `undo` needs."""
+        return copy.deepcopy(self.module.state_dict())
 
     def undo(self, backup: Any) -> None:
         """Put back what `backup` kept."""
-        if backup is not None:
-            self.module.load_state_dict(backup, strict=False)
+        self.module.load_state_dict(backup, strict=False)
 
     def apply(self) -> None:
         """Load it.
@@ -54,123 +82,119 @@ class ModuleLoad:
             )
 
 
-def plan_module(
-    path: str, module: nn.Module, saved: Any, clones: Clones, problems: list[str]
-) -> ModuleLoad | None:
-    """Compare a saved state_dict with a live module; what differs is added to `problems`."""
+def plan_module(path: str, module: nn.Module, saved: Any, wants: Wants) -> ModuleLoad | None:
+    """Compare a saved state_dict with a live module, and want what it takes.
+
+    Returns what has to be loaded by the module itself; None if all is written in place.
+    """
     live = module.state_dict()
     if not isinstance(saved, dict) or not all(isinstance(name, str) for name in saved):
-        problems.append(f"{path}: is a module, but no state_dict was saved")
+        wants.problems.append(f"{path}: is a module, but no state_dict was saved")
         return None
     matched = match_names(saved, live)
-    _compare_names(path, saved, live, matched, problems)
+    _compare_names(path, saved, live, matched, wants)
     for name, live_name in matched.items():
-        _compare(f"{path}/{segment(name)}", saved[name], live[live_name], problems)
-    _compare_ties(path, saved, live, matched, problems)
-    own_code = has_own_code(module)
-    state: OrderedDict[str, Any] = OrderedDict(
-        (matched[name], _to_load(item, clones, own_code=own_code))
-        for name, item in saved.items()
-        if name in matched
-    )
-    _rename_metadata(saved, live, state)
+        _compare(f"{path}/{segment(name)}", saved[name], live[live_name], wants.problems)
+    pairs = [(name, saved[name], live[live_name]) for name, live_name in matched.items()]
+    if not has_own_code(module) and all(_is_plain(item, there) for _, item, there in pairs):
+        _want_in_place(path, pairs, wants)
+        return None
+    _want_in_place(path, pairs, wants, ties_only=True)
+    for _, item, there in pairs:
+        if type(item) is SavedLeaf and is_spread(there):
+            wants.part(item.whole.path, item.whole, live_box(there))
+        else:
+            wants.all_of(item)
     known = set(dict(module.named_parameters(remove_duplicate=False)))
     known |= set(dict(module.named_buffers(remove_duplicate=False)))
-    return ModuleLoad(path, module, state, own_code, frozenset(known - set(live)))
+    items = [(matched[name], item, there) for name, item, there in pairs]
+    return ModuleLoad(path, module, items, _versions(saved, live), frozenset(known - set(live)))
 
 
 def has_own_code(module: nn.Module) -> bool:
-    """Whether anything but torch.nn takes part in loading: it may keep what it is given."""
+    """Whether anything but torch takes part in its state: it may keep or change what it is given."""
     for part in module.modules():
-        if part._load_state_dict_pre_hooks or part._load_state_dict_post_hooks:
+        hooks = [
+            *part._load_state_dict_pre_hooks.values(),
+            *part._load_state_dict_post_hooks.values(),
+            *part._state_dict_pre_hooks.values(),
+            *part._state_dict_hooks.values(),
+        ]
+        if not all(_home(hook).startswith(_TORCH) for hook in hooks):
             return True
-        for method in _LOADING_METHODS:
-            home = getattr(getattr(type(part), method), "__module__", "")
-            if not home.startswith("torch.nn."):
-                return True
+        if not all(_home(getattr(type(part), name)).startswith(_TORCH) for name in _METHODS):
+            return True
     return False
 
 
-def _to_load(item: Any, clones: Clones, *, own_code: bool) -> Any:
-    if type(item) is SavedLeaf and not own_code:
-        return item.view
-    return fresh(item, clones)
+def _home(code: Any) -> str:
+    """The module that a hook or a method was written in."""
+    while (inner := getattr(code, "func", None) or getattr(code, "hook", None)) is not None:
+        code = inner
+    return str(getattr(code, "__module__", ""))
+
+
+def is_spread(live: Any) -> bool:
+    """Whether this process holds only a part of a tensor."""
+    return isinstance(live, Tensor) and live_part(live)[1] is not live
+
+
+def _is_plain(saved: Any, live: Any) -> bool:
+    """Whether a saved tensor can be written into a live one in place."""
+    if type(saved) is not SavedLeaf or not isinstance(live, Tensor) or is_lazy(live):
+        return False
+    return live.layout == torch.strided and not live.is_quantized
+
+
+def _want_in_place(
+    path: str, pairs: list[tuple[str, Any, Any]], wants: Wants, *, ties_only: bool = False
+) -> None:
+    """Want each saved tensor; tied live ones once, as they can hold one value only."""
+    seen: dict[Any, tuple[str, SavedLeaf]] = {}
+    for name, saved, live in pairs:
+        if not _is_plain(saved, live):
+            continue
+        shown = f"{path}/{segment(name)}"
+        box, local = live_part(live)
+        place = (local.device, local.data_ptr(), local.shape, local.stride())
+        if local.numel() and place in seen:
+            first, other = seen[place]
+            if other.whole is not saved.whole:
+                wants.part(shown, saved.whole, box)
+                wants.part(shown, other.whole, box)
+                wants.ties.append(Tie(shown, first, other.whole, saved.whole, box))
+            continue
+        seen[place] = name, saved
+        if not ties_only:
+            wants.write(shown, live, saved)
 
 
 def _compare_names(
-    path: str, saved: Any, live: Any, matched: dict[str, str], problems: list[str]
+    path: str, saved: Any, live: Any, matched: dict[str, str], wants: Wants
 ) -> None:
     known = set(matched.values())
-    problems.extend(
+    wants.problems.extend(
         f"{path}/{segment(name)}: is in the live state, but was not saved"
         for name in live
         if name not in known
     )
-    problems.extend(
-        f"{path}/{segment(name)}: was saved, but is not in the live state"
-        for name in saved
-        if name not in matched
-    )
+    wants.leave(f"{path}/{segment(name)}" for name in saved if name not in matched)
 
 
 def _compare(path: str, saved: Any, live: Any, problems: list[str]) -> None:
     if path.endswith(_EXTRA_STATE) or is_lazy(live) or not isinstance(live, Tensor):
         return
-    found = saved.view if type(saved) is SavedLeaf else saved
-    if not isinstance(found, Tensor):
-        problems.append(f"{path}: is a tensor, but a {type(saved).__name__} was saved")
-        return
-    difference = tensor_difference(found, live)
-    if difference:
+    found = outline(saved)
+    if found is None:
+        problems.append(f"{path}: is a tensor, but a {kind_of(saved)} was saved")
+    elif (difference := found.difference(live)) != "":
         problems.append(f"{path}: {difference}")
 
 
-def tensor_difference(saved: Tensor, live: Tensor) -> str:
-    """How shape or dtype differ, or an empty string."""
-    if saved.shape != live.shape:
-        return f"has shape {list(live.shape)}, but {list(saved.shape)} was saved"
-    if saved.layout != live.layout:
-        return f"is {live.layout}, but {saved.layout} was saved"
-    if saved.dtype != live.dtype:
-        return f"is {live.dtype}, but {saved.dtype} was saved"
-    return ""
-
-
-def _compare_ties(
-    path: str, saved: Any, live: Any, matched: dict[str, str], problems: list[str]
-) -> None:
-    """Tied tensors can hold one value only; two different saved ones do not fit."""
-    seen: dict[Any, str] = {}
-    for name, live_name in matched.items():
-        here, there = saved[name], live[live_name]
-        if type(here) is not SavedLeaf or not isinstance(there, Tensor) or not there.numel():
-            continue
-        if is_lazy(there) or there.layout != torch.strided:
-            continue
-        place = (there.device, there.data_ptr(), there.shape, there.stride())
-        first = seen.setdefault(place, name)
-        one, other = saved[first], here
-        if type(one) is SavedLeaf and one.view is not other.view and not _same(one, other):
-            problems.append(
-                f"{path}/{segment(name)}: is tied to {first} in the live state, "
-                "but they differ in the saved one"
-            )
-
-
-def _same(one: SavedLeaf, other: SavedLeaf) -> bool:
-    # Bits, not values: NaN is equal to itself here.
-    if one.view.dtype != other.view.dtype or one.view.shape != other.view.shape:
-        return False
-    left, right = carried(one.view), carried(other.view)
-    as_bytes = left.flatten().view(torch.uint8), right.flatten().view(torch.uint8)
-    return torch.equal(*as_bytes)
-
-
-def _rename_metadata(saved: Any, live: Any, state: OrderedDict[str, Any]) -> None:
+def _versions(saved: Any, live: Any) -> OrderedDict[str, Any] | None:
     """Versions of submodules, by which torch.nn upgrades what older modules saved."""
-    metadata = getattr(saved, "_metadata", None)
-    if metadata is None:
-        return
-    matched = match_names(metadata, getattr(live, "_metadata", {}))
-    renamed = {matched.get(name, name): item for name, item in metadata.items()}
-    state._metadata = OrderedDict(renamed)  # type: ignore[attr-defined]
+    versions = getattr(saved, "_metadata", None)
+    if versions is None:
+        return None
+    matched = match_names(versions, getattr(live, "_metadata", {}))
+    return OrderedDict((matched.get(name, name), item) for name, item in versions.items())
