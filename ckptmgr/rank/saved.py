@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ckptmgr.errors import HostBufferDamagedError
-from ckptmgr.rank.externals import assemble
+from ckptmgr.rank.externals import OPTIMIZER, assemble
 from ckptmgr.rank.tensors import IS_PARAMETER, REQUIRES_GRAD, carried, dtype_of
 from ckptmgr.staging.revive import decode_tree, decode_values
 from ckptmgr.staging.values import MAPPING_TAGS, External
@@ -102,7 +102,8 @@ def _dress(base: Tensor, flags: int) -> Tensor:
 def read_state(saved: Saved, *, clones: Clones | None = None) -> Any:
     """The nested state, with a `SavedLeaf` for each tensor.
 
-    Objects that are put together from tensors (sparse tensors, arrays) get clones.
+    Objects that are put together from tensors (sparse tensors, arrays) get clones; the state of
+    an optimizer is keyed by position again.
 
     Raises:
         RecordDamagedError: tree or values can not be read.
@@ -112,6 +113,8 @@ def read_state(saved: Saved, *, clones: Clones | None = None) -> Any:
     copies = Clones() if clones is None else clones
 
     def external(parts: External) -> Any:
+        if parts.kind == OPTIMIZER:
+            return assemble(parts)
         children = {name: fresh(child, copies) for name, child in parts.children.items()}
         return assemble(External(parts.kind, parts.attributes, children))
 
