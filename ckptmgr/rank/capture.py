@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from torch.optim import Optimizer
 from ckptmgr.errors import CkptmgrError, UnsupportedLeafError, UsageError
 from ckptmgr.rank.externals import externalize
 from ckptmgr.rank.frame import Frame, make_frame, sources_again
+from ckptmgr.rank.objects import Objects, find_objects
+from ckptmgr.rank.optimizers import by_name
 from ckptmgr.rank.overlap import LOOK_SECONDS_MAX, CopyThread, Job, Latch, Turn
 from ckptmgr.rank.randomness import RNG_KEY, Generators
 from ckptmgr.rank.tensors import LEAF_TYPES, is_leaf, local_part
@@ -116,6 +119,7 @@ class Capture:
         self._rng = rng
         self._overlap = overlap
         self._frame: Frame | None = None
+        self._objects = Objects()
         self._optimizers: list[Optimizer] = []
         self._hooks: dict[int, tuple[Optimizer, Any]] = {}
         self._written_by_hand: set[str] = set()
@@ -151,6 +155,7 @@ class Capture:
     def _expand(self, item: Any) -> Any:
         if isinstance(item, Optimizer):
             self._optimizers.append(item)
+            return by_name(item.state_dict(), self._objects.names(item))
         return item.state_dict()
 
     def _again(self, live: dict[str, Any]) -> tuple[list[Tensor], bytes] | None:
@@ -165,6 +170,7 @@ class Capture:
 
     def _anew(self, live: dict[str, Any]) -> tuple[list[Tensor], bytes]:
         self._optimizers.clear()
+        self._objects = find_objects(live)
         flat = flatten(live, self._seams)
         values = encode_flat_values(flat)
         frame = make_frame(flat, self._seams)
@@ -181,8 +187,9 @@ class Capture:
         Raises:
             UnsupportedLeafError: a leaf that can not be stored exactly, with its path.
         """
-        seams = replace(SEAMS, expand=_predicted)
-        flat = flatten(live_state(self._state, rng=self._rng), seams)
+        live = live_state(self._state, rng=self._rng)
+        seams = replace(SEAMS, expand=partial(_predicted, find_objects(live)))
+        flat = flatten(live, seams)
         values = encode_flat_values(flat)
         frame = make_frame(flat, seams, with_meta=True)
         table_bytes = table_bytes_needed(len(frame.layout_bytes), len(values) * 2 + PAGE_BYTES)
@@ -276,6 +283,7 @@ class Capture:
         self._hook([])
         self._views.clear()
         self._optimizers.clear()
+        self._objects = Objects()
         self._frame = None
 
 
@@ -314,8 +322,10 @@ SEAMS = Seams(
 )
 
 
-def _predicted(item: Any) -> Any:
-    return predicted_state_dict(item) if isinstance(item, Optimizer) else item.state_dict()
+def _predicted(objects: Objects, item: Any) -> Any:
+    if isinstance(item, Optimizer):
+        return by_name(predicted_state_dict(item), objects.names(item))
+    return item.state_dict()
 
 
 def _tensors_of(optimizers: list[Optimizer]) -> Iterator[Tensor]:

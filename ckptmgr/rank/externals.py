@@ -13,6 +13,7 @@
 | numpy.Generator | class of the bit generator, its state with arrays as lists | |
 | numpy.RandomState | its state with arrays as lists | |
 | random.Random | getstate() | |
+| torch.optim | nil | entries of the state_dict, `state` and `param_groups` keyed by names |
 """
 
 from __future__ import annotations
@@ -28,9 +29,13 @@ import torch
 from torch import Tensor
 
 from ckptmgr.errors import StateMismatchError
+from ckptmgr.rank.optimizers import NamedState, by_position
 from ckptmgr.rank.tensors import LEAF_TYPES, dtype_name, dtype_of, is_leaf, why_not
 from ckptmgr.staging.paths import Trail
 from ckptmgr.staging.values import External, LeafInValueError, numpy_dtype, refuse
+
+OPTIMIZER = "torch.optim"
+"""The one kind whose children may be what stands for a tensor; they are not cloned for it."""
 
 _NAMED: dict[type, str] = {
     torch.dtype: "torch.dtype",
@@ -75,6 +80,8 @@ def externalize(item: Any, trail: Trail) -> External | None:
         return External(_NAMED[type(item)], str(item).removeprefix("torch."), {})
     if type(item) is torch.Size:
         return External("torch.Size", list(item), {})
+    if type(item) is NamedState:
+        return External(OPTIMIZER, None, item.entries)
     if type(item) is torch.Generator:
         return External("torch.Generator", str(item.device), {"state": item.get_state()})
     return _python_generator(item, trail)
@@ -331,4 +338,5 @@ _BUILDERS: dict[str, _Build] = {
     "numpy.Generator": _assemble_numpy_generator,
     "numpy.RandomState": _assemble_random_state,
     "random.Random": _assemble_random,
+    OPTIMIZER: lambda _, entries: by_position(entries),
 }

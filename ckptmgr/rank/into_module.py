@@ -11,18 +11,18 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-import torch
 
 from ckptmgr.errors import StateMismatchError
-from ckptmgr.rank.living import live_box, live_part
+from ckptmgr.rank.living import is_spread, live_box, live_part
 from ckptmgr.rank.names import match_names
+from ckptmgr.rank.outline import kind_of, outline
 from ckptmgr.rank.regions import Clones, SavedLeaf
 from ckptmgr.rank.saved import fresh
 from ckptmgr.rank.wants import Tie, Wants, part_like
 from ckptmgr.staging.paths import segment
-from ckptmgr.rank.outline import kind_of, outline
 
 _EXTRA_STATE = "_extra_state"
 _METHODS = (
@@ -49,6 +49,7 @@ class ModuleLoad:
     versions: OrderedDict[str, Any] | None
     ignored: frozenset[str]
     state: OrderedDict[str, Any] = field(default_factory=OrderedDict)
+    own_code: bool = True
 
     def build(self, clones: Clones) -> None:
         """Make the state that it will be given; nothing in it is in saved memory."""
@@ -112,7 +113,7 @@ def plan_module(path: str, module: nn.Module, saved: Any, wants: Wants) -> Modul
 
 
 def has_own_code(module: nn.Module) -> bool:
-    """Whether anything but torch takes part in its state: it may keep or change what it is given."""
+    """Whether anything but torch takes part in its state: it may keep what it is given."""
     for part in module.modules():
         hooks = [
             *part._load_state_dict_pre_hooks.values(),
@@ -132,11 +133,6 @@ def _home(code: Any) -> str:
     while (inner := getattr(code, "func", None) or getattr(code, "hook", None)) is not None:
         code = inner
     return str(getattr(code, "__module__", ""))
-
-
-def is_spread(live: Any) -> bool:
-    """Whether this process holds only a part of a tensor."""
-    return isinstance(live, Tensor) and live_part(live)[1] is not live
 
 
 def _is_plain(saved: Any, live: Any) -> bool:
@@ -169,9 +165,7 @@ def _want_in_place(
             wants.write(shown, live, saved)
 
 
-def _compare_names(
-    path: str, saved: Any, live: Any, matched: dict[str, str], wants: Wants
-) -> None:
+def _compare_names(path: str, saved: Any, live: Any, matched: dict[str, str], wants: Wants) -> None:
     known = set(matched.values())
     wants.problems.extend(
         f"{path}/{segment(name)}: is in the live state, but was not saved"

@@ -26,6 +26,11 @@ def live_box(tensor: Tensor) -> Box:
     return live_part(tensor)[0]
 
 
+def is_spread(item: Any) -> bool:
+    """Whether it is a tensor of which this process holds only a part."""
+    return isinstance(item, DTensor)
+
+
 def like(pattern: Tensor, local: Tensor) -> Tensor:
     """A tensor that is spread over processes as `pattern` is, with this local part."""
     if not isinstance(pattern, DTensor):

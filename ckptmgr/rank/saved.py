@@ -8,15 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ckptmgr.errors import RecordDamagedError, StateError
-from ckptmgr.rank.externals import assemble
+from ckptmgr.rank.externals import OPTIMIZER, assemble
+from ckptmgr.rank.optimizers import by_position
 from ckptmgr.rank.regions import Clones, SavedLeaf
 from ckptmgr.rank.sources import Sources, Table
 from ckptmgr.staging.revive import decode_tree, decode_values
 from ckptmgr.staging.values import MAPPING_TAGS, External
 from ckptmgr.types import Layout
-
-OPTIMIZER = "torch.optim"
-"""Kind of the External that an optimizer is: `state` and `param_groups`, by parameter name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +80,7 @@ def _decoded(sources: Sources, table: Table) -> Any:
 def _kept(parts: External) -> Any:
     """What has tensors waits until their bytes are there."""
     if parts.kind == OPTIMIZER:
-        groups, state = parts.children["param_groups"], parts.children["state"]
-        if not isinstance(state, dict) or not all(type(g["params"]) is list for g in groups):
-            raise ValueError("no state and groups of parameters")
+        by_position(parts.children)  # which shows that it holds together
         return parts
     return parts if parts.children else assemble(parts)
 
@@ -115,12 +111,12 @@ def _joined(mine: Any, other: Any, *, top: bool = False) -> Any:
     if type(mine) not in MAPPING_TAGS:
         return mine
     takes_all = top or hasattr(mine, "_metadata")
-    items = {
-        key: _joined(item, other[key]) if key in other else item for key, item in mine.items()
+    items = {key: _joined(item, other[key]) if key in other else item for key, item in mine.items()}
+    items |= {
+        key: item
+        for key, item in other.items()
+        if key not in mine and (takes_all or has_shared(item))
     }
-    for key, item in other.items():
-        if key not in mine and (takes_all or _is_shared(item)):
-            items[key] = item
     made = like_mapping(mine, items)
     if hasattr(mine, "_metadata"):
         made._metadata = OrderedDict({**getattr(other, "_metadata", {}), **mine._metadata})
@@ -141,10 +137,13 @@ def _joined_optimizer(mine: External, other: External) -> External:
         known = set(group["params"])
         group["params"] = [*group["params"], *(n for n in added["params"] if n not in known)]
     groups += theirs[len(groups) :]
-    return External(OPTIMIZER, mine.attributes, {"state": state, "param_groups": groups})
+    return External(
+        OPTIMIZER, mine.attributes, {**mine.children, "state": state, "param_groups": groups}
+    )
 
 
-def _is_shared(item: Any) -> bool:
+def has_shared(item: Any) -> bool:
+    """Whether a tensor in a saved state is one that several ranks hold together."""
     return any(leaf.whole.leaves[0][1].global_shape is not None for leaf in leaves_in(item))
 
 
@@ -189,20 +188,9 @@ def fresh(item: Any, clones: Clones) -> Any:
 
 def _fresh_object(item: External, clones: Clones) -> Any:
     if item.kind == OPTIMIZER:
-        return fresh(by_index(item), clones)
+        return fresh(by_position(item.children), clones)
     children = {name: fresh(child, clones) for name, child in item.children.items()}
     return assembled(External(item.kind, item.attributes, children))
-
-
-def by_index(optimizer: External) -> dict[str, Any]:
-    """An optimizer as torch's own state_dict: parameters numbered in the order of the groups."""
-    numbers: dict[Any, int] = {}
-    groups = []
-    for group in optimizer.children["param_groups"]:
-        params = [numbers.setdefault(name, len(numbers)) for name in group["params"]]
-        groups.append({**group, "params": params})
-    state = {numbers.get(name, name): s for name, s in optimizer.children["state"].items()}
-    return {"state": state, "param_groups": groups}
 
 
 def like_mapping(pattern: Any, items: dict[Any, Any]) -> Any:

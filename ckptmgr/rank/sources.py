@@ -135,7 +135,7 @@ def _lies_in(leaf: Leaf, shape: Sequence[int]) -> bool:
     if offset is None or not len(offset) == len(leaf.shape) == len(shape):
         return False
     sides = zip(offset, leaf.shape, shape, strict=True)
-    return all(0 <= start and start + length <= size for start, length, size in sides)
+    return all(start >= 0 and start + length <= size for start, length, size in sides)
 
 
 def _check_alike(first: Leaf, leaf: Leaf, dtype: torch.dtype) -> None:

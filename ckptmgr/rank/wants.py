@@ -144,9 +144,7 @@ def _spoils(write: Write, regions: Regions) -> bool:
         carried(target).copy_(carried(view))
     strides = zip(write.live.shape, write.live.stride(), strict=True)
     flat = [at for at, (size, stride) in enumerate(strides) if size > 1 and stride == 0]
-    return any(
-        not bool((whole.narrow(at, 0, 1).expand_as(whole) == whole).all()) for at in flat
-    )
+    return any(not bool((whole.narrow(at, 0, 1).expand_as(whole) == whole).all()) for at in flat)
 
 
 def part_like(pattern: Tensor | None, saved: SavedLeaf, regions: Regions) -> Tensor:
