@@ -18,9 +18,10 @@ from ckptmgr.rank.externals import GENERATORS, same_generator, take_over
 from ckptmgr.rank.into_module import plan_module, tensor_difference
 from ckptmgr.rank.into_optimizer import plan_optimizer, write
 from ckptmgr.rank.overlap import CopyThread
+from ckptmgr.rank.parts import local_tensor
 from ckptmgr.rank.randomness import RNG_KEY, check_generators, write_generators
 from ckptmgr.rank.saved import Clones, Saved, SavedLeaf, fresh, read_state, rebuild
-from ckptmgr.rank.tensors import carried, local_part
+from ckptmgr.rank.tensors import carried
 from ckptmgr.staging.paths import Trail, render
 from ckptmgr.staging.values import MAPPING_TAGS
 
@@ -193,7 +194,7 @@ def _merge_tensor(plan: Plan, live: Tensor, saved: Any, trail: Trail) -> Any:
     if not isinstance(found, Tensor):
         plan.problems.append(f"{render(trail)}: is a tensor, but a {_kind(saved)} was saved")
         return live
-    local = local_part(live).tensor
+    local = local_tensor(live)
     difference = tensor_difference(found, local)
     if not difference and type(saved) is SavedLeaf and _spoiled(local, found):
         difference = "is expanded, but the saved elements differ"
