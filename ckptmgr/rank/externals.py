@@ -30,7 +30,8 @@ from torch import Tensor
 
 from ckptmgr.errors import StateMismatchError
 from ckptmgr.rank.optimizers import NamedState, by_position
-from ckptmgr.rank.tensors import LEAF_TYPES, dtype_name, dtype_of, is_leaf, why_not
+from ckptmgr.rank.parts import PLAIN_TYPES, leaf_types
+from ckptmgr.rank.tensors import dtype_name, dtype_of, is_leaf, why_not
 from ckptmgr.staging.paths import Trail
 from ckptmgr.staging.values import External, LeafInValueError, numpy_dtype, refuse
 
@@ -88,7 +89,9 @@ def externalize(item: Any, trail: Trail) -> External | None:
 
 
 def _tensor(item: Tensor, trail: Trail) -> External:
-    if type(item) not in LEAF_TYPES or item.is_nested:
+    if type(item) in leaf_types() and is_leaf(item):
+        raise LeafInValueError(trail)
+    if type(item) not in PLAIN_TYPES or item.is_nested:
         raise refuse(trail, why_not(item))
     if item.is_quantized:
         return _quantized(item, trail)
@@ -102,8 +105,6 @@ def _tensor(item: Tensor, trail: Trail) -> External:
         return _compressed(item, item.crow_indices(), item.col_indices())
     if item.layout in _COLUMN_COMPRESSED:
         return _compressed(item, item.ccol_indices(), item.row_indices())
-    if is_leaf(item):
-        raise LeafInValueError(trail)
     raise refuse(trail, why_not(item))
 
 

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ckptmgr.errors import StateMismatchError
-from ckptmgr.rank.living import is_spread, live_box, live_part
+from ckptmgr.rank.living import is_spread, is_tensor, views
+from ckptmgr.rank.flat import is_flat
 from ckptmgr.rank.names import match_names
 from ckptmgr.rank.outline import kind_of, outline
 from ckptmgr.rank.regions import Clones, SavedLeaf
 from ckptmgr.rank.saved import fresh
-from ckptmgr.rank.wants import Tie, Wants, part_like
+from ckptmgr.rank.wants import Wants, part_like
 from ckptmgr.staging.paths import segment
 
 _EXTRA_STATE = "_extra_state"
@@ -36,16 +37,38 @@ _METHODS = (
 _TORCH = ("torch.nn.", "torch.distributed.")
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """An item of a module's state: its path and its name, what was saved and what is there."""
+
+    path: str
+    name: str
+    saved: Any
+    live: Any
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it can be written in place."""
+        live = self.live
+        if type(self.saved) is not SavedLeaf or not is_tensor(live) or is_lazy(live):
+            return False
+        return not isinstance(live, Tensor) or (
+            live.layout == torch.strided and not live.is_quantized
+        )
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether it is written in parts, of which other processes may hold others."""
+        return type(self.saved) is SavedLeaf and is_spread(self.live)
+
+
 @dataclass(slots=True)
 class ModuleLoad:
-    """A saved state_dict for a module that loads it by code of its own.
-
-    `items` are (live name, saved item, live item).
-    """
+    """A saved state_dict for a module that loads it by code of its own."""
 
     path: str
     module: nn.Module
-    items: list[tuple[str, Any, Any]]
+    places: list[Place]
     versions: OrderedDict[str, Any] | None
     ignored: frozenset[str]
     state: OrderedDict[str, Any] = field(default_factory=OrderedDict)
@@ -53,10 +76,11 @@ class ModuleLoad:
 
     def build(self, clones: Clones) -> None:
         """Make the state that it will be given; nothing in it is in saved memory."""
-        for name, saved, live in self.items:
-            spread = type(saved) is SavedLeaf and is_spread(live)
-            self.state[name] = (
-                part_like(live, saved, clones.regions) if spread else fresh(saved, clones)
+        for place in self.places:
+            self.state[place.name] = (
+                part_like(place.live, place.saved, clones.regions)
+                if place.is_spread
+                else fresh(place.saved, clones)
             )
         if self.versions is not None:
             self.state._metadata = self.versions  # type: ignore[attr-defined]
@@ -83,33 +107,40 @@ class ModuleLoad:
             )
 
 
-def plan_module(path: str, module: nn.Module, saved: Any, wants: Wants) -> ModuleLoad | None:
-    """Compare a saved state_dict with a live module, and want what it takes.
+def plan_module(
+    path: str, module: nn.Module, live: Any, saved: Any, wants: Wants
+) -> ModuleLoad | None:
+    """Compare a saved state_dict with `live`, that of a module, and want what it takes.
 
     Returns what has to be loaded by the module itself; None if all is written in place.
     """
-    live = module.state_dict()
     if not isinstance(saved, dict) or not all(isinstance(name, str) for name in saved):
         wants.problems.append(f"{path}: is a module, but no state_dict was saved")
         return None
     matched = match_names(saved, live)
     _compare_names(path, saved, live, matched, wants)
-    for name, live_name in matched.items():
-        _compare(f"{path}/{segment(name)}", saved[name], live[live_name], wants.problems)
-    pairs = [(name, saved[name], live[live_name]) for name, live_name in matched.items()]
-    if not has_own_code(module) and all(_is_plain(item, there) for _, item, there in pairs):
-        _want_in_place(path, pairs, wants)
+    places = [
+        Place(f"{path}/{segment(name)}", matched[name], saved[name], live[matched[name]])
+        for name in saved
+        if name in matched
+    ]
+    for place in places:
+        _compare(place, wants.problems)
+    flat = is_flat(module)  # whose own state_dict and load_state_dict need all ranks
+    if flat:
+        wants.problems += [f"{p.path}: is no tensor of an FSDP module" for p in _not_plain(places)]
+    if flat or not (has_own_code(module) or _not_plain(places)):
+        _want_in_place(places, wants, write=True)
         return None
-    _want_in_place(path, pairs, wants, ties_only=True)
-    for _, item, there in pairs:
-        if type(item) is SavedLeaf and is_spread(there):
-            wants.part(item.whole.path, item.whole, live_box(there))
+    _want_in_place(places, wants, write=False)
+    for place in places:
+        if place.is_spread:
+            wants.parts_like(place.path, place.live, place.saved)
         else:
-            wants.all_of(item)
+            wants.all_of(place.saved)
     known = set(dict(module.named_parameters(remove_duplicate=False)))
     known |= set(dict(module.named_buffers(remove_duplicate=False)))
-    items = [(matched[name], item, there) for name, item, there in pairs]
-    return ModuleLoad(path, module, items, _versions(saved, live), frozenset(known - set(live)))
+    return ModuleLoad(path, module, places, _versions(saved, live), frozenset(known - set(live)))
 
 
 def has_own_code(module: nn.Module) -> bool:
@@ -135,34 +166,28 @@ def _home(code: Any) -> str:
     return str(getattr(code, "__module__", ""))
 
 
-def _is_plain(saved: Any, live: Any) -> bool:
-    """Whether a saved tensor can be written into a live one in place."""
-    if type(saved) is not SavedLeaf or not isinstance(live, Tensor) or is_lazy(live):
-        return False
-    return live.layout == torch.strided and not live.is_quantized
+def _not_plain(places: list[Place]) -> list[Place]:
+    return [place for place in places if not place.is_plain]
 
 
-def _want_in_place(
-    path: str, pairs: list[tuple[str, Any, Any]], wants: Wants, *, ties_only: bool = False
-) -> None:
+def _want_in_place(places: list[Place], wants: Wants, *, write: bool) -> None:
     """Want each saved tensor; tied live ones once, as they can hold one value only."""
-    seen: dict[Any, tuple[str, SavedLeaf]] = {}
-    for name, saved, live in pairs:
-        if not _is_plain(saved, live):
+    seen: dict[Any, Place] = {}
+    for place in places:
+        if not place.is_plain:
             continue
-        shown = f"{path}/{segment(name)}"
-        box, local = live_part(live)
-        place = (local.device, local.data_ptr(), local.shape, local.stride())
-        if local.numel() and place in seen:
-            first, other = seen[place]
-            if other.whole is not saved.whole:
-                wants.part(shown, saved.whole, box)
-                wants.part(shown, other.whole, box)
-                wants.ties.append(Tie(shown, first, other.whole, saved.whole, box))
+        memory = tuple(
+            (view.device, view.data_ptr(), view.shape, view.stride())
+            for _, view in views(place.live)
+            if view.numel()
+        )
+        if memory and memory in seen:
+            first = seen[memory]
+            wants.tie(place.path, place.live, first.name, first.saved, place.saved)
             continue
-        seen[place] = name, saved
-        if not ties_only:
-            wants.write(shown, live, saved)
+        seen[memory] = place
+        if write:
+            wants.write(place.path, place.live, place.saved)
 
 
 def _compare_names(path: str, saved: Any, live: Any, matched: dict[str, str], wants: Wants) -> None:
@@ -175,14 +200,15 @@ def _compare_names(path: str, saved: Any, live: Any, matched: dict[str, str], wa
     wants.leave(f"{path}/{segment(name)}" for name in saved if name not in matched)
 
 
-def _compare(path: str, saved: Any, live: Any, problems: list[str]) -> None:
-    if path.endswith(_EXTRA_STATE) or is_lazy(live) or not isinstance(live, Tensor):
+def _compare(place: Place, problems: list[str]) -> None:
+    live = place.live
+    if place.path.endswith(_EXTRA_STATE) or is_lazy(live) or not is_tensor(live):
         return
-    found = outline(saved)
+    found = outline(place.saved)
     if found is None:
-        problems.append(f"{path}: is a tensor, but a {kind_of(saved)} was saved")
+        problems.append(f"{place.path}: is a tensor, but a {kind_of(place.saved)} was saved")
     elif (difference := found.difference(live)) != "":
-        problems.append(f"{path}: {difference}")
+        problems.append(f"{place.path}: {difference}")
 
 
 def _versions(saved: Any, live: Any) -> OrderedDict[str, Any] | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ckptmgr.errors import StateMismatchError
-from ckptmgr.rank.living import is_spread, live_box
+from ckptmgr.rank.living import is_spread
 from ckptmgr.rank.regions import Clones, SavedLeaf
 from ckptmgr.rank.saved import fresh, has_shared, like_mapping
 from ckptmgr.rank.wants import Wants, part_like
@@ -82,7 +82,7 @@ def _want_like(saved: Any, pattern: Any, wants: Wants) -> None:
     for key, item in _places(saved, pattern):
         _want_like(item, _at(pattern, key), wants)
     if type(saved) is SavedLeaf and _alike(saved, pattern):
-        wants.part(saved.whole.path, saved.whole, live_box(pattern))
+        wants.parts_like(saved.whole.path, pattern, saved)
     elif not _places(saved, pattern):
         wants.all_of(saved)
 

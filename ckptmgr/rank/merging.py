@@ -137,7 +137,7 @@ class Merging:
         path, wants = render(trail), self.wants
         load: Load | None
         if isinstance(live, nn.Module):
-            load = plan_module(path, live, saved, wants)
+            load = plan_module(path, live, self.objects.state_of(live), saved, wants)
         elif isinstance(live, Optimizer):
             load = plan_optimizer(path, live, saved, self.objects.names(live), wants)
         else:

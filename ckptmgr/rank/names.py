@@ -21,26 +21,27 @@ def bare_names(names: Iterable[str]) -> dict[str, str]:
     return {name: short if short and count[short] == 1 else name for name, short in bare.items()}
 
 
-def parameter_names(places: Sequence[tuple[str, str] | None]) -> list[str]:
+def parameter_names(places: Sequence[tuple[int, tuple[str, str] | None]]) -> list[str]:
     """What the parameters of one optimizer are called in its state; no two alike.
 
     Args:
-        places: for each position the path of the module and the name in it; None for a parameter
-            of no module.
+        places: for each parameter its position in the optimizer, the path of its module and its
+            name there; None for a parameter of no module.
 
     A parameter is called by its name. Where two have the same, both are called by their paths
     (`generator/0.weight`), and `#3` is the parameter at position 3 that has neither.
     """
-    count = Counter(place[1] for place in places if place is not None)
+    count = Counter(home[1] for _, home in places if home is not None)
     found = []
-    for at, place in enumerate(places):
-        if place is None:
+    for at, home in places:
+        if home is None:
             found.append(f"#{at}")
         else:
-            module, name = place
+            module, name = home
             found.append(name if count[name] == 1 else f"{module}/{name}")
     twice = {name for name, number in Counter(found).items() if number > 1}
-    return [f"#{at}" if name in twice else name for at, name in enumerate(found)]
+    pairs = zip(places, found, strict=True)
+    return [f"#{at}" if name in twice else name for (at, _), name in pairs]
 
 
 def match_names(saved: Iterable[str], live: Iterable[str]) -> dict[str, str]:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ckptmgr.errors import RecordDamagedError
 from ckptmgr.rank.externals import LAYOUTS
+from ckptmgr.rank.parts import FlatRun
 from ckptmgr.rank.regions import SavedLeaf
 from ckptmgr.rank.tensors import dtype_of
 from ckptmgr.staging.values import External
@@ -17,14 +17,15 @@ from ckptmgr.staging.values import External
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """Shape, layout and dtype of a whole tensor."""
+    """Shape, layout and dtype of a whole tensor, over all processes."""
 
     shape: torch.Size
     layout: torch.layout
     dtype: torch.dtype
 
-    def difference(self, live: Tensor) -> str:
+    def difference(self, item: Any) -> str:
         """How a live tensor differs, or an empty string."""
+        live = _of_live(item)
         if self.shape != live.shape:
             return f"has shape {list(live.shape)}, but {list(self.shape)} was saved"
         if self.layout != live.layout:
@@ -32,6 +33,12 @@ class Outline:
         if self.dtype != live.dtype:
             return f"is {live.dtype}, but {self.dtype} was saved"
         return ""
+
+
+def _of_live(live: Any) -> Outline:
+    if type(live) is FlatRun:
+        return Outline(torch.Size(live.shape), torch.strided, live.tensor.dtype)
+    return Outline(live.shape, live.layout, live.dtype)
 
 
 def outline(saved: Any) -> Outline | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ckptmgr.errors import HostBufferDamagedError
-from ckptmgr.rank.sources import Piece, Whole, pieces
+from ckptmgr.rank.sources import Origin, Whole, origins
 from ckptmgr.rank.tensors import IS_PARAMETER, REQUIRES_GRAD, carried, dtype_of
 from ckptmgr.staging.boxes import Box
 from ckptmgr.types import Leaf
@@ -70,7 +70,7 @@ class Regions:
         except (ValueError, RuntimeError) as error:
             raise HostBufferDamagedError(str(error), subject=leaf.path) from error
 
-    def pairs(self, live: Tensor, box: Box, taken: Iterable[Piece]) -> Iterator[Pair]:
+    def pairs(self, live: Tensor, box: Box, taken: Iterable[Origin]) -> Iterator[Pair]:
         """What is to be copied so that `live`, which is `box` of the whole, has its saved bits."""
         for piece in taken:
             view = self.view(piece.rank, piece.leaf)
@@ -79,7 +79,7 @@ class Regions:
 
     def gathered(self, found: Whole, box: Box) -> Tensor:
         """A new contiguous tensor with the bits of a part of a saved one."""
-        taken, _ = pieces(found, box)
+        taken, _ = origins(found, box)
         if len(taken) == 1:
             view = _cut(self.view(taken[0].rank, taken[0].leaf), taken[0].inside)
             return exact_clone(view)

@@ -50,7 +50,7 @@ class Whole:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Origin:
     """A part of a tensor, counted from the start of the whole, and the leaf to take it from."""
 
     rank: int
@@ -100,13 +100,16 @@ class Sources:
             IndexError: there is no such leaf.
         """
         leaf = table.layout.leaves[index]
-        if leaf.global_shape is None:
+        # A rank with no element of a tensor without dimensions has an empty leaf of its own for it.
+        is_shared = leaf.global_shape is not None or (not leaf.nbytes and leaf.path in self._together)
+        if not is_shared:
             key = table.rank, index
             if key not in self._private:
                 self._private[key] = _whole(leaf, ((table.rank, leaf),))
             return self._private[key]
         if leaf.path not in self._shared:
-            self._shared[leaf.path] = _whole(leaf, tuple(self._together[leaf.path]))
+            leaves = tuple(self._together[leaf.path])
+            self._shared[leaf.path] = _whole(leaves[0][1], leaves)
         return self._shared[leaf.path]
 
 
@@ -147,12 +150,12 @@ def _check_alike(first: Leaf, leaf: Leaf, dtype: torch.dtype) -> None:
         )
 
 
-def pieces(found: Whole, wanted: Box) -> tuple[list[Piece], Box | None]:
+def origins(found: Whole, wanted: Box) -> tuple[list[Origin], Box | None]:
     """How `wanted` is put together, each element from one leaf; and a part that nobody holds.
 
     Leaves of the own rank come first, then those of the lowest saved rank.
     """
-    made: list[Piece] = []
+    made: list[Origin] = []
     left = [wanted] if wanted.count else []
     for rank, leaf in found.leaves:
         if not left:
@@ -166,25 +169,25 @@ def pieces(found: Whole, wanted: Box) -> tuple[list[Piece], Box | None]:
             if common is None:
                 rest.append(part)
             else:
-                made.append(Piece(rank, leaf, common))
+                made.append(Origin(rank, leaf, common))
                 rest += part.without(common)
         left = rest
     return made, (left[0] if left else None)
 
 
-def ranges_needed(wanted: Iterable[Piece]) -> dict[int, Ranges]:
+def ranges_needed(wanted: Iterable[Origin]) -> dict[int, Ranges]:
     """Which bytes of which saved rank's data region `wanted` takes, near ones as one range."""
     found: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
-    for piece in wanted:
-        found[piece.rank].extend(_byte_spans(piece))
+    for one in wanted:
+        found[one.rank].extend(_byte_spans(one))
     return {
         rank: tuple(joined(sorted(ranges), MERGE_BYTES_MAX))
         for rank, ranges in sorted(found.items())
     }
 
 
-def _byte_spans(piece: Piece) -> Iterator[tuple[int, int]]:
-    leaf = piece.leaf
+def _byte_spans(one: Origin) -> Iterator[tuple[int, int]]:
+    leaf = one.leaf
     itemsize = dtype_of(leaf.dtype).itemsize
-    for start, stop in spans(piece.inside, leaf.shape, MERGE_BYTES_MAX // itemsize):
+    for start, stop in spans(one.inside, leaf.shape, MERGE_BYTES_MAX // itemsize):
         yield leaf.offset + start * itemsize, leaf.offset + stop * itemsize

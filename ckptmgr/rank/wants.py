@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ckptmgr.errors import StateMismatchError
-from ckptmgr.rank.living import like, live_part
+from ckptmgr.rank.living import empty_like, like, views
 from ckptmgr.rank.overlap import CopyThread
 from ckptmgr.rank.regions import Pair, Regions, SavedLeaf
 from ckptmgr.rank.saved import leaves_in
-from ckptmgr.rank.sources import Piece, Ranges, Whole, pieces, ranges_needed
+from ckptmgr.rank.sources import Origin, Ranges, Whole, origins, ranges_needed
 from ckptmgr.rank.tensors import carried
 from ckptmgr.staging.boxes import Box
 
@@ -29,7 +29,7 @@ class Write:
     path: str
     live: Tensor
     box: Box
-    pieces: list[Piece]
+    origins: list[Origin]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +56,32 @@ class Wants:
     surplus: list[str] = field(default_factory=list)
     writes: list[Write] = field(default_factory=list)
     ties: list[Tie] = field(default_factory=list)
-    pieces: list[Piece] = field(default_factory=list)
+    origins: list[Origin] = field(default_factory=list)
     _taken: set[tuple[Whole, Box]] = field(default_factory=set)
 
-    def write(self, path: str, live: Tensor, saved: SavedLeaf) -> None:
+    def write(self, path: str, live: Any, saved: SavedLeaf) -> None:
         """Want the saved bits of `live`, which has the shape of the whole, in place."""
-        box, local = live_part(live)
-        taken = self.part(path, saved.whole, box)
-        self.writes.append(Write(path, local, box, taken))
+        for box, local in views(live):
+            taken = self.part(path, saved.whole, box)
+            self.writes.append(Write(path, local, box, taken))
 
-    def part(self, path: str, found: Whole, box: Box) -> list[Piece]:
+    def parts_like(self, path: str, pattern: Any, saved: SavedLeaf) -> None:
+        """Want of a saved tensor what this process holds of `pattern`."""
+        for box, _ in views(pattern):
+            self.part(path, saved.whole, box)
+
+    def tie(self, path: str, live: Any, first: str, one: SavedLeaf, other: SavedLeaf) -> None:
+        """One live tensor is for two saved ones: want to know that they are alike."""
+        if one.whole is other.whole:
+            return
+        for box, _ in views(live):
+            self.part(path, one.whole, box)
+            self.part(path, other.whole, box)
+            self.ties.append(Tie(path, first, one.whole, other.whole, box))
+
+    def part(self, path: str, found: Whole, box: Box) -> list[Origin]:
         """Want a part of a saved tensor."""
-        taken, missing = pieces(found, box)
+        taken, missing = origins(found, box)
         if missing is not None:
             self.problems.append(
                 f"{path}: nobody saved {list(missing.shape)} at {list(missing.offset)} "
@@ -75,7 +89,7 @@ class Wants:
             )
         if (found, box) not in self._taken:
             self._taken.add((found, box))
-            self.pieces += taken
+            self.origins += taken
         return taken
 
     def all_of(self, saved: Any) -> None:
@@ -92,7 +106,7 @@ class Wants:
 
     def needs(self) -> dict[int, Ranges]:
         """Bytes of the data region of each saved rank that are wanted."""
-        return ranges_needed(self.pieces)
+        return ranges_needed(self.origins)
 
     def refuse(self) -> None:
         """Raise if anything speaks against it.
@@ -140,19 +154,26 @@ def _is_expanded(live: Tensor) -> bool:
 def _spoils(write: Write, regions: Regions) -> bool:
     """Whether `live` has one element in memory where different ones were saved."""
     whole = torch.empty(write.box.shape, dtype=write.live.dtype)
-    for target, view in regions.pairs(whole, write.box, write.pieces):
+    for target, view in regions.pairs(whole, write.box, write.origins):
         carried(target).copy_(carried(view))
     strides = zip(write.live.shape, write.live.stride(), strict=True)
     flat = [at for at, (size, stride) in enumerate(strides) if size > 1 and stride == 0]
     return any(not bool((whole.narrow(at, 0, 1).expand_as(whole) == whole).all()) for at in flat)
 
 
-def part_like(pattern: Tensor | None, saved: SavedLeaf, regions: Regions) -> Tensor:
-    """A new tensor with the saved bits: spread as `pattern` is, or whole."""
-    if pattern is None:
-        return regions.gathered(saved.whole, saved.whole.box)
-    box, _ = live_part(pattern)
-    return like(pattern, regions.gathered(saved.whole, box).to(pattern.device))
+def filled(pattern: Any, local: Tensor, saved: SavedLeaf, regions: Regions) -> Tensor:
+    """Put into `local` the saved bits of what this process holds of `pattern`."""
+    for box, view in views(pattern, local):
+        taken, _ = origins(saved.whole, box)
+        for target, source in regions.pairs(view, box, taken):
+            carried(target).copy_(carried(source))
+    return local
+
+
+def part_like(pattern: Any, saved: SavedLeaf, regions: Regions) -> Tensor:
+    """A new tensor with the saved bits, spread over processes as the DTensor `pattern` is."""
+    local = filled(pattern, empty_like(pattern, saved.dtype), saved, regions)
+    return like(pattern, local.to(pattern.device))
 
 
 # -- writing --------------------------------------------------------------------------------------
@@ -176,7 +197,7 @@ def write_all(writes: Iterable[Write], regions: Regions) -> None:
 def _pairs(writes: Iterable[Write], regions: Regions) -> Iterator[Pair]:
     for write in writes:
         with torch.no_grad():
-            yield from regions.pairs(write.live.detach(), write.box, write.pieces)
+            yield from regions.pairs(write.live.detach(), write.box, write.origins)
 
 
 def _is_special(live: Tensor) -> bool:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ckptmgr.errors import HostBufferDamagedError
 from ckptmgr.rank import sources
 from ckptmgr.rank.regions import Regions
-from ckptmgr.rank.sources import Sources, Table, own_rank, pieces, ranges_needed
+from ckptmgr.rank.sources import Sources, Table, origins, own_rank, ranges_needed
 from ckptmgr.staging.boxes import Box, whole
 from ckptmgr.types import Layout, Leaf
 
@@ -82,7 +82,7 @@ def test_planned_copies_give_exactly_the_wanted_elements(
     tables = [table for table, _ in found.values()]
     tensor = Sources(tables, own).whole(found[own][0], 0)
     wanted = data.draw(subboxes(shape))
-    taken, missing = pieces(tensor, wanted)
+    taken, missing = origins(tensor, wanted)
     assert missing is None
     count = np.zeros(shape, dtype=int)
     for piece in taken:
@@ -113,7 +113,7 @@ def test_ranges_hold_little_more_than_the_wanted_bytes(data: Any, shape: Ints) -
     length = data.draw(st.integers(1, shape[-1]))
     start = data.draw(st.integers(0, shape[-1] - length))
     wanted = Box((*wanted.offset[:-1], start), (*wanted.shape[:-1], length))
-    taken, _ = pieces(Sources([table], 0).whole(table, 0), wanted)
+    taken, _ = origins(Sources([table], 0).whole(table, 0), wanted)
     before = sources.MERGE_BYTES_MAX
     try:
         sources.MERGE_BYTES_MAX = 64
@@ -141,7 +141,7 @@ def test_ranges_hold_little_more_than_the_wanted_bytes(data: Any, shape: Ints) -
 def test_what_nobody_holds_is_told() -> None:
     leaf = Leaf("x", "int32", (2, 4), 0, 32, (4, 4), (0, 0))
     table = Table(0, Layout((leaf,), (), 0, b""), b"")
-    taken, missing = pieces(Sources([table], 0).whole(table, 0), whole((4, 4)))
+    taken, missing = origins(Sources([table], 0).whole(table, 0), whole((4, 4)))
     assert [piece.box for piece in taken] == [Box((0, 0), (2, 4))]
     assert missing == Box((2, 0), (2, 4))
 
@@ -151,7 +151,7 @@ def test_the_own_rank_stands_first_then_the_lowest() -> None:
     tables = [Table(rank, Layout((leaf,), (), 0, b""), b"") for rank in (3, 0, 2)]
     found = Sources(tables, 2)
     assert [table.rank for table in found.tables] == [2, 0, 3]
-    taken, _ = pieces(found.whole(found.tables[0], 0), whole((4,)))
+    taken, _ = origins(found.whole(found.tables[0], 0), whole((4,)))
     assert [piece.rank for piece in taken] == [2]
     assert [own_rank(rank, 3) for rank in range(7)] == [0, 1, 2, 0, 1, 2, 0]
 
@@ -183,7 +183,7 @@ def test_an_empty_share_of_a_number_holds_nothing() -> None:
     ]
     found = Sources(tables, 0).whole(tables[0], 0)
     assert found.shape == ()
-    taken, missing = pieces(found, whole(()))
+    taken, missing = origins(found, whole(()))
     assert (missing, [piece.rank for piece in taken]) == (None, [1])
     memory = {1: memoryview(bytearray(np.float32(2.5).tobytes()))}
     assert torch.equal(Regions(memory).gathered(found, whole(())), torch.tensor(2.5))
