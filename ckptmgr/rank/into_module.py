@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ckptmgr.errors import StateMismatchError
-from ckptmgr.rank.living import is_spread, is_tensor, views
 from ckptmgr.rank.flat import is_flat
+from ckptmgr.rank.living import is_spread, is_tensor, views
 from ckptmgr.rank.names import match_names
 from ckptmgr.rank.outline import kind_of, outline
 from ckptmgr.rank.regions import Clones, SavedLeaf
@@ -183,7 +183,8 @@ def _want_in_place(places: list[Place], wants: Wants, *, write: bool) -> None:
         )
         if memory and memory in seen:
             first = seen[memory]
-            wants.tie(place.path, place.live, first.name, first.saved, place.saved)
+            boxes = [box for box, _ in views(place.live)]
+            wants.tie(place.path, boxes, first.name, first.saved, place.saved)
             continue
         seen[memory] = place
         if write:

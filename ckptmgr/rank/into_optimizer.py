@@ -8,21 +8,30 @@ It is called only where hooks or an override take part.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ckptmgr.rank.externals import OPTIMIZER
-from ckptmgr.rank.living import is_spread, live_box
+from ckptmgr.rank.living import is_spread, is_tensor
 from ckptmgr.rank.names import unwrapped
-from ckptmgr.rank.objects import parameters_of
-from ckptmgr.rank.regions import Clones, SavedLeaf
+from ckptmgr.rank.optimizers import (
+    Cut,
+    Names,
+    held_state,
+    local_optimizer,
+    parameters_of,
+    steps_here,
+)
+from ckptmgr.rank.outline import outline_of_leaf
+from ckptmgr.rank.parts import FlatRun
+from ckptmgr.rank.regions import Clones, Regions, SavedLeaf
 from ckptmgr.rank.saved import fresh
-from ckptmgr.rank.wants import Wants, part_like
+from ckptmgr.rank.wants import Wants, filled, part_like
 from ckptmgr.staging.paths import segment
 from ckptmgr.staging.values import External
 
@@ -44,22 +53,58 @@ _LIKE_PARAMETER = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
+class Named:
+    """What was saved under one name, and how to find its part in what a live one keeps."""
+
+    path: str
+    saved: Any
+    cut: Cut | None
+
+    def part_of(self, live: Any) -> Any:
+        """The part of a live state tensor that has this name."""
+        return live if self.cut is None else self.cut(live)
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
-    """What was saved of one live parameter, and its position among the live ones."""
+    """What was saved of one live parameter: under several names if it is a flat one."""
 
     param: Tensor
-    position: int
-    saved: Any
+    named: list[Named]
     step_device: torch.device
+
+    @property
+    def items(self) -> dict[Any, Any] | None:
+        """What its first name has; None if that is not a mapping."""
+        first = self.named[0].saved
+        return first if isinstance(first, dict) else None
 
     def device(self, name: Any) -> torch.device:
         """Where a state tensor that does not exist yet belongs."""
         return self.step_device if name == "step" else self.param.device
 
-    def pattern(self, leaf: SavedLeaf) -> Tensor | None:
-        """The parameter, where it is spread over processes and this state tensor is like it."""
-        alike = is_spread(self.param) and leaf.shape == self.param.shape
-        return self.param if alike else None
+    def made(self, name: Any, leaf: SavedLeaf, regions: Regions) -> Tensor:
+        """A new state tensor, spread over processes as the parameter is if it has its shape."""
+        if self.named[0].cut is not None:
+            memory = torch.zeros(self.param.shape, dtype=leaf.dtype)
+            runs = self.runs(name, memory)
+            for _, run, part in runs:
+                filled(run, run.tensor, part, regions)
+            if runs:
+                return memory.to(self.device(name))
+        elif is_spread(self.param) and leaf.shape == self.param.shape:
+            return part_like(self.param, leaf, regions)
+        return regions.gathered(leaf.whole, leaf.whole.box).to(self.device(name))
+
+    def runs(self, name: Any, live: Any) -> list[tuple[Named, Any, SavedLeaf]]:
+        """The runs of a live tensor that FSDP1 keeps flat, each with what was saved for it."""
+        found = []
+        for one in self.named:
+            item = one.saved.get(name) if isinstance(one.saved, dict) else None
+            run = one.part_of(live)
+            if type(item) is SavedLeaf and type(run) is FlatRun and fits(run, item):
+                found.append((one, run, item))
+        return found
 
 
 @dataclass(slots=True)
@@ -78,8 +123,8 @@ class OptimizerLoad:
     options: list[dict[str, Any]]
     others: dict[Any, Any]
     extras: dict[str, Any]
-    kept: dict[tuple[int, Any], Tensor] = field(default_factory=dict)
-    kept_options: dict[tuple[int, Any], Tensor] = field(default_factory=dict)
+    kept: dict[tuple[int, Any], Any] = field(default_factory=dict)
+    kept_options: dict[tuple[int, Any], Any] = field(default_factory=dict)
     built: list[Any] = field(default_factory=list)
     built_options: list[dict[str, Any]] = field(default_factory=list)
 
@@ -99,17 +144,16 @@ class OptimizerLoad:
         self.extras = {key: fresh(item, clones) for key, item in self.extras.items()}
 
     def _built_state(self, entry: Entry, clones: Clones) -> Any:
-        if not isinstance(entry.saved, dict):
-            return fresh(entry.saved, clones)
+        if entry.items is None:
+            return fresh(entry.named[0].saved, clones)
         items: dict[Any, Any] = {}
-        for name, item in entry.saved.items():
+        for name, item in entry.items.items():
             if type(item) is not SavedLeaf:
                 items[name] = _to_device(fresh(item, clones), entry.param.device)
-            elif (entry.position, name) in self.kept:
-                items[name] = self.kept[entry.position, name]
+            elif (id(entry.param), name) in self.kept:
+                items[name] = self.kept[id(entry.param), name]
             else:
-                made = part_like(entry.pattern(item), item, clones.regions)
-                items[name] = made.to(entry.device(name))
+                items[name] = entry.made(name, item, clones.regions)
         return items
 
     def backup(self) -> Any:
@@ -126,7 +170,7 @@ class OptimizerLoad:
         if self.own_code:
             self._load()
             return
-        state: Any = self.optimizer.state
+        state = held_state(self.optimizer)
         before = dict(state)
         state.clear()
         for entry, items in zip(self.entries, self.built, strict=True):
@@ -136,12 +180,17 @@ class OptimizerLoad:
                 inner.clear()
                 inner.update(items)
         state.update(self.others)
-        for group, options in zip(self.optimizer.param_groups, self.built_options, strict=True):
-            _fill_group(group, options, self.optimizer.defaults)
+        for holder in {
+            id(o): o for o in (local_optimizer(self.optimizer), self.optimizer)
+        }.values():
+            for group, options in zip(holder.param_groups, self.built_options, strict=True):
+                _fill_group(group, options, holder.defaults)
 
     def _load(self) -> None:
         """Let its own code load; what it made stays, unless only the dtype was lost."""
-        state = {e.position: items for e, items in zip(self.entries, self.built, strict=True)}
+        position = {id(param): at for at, param in enumerate(parameters_of(self.optimizer))}
+        pairs = zip(self.entries, self.built, strict=True)
+        state = {position[id(entry.param)]: items for entry, items in pairs}
         start, groups = 0, []
         for group, options in zip(self.optimizer.param_groups, self.built_options, strict=True):
             stop = start + len(group["params"])
@@ -158,7 +207,7 @@ class OptimizerLoad:
 
 
 def plan_optimizer(
-    path: str, optimizer: Optimizer, saved: Any, names: Sequence[str], wants: Wants
+    path: str, optimizer: Optimizer, saved: Any, names: Names, wants: Wants
 ) -> OptimizerLoad | None:
     """Compare a saved state with a live optimizer, and want what it takes.
 
@@ -170,84 +219,96 @@ def plan_optimizer(
         wants: hears what differs.
     """
     if type(saved) is External and saved.kind == OPTIMIZER:
-        found, keys = saved.children, list[Any](names)
+        called: Any = names
+        found: Any = saved.children
     elif isinstance(saved, dict) and {"state", "param_groups"} <= saved.keys():
-        found, keys = saved, list[Any](range(len(names)))
+        found, called = saved, [[(at, None)] for at in range(len(names))]
     else:
         wants.problems.append(f"{path}: is an optimizer, but no state_dict of one was saved")
         return None
-    groups: list[dict[str, Any]] = found["param_groups"]
     before = len(wants.problems)
-    _compare_groups(path, optimizer, groups, keys, wants)
+    _compare_groups(path, optimizer, found["param_groups"], called, wants)
     if len(wants.problems) > before:
         return None
-    load = _load_for(path, optimizer, found, keys)
+    load = _load_for(path, optimizer, found, called)
     for entry in load.entries:
-        _want_state(load, entry, f"{path}/state/{segment(keys[entry.position])}", wants)
+        _want_state(load, entry, wants)
     _want_options(load, wants)
     for name, item in load.others.items():
         if type(name) is int:
             wants.problems.append(f"{path}/state/{name}: was saved, but is no such parameter")
         wants.all_of(item)
     wants.all_of(load.extras)
+    wants.incomplete |= bool(found["state"]) and len(load.entries) < _stepped(optimizer)
     return load
 
 
-def _load_for(path: str, optimizer: Optimizer, found: Any, keys: list[Any]) -> OptimizerLoad:
-    groups = found["param_groups"]
+def _stepped(optimizer: Optimizer) -> int:
+    """How many parameters this process steps."""
+    steps = steps_here(optimizer)
+    return len({id(param) for param in parameters_of(optimizer) if steps(param)})
+
+
+def _load_for(path: str, optimizer: Optimizer, found: Any, called: Any) -> OptimizerLoad:
+    groups, state = found["param_groups"], found["state"]
     known = {name for group in groups for name in group["params"]}
-    position = {name: at for at, name in reversed(list(enumerate(keys)))}
-    params, devices = parameters_of(optimizer), list(_step_devices(optimizer))
-    entries = [
-        Entry(params[position[name]], position[name], items, devices[position[name]])
-        for name, items in found["state"].items()
-        if name in position
-    ]
     own_code = _has_own_code(optimizer)
     return OptimizerLoad(
         path=path,
         optimizer=optimizer,
         own_code=own_code,
-        entries=entries,
-        options=_options(groups, optimizer, by_position=type(next(iter(keys), "")) is int),
-        others={name: items for name, items in found["state"].items() if name not in known},
+        entries=_entries(path, optimizer, state, called),
+        options=_options(groups, optimizer, by_position=_by_position(called)),
+        others={name: items for name, items in state.items() if name not in known},
         extras={k: v for k, v in found.items() if own_code and k not in ("state", "param_groups")},
     )
 
 
+def _entries(path: str, optimizer: Optimizer, state: Any, called: Any) -> list[Entry]:
+    """What was saved of the parameters that this process steps, in the saved order."""
+    order = {name: at for at, name in enumerate(state)}
+    steps = steps_here(optimizer)
+    found: dict[int, tuple[int, Entry]] = {}
+    places = zip(parameters_of(optimizer), called, _step_devices(optimizer), strict=True)
+    for param, names, device in places:
+        named = [
+            Named(f"{path}/state/{segment(name)}", state[name], cut)
+            for name, cut in names
+            if name in state
+        ]
+        if named and steps(param) and id(param) not in found:
+            first = min(order[name] for name, _ in names if name in state)
+            found[id(param)] = first, Entry(param, named, device)
+    return [entry for _, entry in sorted(found.values(), key=lambda pair: pair[0])]
+
+
+def _by_position(called: Any) -> bool:
+    return any(type(name) is int for names in called for name, _ in names)
+
+
 def _compare_groups(
-    path: str,
-    optimizer: Optimizer,
-    groups: list[dict[str, Any]],
-    keys: list[Any],
-    wants: Wants,
+    path: str, optimizer: Optimizer, groups: list[dict[str, Any]], called: Any, wants: Wants
 ) -> None:
     live = optimizer.param_groups
     sizes = [len(group["params"]) for group in groups]
     live_sizes = [len(group["params"]) for group in live]
-    by_position = bool(keys) and type(keys[0]) is int
-    if len(sizes) != len(live_sizes) or (by_position and sizes != live_sizes):
+    if len(sizes) != len(live_sizes) or (_by_position(called) and sizes != live_sizes):
         wants.problems.append(
             f"{path}/param_groups: have {live_sizes} parameters, but {sizes} were saved"
         )
         return
     start = 0
     for number, (group, size) in enumerate(zip(groups, live_sizes, strict=True)):
-        here, there = keys[start : start + size], set(group["params"])
-        start += size
+        place = f"{path}/param_groups/{number}"
+        here = [name for names in called[start : start + size] for name, _ in names]
+        mine, theirs = set(here), set(group["params"])
         wants.problems.extend(
-            f"{path}/param_groups/{number}: has {name}, which was not saved in it"
-            for name in here
-            if name not in there
+            f"{place}: has {name}, which was not saved in it" for name in here if name not in theirs
         )
-        mine = set(here)
-        wants.leave(
-            f"{path}/param_groups/{number}/{segment(name)}"
-            for name in group["params"]
-            if name not in mine
-        )
-        if any(name == f"#{at}" or type(name) is int for at, name in enumerate(here, start - size)):
-            _compare_order(f"{path}/param_groups/{number}", group, live[number], wants)
+        wants.leave(f"{place}/{segment(name)}" for name in group["params"] if name not in mine)
+        if any(type(name) is int or name == f"#{at}" for at, name in enumerate(here, start)):
+            _compare_order(place, group, live[number], wants)
+        start += size
 
 
 def _compare_order(path: str, group: Any, live: Any, wants: Wants) -> None:
@@ -257,36 +318,65 @@ def _compare_order(path: str, group: Any, live: Any, wants: Wants) -> None:
         wants.problems.append(f"{path}: has other parameters or another order")
 
 
-def _want_state(load: OptimizerLoad, entry: Entry, path: str, wants: Wants) -> None:
+def _want_state(load: OptimizerLoad, entry: Entry, wants: Wants) -> None:
     """Want the state of one parameter: in place where it exists and fits, else anew."""
-    if not isinstance(entry.saved, dict):
-        wants.all_of(entry.saved)
+    if entry.items is None:
+        wants.all_of(entry.named[0].saved)
         return
-    known = type(load.optimizer).__module__.startswith("torch.optim.")
-    before = load.optimizer.state.get(entry.param, {})
-    for name, item in entry.saved.items():
+    before = held_state(load.optimizer).get(entry.param, {})
+    for name, item in entry.items.items():
         if type(item) is not SavedLeaf:
             wants.all_of(item)
             continue
-        if known and name in _LIKE_PARAMETER and not _alike(entry.param, item):
+        old = before.get(name) if isinstance(before, dict) and not load.own_code else None
+        if entry.named[0].cut is not None:
+            _want_flat(load, entry, name, old, wants)
+            continue
+        path = f"{entry.named[0].path}/{segment(name)}"
+        if _differs(load.optimizer, name, entry.param, item):
             wants.problems.append(
-                f"{path}/{name}: the parameter has shape {list(entry.param.shape)}, "
+                f"{path}: the parameter has shape {list(entry.param.shape)}, "
                 f"but {list(item.shape)} was saved"
             )
-            continue
-        old = before.get(name) if isinstance(before, dict) else None
-        if fits(old, item) and not load.own_code:
-            load.kept[entry.position, name] = old
-            wants.write(f"{path}/{name}", old, item)
-        elif (pattern := entry.pattern(item)) is not None:
-            wants.part(f"{path}/{name}", item.whole, live_box(pattern))
+        elif fits(old, item):
+            load.kept[id(entry.param), name] = old
+            wants.write(path, old, item)
+        elif is_spread(entry.param) and item.shape == entry.param.shape:
+            wants.parts_like(path, entry.param, item)
         else:
             wants.all_of(item)
 
 
-def _alike(param: Tensor, item: SavedLeaf) -> bool:
-    """Whether a state tensor may belong to a parameter; numbers are of no shape."""
-    return not param.dim() or not item.shape or item.shape == param.shape
+def _want_flat(load: OptimizerLoad, entry: Entry, name: Any, old: Any, wants: Wants) -> None:
+    """Want the runs of a flat state tensor; or what all parameters in it have alike (step)."""
+    leaf = entry.named[0].saved[name]
+    runs = entry.runs(name, torch.empty(entry.param.shape, dtype=leaf.dtype, device="meta"))
+    fitting = fits(old, leaf)
+    if runs:
+        fitting = isinstance(old, Tensor) and (old.shape, old.dtype) == (
+            entry.param.shape,
+            leaf.dtype,
+        )
+        for one, run, item in entry.runs(name, old) if fitting else runs:
+            path = f"{one.path}/{segment(name)}"
+            wants.write(path, run, item) if fitting else wants.parts_like(path, run, item)
+    elif fitting:
+        wants.write(f"{entry.named[0].path}/{segment(name)}", old, leaf)
+    else:
+        wants.all_of(leaf)
+    if fitting:
+        load.kept[id(entry.param), name] = old
+    first = f"{entry.named[0].path}/{segment(name)}"
+    for one in entry.named[1:] if not runs else ():
+        other = one.saved.get(name) if isinstance(one.saved, dict) else None
+        if type(other) is SavedLeaf:
+            wants.tie(f"{one.path}/{segment(name)}", [leaf.whole.box], first, leaf, other)
+
+
+def _differs(optimizer: Optimizer, name: Any, param: Tensor, item: SavedLeaf) -> bool:
+    """Whether a state tensor that torch makes like its parameter is not; numbers always fit."""
+    known = type(optimizer).__module__.startswith("torch.optim.") and name in _LIKE_PARAMETER
+    return known and bool(param.dim() and item.shape) and item.shape != param.shape
 
 
 def _want_options(load: OptimizerLoad, wants: Wants) -> None:
@@ -302,11 +392,9 @@ def _want_options(load: OptimizerLoad, wants: Wants) -> None:
                 wants.all_of(item)
 
 
-def fits(live: Any, saved: SavedLeaf) -> TypeGuard[Tensor]:
+def fits(live: Any, saved: SavedLeaf) -> bool:
     """Whether a saved tensor can be written into `live`."""
-    if not isinstance(live, Tensor) or live.layout != torch.strided:
-        return False
-    return live.shape == saved.shape and live.dtype == saved.dtype
+    return is_tensor(live) and outline_of_leaf(saved).difference(live) == ""
 
 
 def _options(groups: Any, optimizer: Optimizer, *, by_position: bool) -> list[dict[str, Any]]:
@@ -339,11 +427,10 @@ def _step_devices(optimizer: Optimizer) -> Iterator[torch.device]:
 
 
 def _has_own_code(optimizer: Optimizer) -> bool:
-    hooks = (
-        optimizer._optimizer_load_state_dict_pre_hooks
-        or optimizer._optimizer_load_state_dict_post_hooks
-    )
-    return bool(hooks) or type(optimizer).load_state_dict is not Optimizer.load_state_dict
+    """Whether hooks or an override load; those of a partitioned one are not asked."""
+    one = local_optimizer(optimizer)
+    hooks = one._optimizer_load_state_dict_pre_hooks or one._optimizer_load_state_dict_post_hooks
+    return bool(hooks) or type(one).load_state_dict is not Optimizer.load_state_dict
 
 
 def _only_dtype_differs(kept: Any, exact: Tensor) -> bool:

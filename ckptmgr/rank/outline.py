@@ -41,6 +41,11 @@ def _of_live(live: Any) -> Outline:
     return Outline(live.shape, live.layout, live.dtype)
 
 
+def outline_of_leaf(saved: SavedLeaf) -> Outline:
+    """Of a saved tensor that is plain elements."""
+    return Outline(saved.shape, torch.strided, saved.dtype)
+
+
 def outline(saved: Any) -> Outline | None:
     """Of a saved tensor of any layout; None if it is no tensor.
 
@@ -48,7 +53,7 @@ def outline(saved: Any) -> Outline | None:
         RecordDamagedError: it is one that does not hold together.
     """
     if type(saved) is SavedLeaf:
-        return Outline(saved.shape, torch.strided, saved.dtype)
+        return outline_of_leaf(saved)
     if type(saved) is not External:
         return None
     try:

@@ -57,6 +57,11 @@ class Placing:
         """See the class."""
         return self.wants.surplus
 
+    @property
+    def complete(self) -> bool:
+        """Whether no other saved rank can have more of what this process wants."""
+        return not self.wants.incomplete and not self.wants.surplus
+
     @cached_property
     def needs(self) -> dict[int, Ranges]:
         """Byte ranges (start, stop) of the data region of each saved rank that must be there."""

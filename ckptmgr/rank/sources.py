@@ -101,7 +101,9 @@ class Sources:
         """
         leaf = table.layout.leaves[index]
         # A rank with no element of a tensor without dimensions has an empty leaf of its own for it.
-        is_shared = leaf.global_shape is not None or (not leaf.nbytes and leaf.path in self._together)
+        is_shared = leaf.global_shape is not None or (
+            not leaf.nbytes and leaf.path in self._together
+        )
         if not is_shared:
             key = table.rank, index
             if key not in self._private:

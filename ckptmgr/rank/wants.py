@@ -48,10 +48,12 @@ class Wants:
     """Everything that a plan wants, and what speaks against it.
 
     `alone`: no other process takes what this one leaves, so that it is a problem here. Else it is
-    collected in `surplus`: paths that the processes must compare.
+    collected in `surplus`: paths that the processes must compare. `incomplete`: other saved ranks
+    may have more of what is wanted.
     """
 
     alone: bool = True
+    incomplete: bool = False
     problems: list[str] = field(default_factory=list)
     surplus: list[str] = field(default_factory=list)
     writes: list[Write] = field(default_factory=list)
@@ -70,11 +72,16 @@ class Wants:
         for box, _ in views(pattern):
             self.part(path, saved.whole, box)
 
-    def tie(self, path: str, live: Any, first: str, one: SavedLeaf, other: SavedLeaf) -> None:
-        """One live tensor is for two saved ones: want to know that they are alike."""
+    def tie(
+        self, path: str, boxes: Iterable[Box], first: str, one: SavedLeaf, other: SavedLeaf
+    ) -> None:
+        """One live tensor is for two saved ones: want to know that they are alike in its boxes."""
         if one.whole is other.whole:
             return
-        for box, _ in views(live):
+        if (one.shape, one.dtype) != (other.shape, other.dtype):
+            self.problems.append(f"{path}: is tied to {first} in the live state, but not alike")
+            return
+        for box in boxes:
             self.part(path, one.whole, box)
             self.part(path, other.whole, box)
             self.ties.append(Tie(path, first, one.whole, other.whole, box))
