@@ -58,7 +58,7 @@ def originals(module: nn.Module) -> Iterator[Original]:
         if flat is not None:
             ranks = _holders(part)
             for at, name in enumerate(flat._fqns):
-                full = unwrapped(f"{prefix}.{name}")
+                full = unwrapped(".".join(filter(None, (prefix, name))))
                 if not flat._contiguities[at]:
                     raise UnsupportedLeafError("was flattened in another order", subject=full)
                 yield _original(full, flat, at, ranks)

@@ -15,7 +15,9 @@ from ckptmgr.rank.held import Held, held_by
 from ckptmgr.rank.parallel import Parallel
 from ckptmgr.rank.parts import (
     PLAIN_TYPES,
+    FlatRun,
     LocalPart,
+    Piece,
     distribution,
     local_part,
     local_tensor,
@@ -92,7 +94,7 @@ def make_frame(flat: Flat, seams: Seams, around: Parallel, *, with_meta: bool = 
         if not (with_meta and tensor.is_meta):
             admit(tensor, trail)
     pointers = _pointers(tensors)
-    owner = _owners(parts, pointers)
+    owner = _owners(flat.leaves, parts, pointers)
     order = sorted(
         (at for at, first in enumerate(owner) if at == first),
         key=lambda at: (element_kind(tensors[at].dtype), at),
@@ -142,18 +144,25 @@ def _first_mentions(pointers: list[int]) -> list[int]:
     return [seen.setdefault(pointer, at) for at, pointer in enumerate(pointers)]
 
 
-def _owners(parts: Sequence[LocalPart], pointers: list[int]) -> list[int]:
+def _owners(leaves: Sequence[Any], parts: Sequence[LocalPart], pointers: list[int]) -> list[int]:
     """For each mention, the first one of the very same tensor (memory, shape, stride, dtype)."""
     seen: dict[Any, int] = {}
     owners = []
-    for at, (part, pointer) in enumerate(zip(parts, pointers, strict=True)):
+    for at, (leaf, part, pointer) in enumerate(zip(leaves, parts, pointers, strict=True)):
         tensor = part.tensor
-        # An empty tensor has no memory to tell it by; the same object is the same tensor.
+        # An empty tensor has no memory to tell it by, nor has one that lies in a flat shard of
+        # which no element is here; the same object is the same tensor.
         place = pointer or ("object", id(tensor))
-        boxes = part.global_shape, tuple(piece.box for piece in part.pieces)
-        key = (place, tensor.device, tensor.dtype, tensor.shape, _view(tensor), boxes)
+        if type(leaf) is FlatRun and not leaf.count:
+            place = "object", id(leaf)
+        pieces = part.global_shape, tuple(map(_place_of, part.pieces))
+        key = (place, tensor.device, tensor.dtype, tensor.shape, _view(tensor), pieces)
         owners.append(seen.setdefault(key, at))
     return owners
+
+
+def _place_of(piece: Piece) -> tuple[Any, ...]:
+    return piece.box, tuple((one.start, one.stop) for one in piece.inside)
 
 
 def _view(tensor: Tensor) -> tuple[Any, ...]:
