@@ -246,7 +246,8 @@ def plan_optimizer(
 def _stepped(optimizer: Optimizer) -> int:
     """How many parameters this process steps."""
     steps = steps_here(optimizer)
-    return len({id(param) for param in parameters_of(optimizer) if steps(param)})
+    here = [p for p in parameters_of(optimizer) if steps(p) and p.numel()]
+    return len(set(map(id, here)))
 
 
 def _load_for(path: str, optimizer: Optimizer, found: Any, called: Any) -> OptimizerLoad:
@@ -276,7 +277,9 @@ def _entries(path: str, optimizer: Optimizer, state: Any, called: Any) -> list[E
             for name, cut in names
             if name in state
         ]
-        if named and steps(param) and id(param) not in found:
+        # FSDP1 has no gradient, and so no state, of a parameter that is in no part in its shard.
+        is_elsewhere = bool(named and named[0].cut is not None and not param.numel())
+        if named and steps(param) and not is_elsewhere and id(param) not in found:
             first = min(order[name] for name, _ in names if name in state)
             found[id(param)] = first, Entry(param, named, device)
     return [entry for _, entry in sorted(found.values(), key=lambda pair: pair[0])]

@@ -238,7 +238,7 @@ def _compare(found: dict[str, Tensor], truth: dict[str, Tensor], layout: str, st
         assert set(found) == set(truth), (layout, sorted(set(found) ^ set(truth)))
     for name, item in found.items():
         assert item.dtype == truth[name].dtype, (layout, name)
-        assert torch.equal(item, truth[name]), (layout, name)
+        assert torch.equal(item, truth[name]), (layout, name, item, truth[name])
     (group,) = state["optimizer"].param_groups
     assert group["lr"] == 0.01, layout
 
