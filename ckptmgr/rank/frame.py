@@ -150,7 +150,7 @@ def _owners(parts: Sequence[LocalPart], pointers: list[int]) -> list[int]:
         tensor = part.tensor
         # An empty tensor has no memory to tell it by; the same object is the same tensor.
         place = pointer or ("object", id(tensor))
-        boxes = part.global_shape, tuple(piece.box for piece in part.pieces)
+        boxes = part.global_shape, tuple((piece.box, piece.starts) for piece in part.pieces)
         key = (place, tensor.device, tensor.dtype, tensor.shape, _view(tensor), boxes)
         owners.append(seen.setdefault(key, at))
     return owners
