@@ -58,7 +58,7 @@ def originals(module: nn.Module) -> Iterator[Original]:
         if flat is not None:
             ranks = _holders(part)
             for at, name in enumerate(flat._fqns):
-                full = unwrapped(".".join(filter(None, (prefix, name))))
+                full = _joined(prefix, name)
                 if not flat._contiguities[at]:
                     raise UnsupportedLeafError("was flattened in another order", subject=full)
                 yield _original(full, flat, at, ranks)
@@ -66,12 +66,10 @@ def originals(module: nn.Module) -> Iterator[Original]:
 
 def _holders(part: Any) -> tuple[int, ...]:
     """The ranks that hold the same shard of an FSDP1 module."""
-    if part.sharding_strategy.name == "NO_SHARD":
+    strategy = part.sharding_strategy.name
+    if strategy == "NO_SHARD":
         return tuple(dist.get_process_group_ranks(part.process_group))
-    if (
-        part.sharding_strategy.name.startswith("_HYBRID")
-        or part.sharding_strategy.name == "HYBRID_SHARD"
-    ):
+    if "HYBRID" in strategy:
         return tuple(dist.get_process_group_ranks(part._inter_node_pg))
     return (dist.get_rank(),)
 
@@ -109,7 +107,7 @@ def flat_state(module: nn.Module) -> OrderedDict[str, Any]:
         for key, item in here.items():
             if id(item) not in shards:
                 plain = item.detach() if isinstance(item, Tensor) else item
-                found[f"{name}.{key}" if name else key] = plain
+                found[_joined(name, key)] = plain
     for entry in originals(module):
         found[entry.name] = entry.run
     for alias, name in _aliases(module):
@@ -126,5 +124,9 @@ def _aliases(module: nn.Module) -> Iterator[tuple[str, str]]:
                 (tied.module_name, tied.param_name),
                 (tied.prim_module_name, tied.prim_param_name),
             )
-            alias, name = (unwrapped(".".join(filter(None, (prefix, *pair)))) for pair in names)
+            alias, name = (_joined(prefix, *pair) for pair in names)
             yield alias, name
+
+
+def _joined(*parts: str) -> str:
+    return unwrapped(".".join(filter(None, parts)))

@@ -17,7 +17,6 @@ from ckptmgr.rank.parts import (
     PLAIN_TYPES,
     FlatRun,
     LocalPart,
-    Piece,
     distribution,
     local_part,
     local_tensor,
@@ -155,14 +154,10 @@ def _owners(leaves: Sequence[Any], parts: Sequence[LocalPart], pointers: list[in
         place = pointer or ("object", id(tensor))
         if type(leaf) is FlatRun and not leaf.count:
             place = "object", id(leaf)
-        pieces = part.global_shape, tuple(map(_place_of, part.pieces))
-        key = (place, tensor.device, tensor.dtype, tensor.shape, _view(tensor), pieces)
+        boxes = part.global_shape, tuple((piece.box, piece.starts) for piece in part.pieces)
+        key = (place, tensor.device, tensor.dtype, tensor.shape, _view(tensor), boxes)
         owners.append(seen.setdefault(key, at))
     return owners
-
-
-def _place_of(piece: Piece) -> tuple[Any, ...]:
-    return piece.box, tuple((one.start, one.stop) for one in piece.inside)
 
 
 def _view(tensor: Tensor) -> tuple[Any, ...]:

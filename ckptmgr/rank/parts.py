@@ -59,6 +59,11 @@ class Piece:
     inside: tuple[slice, ...]
     flat: bool = False
 
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Where it starts in the local tensor."""
+        return tuple(part.start for part in self.inside)
+
     def rows(self, start: int, stop: int) -> Piece:
         """Rows `start` to `stop` of the box, along its first dimension."""
         offset, shape = self.box.offset, self.box.shape

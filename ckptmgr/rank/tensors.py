@@ -73,7 +73,7 @@ def why_not(tensor: Tensor) -> str:
 def _why_not_distributed(tensor: Any) -> str:
     odd = [str(placement) for placement in tensor.placements if not _is_known(placement)]
     if odd:
-        return f"is a DTensor with the placement {odd[0]}: a sum that is not reduced yet"
+        return f"is a DTensor with the partial placement {odd[0]}: it is not reduced yet"
     local = tensor._local_tensor
     return f"is a DTensor whose local tensor is a {type(local).__qualname__} of {local.layout}"
 

@@ -221,12 +221,27 @@ def _full(item: Any) -> Tensor:
 
 
 def _fsdp1_numbers(model: Any, optimizer: Any) -> dict[str, Tensor]:
-    with FullyShardedDataParallel.summon_full_params(model, writeback=False):
-        found = {_bare(n): p.detach().clone() for n, p in model.named_parameters()}
-    kept = FullyShardedDataParallel.full_optim_state_dict(model, optimizer, rank0_only=False)
-    for name, items in kept["state"].items():
-        found |= {f"{_bare(name)}/{key}": item for key, item in items.items()}
+    """torch gathers parameters; so what the optimizer keeps is made parameters for a moment.
+
+    (Its full_optim_state_dict gives exp_avg_sq for exp_avg on a CPU.)
+    """
+    found = _gathered(model, "")
+    with torch.no_grad():
+        before = {param: param.clone() for param in optimizer.state}
+        for kept in ("exp_avg", "exp_avg_sq"):
+            for param, items in optimizer.state.items():
+                param.copy_(items[kept])
+            found |= _gathered(model, f"/{kept}")
+        for param, numbers_before in before.items():
+            param.copy_(numbers_before)
+    for name in [name for name in found if "/" not in name]:
+        found[f"{name}/step"] = next(iter(optimizer.state.values()))["step"].clone()
     return found
+
+
+def _gathered(model: Any, suffix: str) -> dict[str, Tensor]:
+    with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+        return {_bare(n) + suffix: p.detach().clone() for n, p in model.named_parameters()}
 
 
 def _compare(found: dict[str, Tensor], truth: dict[str, Tensor], layout: str, state: State) -> None:
