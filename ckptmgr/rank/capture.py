@@ -6,9 +6,10 @@ import gc
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +18,14 @@ from torch.optim import Optimizer
 
 from ckptmgr.errors import CkptmgrError, UnsupportedLeafError, UsageError
 from ckptmgr.rank.externals import externalize
-from ckptmgr.rank.frame import Frame, make_frame, sources_again
+from ckptmgr.rank.frame import Frame, Sources, make_frame, sources_again, sources_of
+from ckptmgr.rank.objects import Objects, find_objects
+from ckptmgr.rank.optimizers import by_name, held_state
 from ckptmgr.rank.overlap import LOOK_SECONDS_MAX, CopyThread, Job, Latch, Turn
+from ckptmgr.rank.parallel import look_around
+from ckptmgr.rank.parts import PLAIN_TYPES, leaf_types, local_tensor
 from ckptmgr.rank.randomness import RNG_KEY, Generators
-from ckptmgr.rank.tensors import LEAF_TYPES, is_leaf, local_part
+from ckptmgr.rank.tensors import is_leaf
 from ckptmgr.rank.twins import predicted_state_dict
 from ckptmgr.rank.views import ViewCache, cuda_in_use
 from ckptmgr.staging.hostbuffer import table_bytes_needed
@@ -36,14 +41,14 @@ Done = Callable[[BaseException | None], None]
 class Prepared:
     """A state that is ready to be copied: its layout, its values, and where its tensors are.
 
-    `sources` are live tensors in leaf order; `table_bytes` and `data_bytes` are what a slot needs.
+    `table_bytes` and `data_bytes` are what a slot needs.
     """
 
     layout: Layout
     layout_bytes: bytes
     layout_hash: bytes
     values: bytes
-    sources: list[Tensor]
+    sources: Sources
     data_bytes: int
     table_bytes: int
 
@@ -103,19 +108,29 @@ class Capture:
             training goes on; their steps wait for it. They must be changed by nothing else until
             then: a change is found by its version counter and spoils that snapshot. False copies
             everything before `copy` returns. None is True if a tensor is on a GPU.
+        replicated: patterns (`*` for anything) of paths of tensors that every rank has alike; each
+            rank saves a share of them. Parameters of DistributedDataParallel modules, with what
+            optimizers keep of them, and DTensors are known and need none.
 
     `prepare`, `copy`, `close` and the optimizers' steps belong to one thread, the one that trains.
     """
 
     def __init__(
-        self, state: MutableMapping[str, Any], *, rng: bool = True, overlap: bool | None = None
+        self,
+        state: MutableMapping[str, Any],
+        *,
+        rng: bool = True,
+        overlap: bool | None = None,
+        replicated: Sequence[str] = (),
     ) -> None:
         if rng and RNG_KEY in state:
             raise UsageError("is reserved for the generators of the process", subject=RNG_KEY)
         self._state = state
         self._rng = rng
         self._overlap = overlap
+        self._replicated = tuple(replicated)
         self._frame: Frame | None = None
+        self._objects = Objects()
         self._optimizers: list[Optimizer] = []
         self._hooks: dict[int, tuple[Optimizer, Any]] = {}
         self._written_by_hand: set[str] = set()
@@ -151,9 +166,9 @@ class Capture:
     def _expand(self, item: Any) -> Any:
         if isinstance(item, Optimizer):
             self._optimizers.append(item)
-        return item.state_dict()
+        return self._objects.state_of(item)
 
-    def _again(self, live: dict[str, Any]) -> tuple[list[Tensor], bytes] | None:
+    def _again(self, live: dict[str, Any]) -> tuple[Sources, bytes] | None:
         if self._frame is None:
             return None
         try:
@@ -163,14 +178,16 @@ class Capture:
         except (StructureChangedError, LeafInValueError, UnsupportedLeafError):
             return None  # looked at with care below, which also finds the path of what is wrong
 
-    def _anew(self, live: dict[str, Any]) -> tuple[list[Tensor], bytes]:
+    def _anew(self, live: dict[str, Any]) -> tuple[Sources, bytes]:
         self._optimizers.clear()
-        flat = flatten(live, self._seams)
+        self._objects = find_objects(live)
+        seams = replace(self._seams, leaf_types=leaf_types())
+        flat = flatten(live, seams)
         values = encode_flat_values(flat)
-        frame = make_frame(flat, self._seams)
+        frame = make_frame(flat, seams, look_around(self._objects, self._replicated))
         self._frame = frame
-        tensors = [local_part(leaf).tensor for leaf in flat.leaves]
-        return [tensors[at] for at in frame.order], values
+        tensors = list(map(local_tensor, flat.leaves))
+        return sources_of(frame, flat.leaves, tensors, frame.pointers), values
 
     def predict(self) -> tuple[int, int]:
         """Bytes of the table and of the data of a snapshot after the first optimizer step.
@@ -181,10 +198,14 @@ class Capture:
         Raises:
             UnsupportedLeafError: a leaf that can not be stored exactly, with its path.
         """
-        seams = replace(SEAMS, expand=_predicted)
-        flat = flatten(live_state(self._state, rng=self._rng), seams)
+        live = live_state(self._state, rng=self._rng)
+        objects = find_objects(live)
+        expand = partial(_predicted, objects)
+        seams = replace(SEAMS, leaf_types=leaf_types(), expand=expand)
+        flat = flatten(live, seams)
         values = encode_flat_values(flat)
-        frame = make_frame(flat, seams, with_meta=True)
+        around = look_around(objects, self._replicated)
+        frame = make_frame(flat, seams, around, with_meta=True)
         table_bytes = table_bytes_needed(len(frame.layout_bytes), len(values) * 2 + PAGE_BYTES)
         return table_bytes, frame.layout.data_bytes
 
@@ -207,14 +228,14 @@ class Capture:
         self._thread.drain()
         copy = Copy(done, self._thread.settle)
         try:
-            views = self._views.of(prepared.layout, data).leaves
+            views, sources = self._views.of(prepared.layout, data).leaves, prepared.sources.tensors
             later = self._leaves_for_later(prepared)
             if later:
                 now = sorted(set(range(len(views))).difference(later))
-                self._thread.copy([views[at] for at in now], [prepared.sources[at] for at in now])
+                self._thread.copy([views[at] for at in now], [sources[at] for at in now])
                 copy.turn = self._thread.start(self._job(prepared, views, later, copy))
                 return copy
-            self._thread.copy(views, prepared.sources)
+            self._thread.copy(views, sources)
         except Exception as failure:  # handed to the owner of the snapshot
             if not copy.finish(failure):
                 raise  # a signal handler's, after the copying thread has told the owner
@@ -226,7 +247,8 @@ class Capture:
     def _job(self, prepared: Prepared, views: list[Tensor], later: list[int], copy: Copy) -> Job:
         return Job(
             targets=[views[at] for at in later],
-            sources=[prepared.sources[at] for at in later],
+            sources=[prepared.sources.tensors[at] for at in later],
+            counted=[prepared.sources.counted[at] for at in later],
             paths=[prepared.layout.leaves[at].path for at in later],
             finish=copy.finish,
             torn=self._written_by_hand.update,
@@ -234,20 +256,20 @@ class Capture:
 
     def _leaves_for_later(self, prepared: Prepared) -> list[int]:
         """Leaves that only a hooked optimizer changes, so that they may be copied behind it."""
-        overlap = self._overlap
+        overlap, sources = self._overlap, prepared.sources
         if overlap is None:
-            overlap = cuda_in_use() and any(source.is_cuda for source in prepared.sources)
+            overlap = cuda_in_use() and any(source.is_cuda for source in sources.tensors)
         self._hook(self._optimizers if overlap else [])
         if not overlap:
             return []
-        owned = {tensor.data_ptr() for tensor in _tensors_of(self._optimizers)}
+        owned = {local_tensor(item).data_ptr() for item in _tensors_of(self._optimizers)}
         owned.discard(0)
         leaves = prepared.layout.leaves
         return [
             at
-            for at, source in enumerate(prepared.sources)
-            if source.data_ptr() in owned
-            and not source.is_inference()
+            for at, pointer in enumerate(sources.pointers)
+            if pointer in owned
+            and not sources.tensors[at].is_inference()
             and leaves[at].path not in self._written_by_hand
         ]
 
@@ -276,6 +298,7 @@ class Capture:
         self._hook([])
         self._views.clear()
         self._optimizers.clear()
+        self._objects = Objects()
         self._frame = None
 
 
@@ -306,7 +329,7 @@ def keeps_own_state(item: Any) -> bool:
 
 
 SEAMS = Seams(
-    leaf_types=LEAF_TYPES,
+    leaf_types=PLAIN_TYPES,
     is_leaf=is_leaf,
     expands=keeps_own_state,
     expand=lambda item: item.state_dict(),
@@ -314,8 +337,10 @@ SEAMS = Seams(
 )
 
 
-def _predicted(item: Any) -> Any:
-    return predicted_state_dict(item) if isinstance(item, Optimizer) else item.state_dict()
+def _predicted(objects: Objects, item: Any) -> Any:
+    if isinstance(item, Optimizer):
+        return by_name(predicted_state_dict(item), objects.names(item))
+    return objects.state_of(item)
 
 
 def _tensors_of(optimizers: list[Optimizer]) -> Iterator[Tensor]:
@@ -323,7 +348,7 @@ def _tensors_of(optimizers: list[Optimizer]) -> Iterator[Tensor]:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             yield from (param for param in group["params"] if param.layout == torch.strided)
-        for state in optimizer.state.values():
+        for state in held_state(optimizer).values():
             if isinstance(state, dict):
                 yield from (
                     item

@@ -13,6 +13,7 @@
 | numpy.Generator | class of the bit generator, its state with arrays as lists | |
 | numpy.RandomState | its state with arrays as lists | |
 | random.Random | getstate() | |
+| torch.optim | nil | entries of the state_dict, `state` and `param_groups` keyed by names |
 """
 
 from __future__ import annotations
@@ -28,9 +29,14 @@ import torch
 from torch import Tensor
 
 from ckptmgr.errors import StateMismatchError
-from ckptmgr.rank.tensors import LEAF_TYPES, dtype_name, dtype_of, is_leaf, why_not
+from ckptmgr.rank.optimizers import NamedState, by_position
+from ckptmgr.rank.parts import PLAIN_TYPES, leaf_types
+from ckptmgr.rank.tensors import dtype_name, dtype_of, is_leaf, why_not
 from ckptmgr.staging.paths import Trail
 from ckptmgr.staging.values import External, LeafInValueError, numpy_dtype, refuse
+
+OPTIMIZER = "torch.optim"
+"""The one kind whose children may be what stands for a tensor; they are not cloned for it."""
 
 _NAMED: dict[type, str] = {
     torch.dtype: "torch.dtype",
@@ -38,7 +44,7 @@ _NAMED: dict[type, str] = {
     torch.layout: "torch.layout",
     torch.memory_format: "torch.memory_format",
 }
-_LAYOUTS = {
+LAYOUTS = {
     name: getattr(torch, name)
     for name in ("strided", "sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc")
 }
@@ -75,13 +81,17 @@ def externalize(item: Any, trail: Trail) -> External | None:
         return External(_NAMED[type(item)], str(item).removeprefix("torch."), {})
     if type(item) is torch.Size:
         return External("torch.Size", list(item), {})
+    if type(item) is NamedState:
+        return External(OPTIMIZER, None, item.entries)
     if type(item) is torch.Generator:
         return External("torch.Generator", str(item.device), {"state": item.get_state()})
     return _python_generator(item, trail)
 
 
 def _tensor(item: Tensor, trail: Trail) -> External:
-    if type(item) not in LEAF_TYPES or item.is_nested:
+    if type(item) in leaf_types() and is_leaf(item):
+        raise LeafInValueError(trail)
+    if type(item) not in PLAIN_TYPES or item.is_nested:
         raise refuse(trail, why_not(item))
     if item.is_quantized:
         return _quantized(item, trail)
@@ -95,8 +105,6 @@ def _tensor(item: Tensor, trail: Trail) -> External:
         return _compressed(item, item.crow_indices(), item.col_indices())
     if item.layout in _COLUMN_COMPRESSED:
         return _compressed(item, item.ccol_indices(), item.row_indices())
-    if is_leaf(item):
-        raise LeafInValueError(trail)
     raise refuse(trail, why_not(item))
 
 
@@ -186,7 +194,7 @@ def assemble(external: External) -> Any:
 
 
 def _assemble_sparse(kind: str, attributes: Any, children: Any) -> Tensor:
-    layout = _LAYOUTS[kind.removeprefix("torch.")]
+    layout = LAYOUTS[kind.removeprefix("torch.")]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "sparse CSR support is in beta"
         if layout == torch.sparse_coo:
@@ -321,7 +329,7 @@ _Build = Callable[[Any, Any], Any]
 _BUILDERS: dict[str, _Build] = {
     "torch.dtype": lambda name, _: dtype_of(name),
     "torch.device": lambda name, _: torch.device(name),
-    "torch.layout": lambda name, _: _LAYOUTS[name],
+    "torch.layout": lambda name, _: LAYOUTS[name],
     "torch.memory_format": lambda name, _: _MEMORY_FORMATS[name],
     "torch.Size": lambda sizes, _: torch.Size(sizes),
     "torch.Generator": _assemble_generator,
@@ -331,4 +339,5 @@ _BUILDERS: dict[str, _Build] = {
     "numpy.Generator": _assemble_numpy_generator,
     "numpy.RandomState": _assemble_random_state,
     "random.Random": _assemble_random,
+    OPTIMIZER: lambda _, entries: by_position(entries),
 }

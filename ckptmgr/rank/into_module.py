@@ -1,10 +1,14 @@
-"""A saved state_dict goes into a live module: checked first, then copied into what exists."""
+"""A saved state_dict goes into a live module: checked first, then written into what exists.
+
+Where only torch.nn takes part, the tensors are written in place, one part from each rank that holds
+one, and load_state_dict is not called. Code of the user gets new tensors, by load_state_dict.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,33 +16,82 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ckptmgr.errors import StateMismatchError
+from ckptmgr.rank.flat import is_flat
+from ckptmgr.rank.living import is_spread, is_tensor, views
 from ckptmgr.rank.names import match_names
-from ckptmgr.rank.saved import Clones, SavedLeaf, fresh
-from ckptmgr.rank.tensors import carried
+from ckptmgr.rank.outline import kind_of, outline
+from ckptmgr.rank.regions import Clones, SavedLeaf
+from ckptmgr.rank.saved import fresh
+from ckptmgr.rank.wants import Wants, part_like
 from ckptmgr.staging.paths import segment
 
 _EXTRA_STATE = "_extra_state"
-_LOADING_METHODS = ("load_state_dict", "_load_from_state_dict", "set_extra_state")
+_METHODS = (
+    "get_extra_state",
+    "load_state_dict",
+    "set_extra_state",
+    "state_dict",
+    "_load_from_state_dict",
+    "_save_to_state_dict",
+)
+_TORCH = ("torch.nn.", "torch.distributed.")
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """An item of a module's state: its path and its name, what was saved and what is there."""
+
+    path: str
+    name: str
+    saved: Any
+    live: Any
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it can be written in place."""
+        live = self.live
+        if type(self.saved) is not SavedLeaf or not is_tensor(live) or is_lazy(live):
+            return False
+        return not isinstance(live, Tensor) or (
+            live.layout == torch.strided and not live.is_quantized
+        )
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether it is written in parts, of which other processes may hold others."""
+        return type(self.saved) is SavedLeaf and is_spread(self.live)
+
+
+@dataclass(slots=True)
 class ModuleLoad:
-    """A state_dict that fits `module`; `own_code` if classes of the user take part in loading."""
+    """A saved state_dict for a module that loads it by code of its own."""
 
     path: str
     module: nn.Module
-    state: OrderedDict[str, Any]
-    own_code: bool
+    places: list[Place]
+    versions: OrderedDict[str, Any] | None
     ignored: frozenset[str]
+    state: OrderedDict[str, Any] = field(default_factory=OrderedDict)
+    own_code: bool = True
+
+    def build(self, clones: Clones) -> None:
+        """Make the state that it will be given; nothing in it is in saved memory."""
+        for place in self.places:
+            self.state[place.name] = (
+                part_like(place.live, place.saved, clones.regions)
+                if place.is_spread
+                else fresh(place.saved, clones)
+            )
+        if self.versions is not None:
+            self.state._metadata = self.versions  # type: ignore[attr-defined]
 
     def backup(self) -> Any:
-        """What `undo` needs; taken only where loading can fail half-way."""
-        return copy.deepcopy(self.module.state_dict()) if self.own_code else None
+        """What `undo` needs."""
+        return copy.deepcopy(self.module.state_dict())
 
     def undo(self, backup: Any) -> None:
         """Put back what `backup` kept."""
-        if backup is not None:
-            self.module.load_state_dict(backup, strict=False)
+        self.module.load_state_dict(backup, strict=False)
 
     def apply(self) -> None:
         """Load it.
@@ -55,122 +108,114 @@ class ModuleLoad:
 
 
 def plan_module(
-    path: str, module: nn.Module, saved: Any, clones: Clones, problems: list[str]
+    path: str, module: nn.Module, live: Any, saved: Any, wants: Wants
 ) -> ModuleLoad | None:
-    """Compare a saved state_dict with a live module; what differs is added to `problems`."""
-    live = module.state_dict()
+    """Compare a saved state_dict with `live`, that of a module, and want what it takes.
+
+    Returns what has to be loaded by the module itself; None if all is written in place.
+    """
     if not isinstance(saved, dict) or not all(isinstance(name, str) for name in saved):
-        problems.append(f"{path}: is a module, but no state_dict was saved")
+        wants.problems.append(f"{path}: is a module, but no state_dict was saved")
         return None
     matched = match_names(saved, live)
-    _compare_names(path, saved, live, matched, problems)
-    for name, live_name in matched.items():
-        _compare(f"{path}/{segment(name)}", saved[name], live[live_name], problems)
-    _compare_ties(path, saved, live, matched, problems)
-    own_code = has_own_code(module)
-    state: OrderedDict[str, Any] = OrderedDict(
-        (matched[name], _to_load(item, clones, own_code=own_code))
-        for name, item in saved.items()
+    _compare_names(path, saved, live, matched, wants)
+    places = [
+        Place(f"{path}/{segment(name)}", matched[name], saved[name], live[matched[name]])
+        for name in saved
         if name in matched
-    )
-    _rename_metadata(saved, live, state)
+    ]
+    for place in places:
+        _compare(place, wants.problems)
+    flat = is_flat(module)  # whose own state_dict and load_state_dict need all ranks
+    if flat:
+        wants.problems += [f"{p.path}: is no tensor of an FSDP module" for p in _not_plain(places)]
+    if flat or not (has_own_code(module) or _not_plain(places)):
+        _want_in_place(places, wants, write=True)
+        return None
+    _want_in_place(places, wants, write=False)
+    for place in places:
+        if place.is_spread:
+            wants.parts_like(place.path, place.live, place.saved)
+        else:
+            wants.all_of(place.saved)
     known = set(dict(module.named_parameters(remove_duplicate=False)))
     known |= set(dict(module.named_buffers(remove_duplicate=False)))
-    return ModuleLoad(path, module, state, own_code, frozenset(known - set(live)))
+    return ModuleLoad(path, module, places, _versions(saved, live), frozenset(known - set(live)))
 
 
 def has_own_code(module: nn.Module) -> bool:
-    """Whether anything but torch.nn takes part in loading: it may keep what it is given."""
+    """Whether anything but torch takes part in its state: it may keep what it is given."""
     for part in module.modules():
-        if part._load_state_dict_pre_hooks or part._load_state_dict_post_hooks:
+        hooks = [
+            *part._load_state_dict_pre_hooks.values(),
+            *part._load_state_dict_post_hooks.values(),
+            *part._state_dict_pre_hooks.values(),
+            *part._state_dict_hooks.values(),
+        ]
+        if not all(_home(hook).startswith(_TORCH) for hook in hooks):
             return True
-        for method in _LOADING_METHODS:
-            home = getattr(getattr(type(part), method), "__module__", "")
-            if not home.startswith("torch.nn."):
-                return True
+        if not all(_home(getattr(type(part), name)).startswith(_TORCH) for name in _METHODS):
+            return True
     return False
 
 
-def _to_load(item: Any, clones: Clones, *, own_code: bool) -> Any:
-    if type(item) is SavedLeaf and not own_code:
-        return item.view
-    return fresh(item, clones)
+def _home(code: Any) -> str:
+    """The module that a hook or a method was written in."""
+    while (inner := getattr(code, "func", None) or getattr(code, "hook", None)) is not None:
+        code = inner
+    return str(getattr(code, "__module__", ""))
 
 
-def _compare_names(
-    path: str, saved: Any, live: Any, matched: dict[str, str], problems: list[str]
-) -> None:
+def _not_plain(places: list[Place]) -> list[Place]:
+    return [place for place in places if not place.is_plain]
+
+
+def _want_in_place(places: list[Place], wants: Wants, *, write: bool) -> None:
+    """Want each saved tensor; tied live ones once, as they can hold one value only."""
+    seen: dict[Any, Place] = {}
+    for place in places:
+        if not place.is_plain:
+            continue
+        memory = tuple(
+            (view.device, view.data_ptr(), view.shape, view.stride())
+            for _, view in views(place.live)
+            if view.numel()
+        )
+        if memory and memory in seen:
+            first = seen[memory]
+            boxes = [box for box, _ in views(place.live)]
+            wants.tie(place.path, boxes, first.name, first.saved, place.saved)
+            continue
+        seen[memory] = place
+        if write:
+            wants.write(place.path, place.live, place.saved)
+
+
+def _compare_names(path: str, saved: Any, live: Any, matched: dict[str, str], wants: Wants) -> None:
     known = set(matched.values())
-    problems.extend(
+    wants.problems.extend(
         f"{path}/{segment(name)}: is in the live state, but was not saved"
         for name in live
         if name not in known
     )
-    problems.extend(
-        f"{path}/{segment(name)}: was saved, but is not in the live state"
-        for name in saved
-        if name not in matched
-    )
+    wants.leave(f"{path}/{segment(name)}" for name in saved if name not in matched)
 
 
-def _compare(path: str, saved: Any, live: Any, problems: list[str]) -> None:
-    if path.endswith(_EXTRA_STATE) or is_lazy(live) or not isinstance(live, Tensor):
+def _compare(place: Place, problems: list[str]) -> None:
+    live = place.live
+    if place.path.endswith(_EXTRA_STATE) or is_lazy(live) or not is_tensor(live):
         return
-    found = saved.view if type(saved) is SavedLeaf else saved
-    if not isinstance(found, Tensor):
-        problems.append(f"{path}: is a tensor, but a {type(saved).__name__} was saved")
-        return
-    difference = tensor_difference(found, live)
-    if difference:
-        problems.append(f"{path}: {difference}")
+    found = outline(place.saved)
+    if found is None:
+        problems.append(f"{place.path}: is a tensor, but a {kind_of(place.saved)} was saved")
+    elif (difference := found.difference(live)) != "":
+        problems.append(f"{place.path}: {difference}")
 
 
-def tensor_difference(saved: Tensor, live: Tensor) -> str:
-    """How shape or dtype differ, or an empty string."""
-    if saved.shape != live.shape:
-        return f"has shape {list(live.shape)}, but {list(saved.shape)} was saved"
-    if saved.layout != live.layout:
-        return f"is {live.layout}, but {saved.layout} was saved"
-    if saved.dtype != live.dtype:
-        return f"is {live.dtype}, but {saved.dtype} was saved"
-    return ""
-
-
-def _compare_ties(
-    path: str, saved: Any, live: Any, matched: dict[str, str], problems: list[str]
-) -> None:
-    """Tied tensors can hold one value only; two different saved ones do not fit."""
-    seen: dict[Any, str] = {}
-    for name, live_name in matched.items():
-        here, there = saved[name], live[live_name]
-        if type(here) is not SavedLeaf or not isinstance(there, Tensor) or not there.numel():
-            continue
-        if is_lazy(there) or there.layout != torch.strided:
-            continue
-        place = (there.device, there.data_ptr(), there.shape, there.stride())
-        first = seen.setdefault(place, name)
-        one, other = saved[first], here
-        if type(one) is SavedLeaf and one.view is not other.view and not _same(one, other):
-            problems.append(
-                f"{path}/{segment(name)}: is tied to {first} in the live state, "
-                "but they differ in the saved one"
-            )
-
-
-def _same(one: SavedLeaf, other: SavedLeaf) -> bool:
-    # Bits, not values: NaN is equal to itself here.
-    if one.view.dtype != other.view.dtype or one.view.shape != other.view.shape:
-        return False
-    left, right = carried(one.view), carried(other.view)
-    as_bytes = left.flatten().view(torch.uint8), right.flatten().view(torch.uint8)
-    return torch.equal(*as_bytes)
-
-
-def _rename_metadata(saved: Any, live: Any, state: OrderedDict[str, Any]) -> None:
+def _versions(saved: Any, live: Any) -> OrderedDict[str, Any] | None:
     """Versions of submodules, by which torch.nn upgrades what older modules saved."""
-    metadata = getattr(saved, "_metadata", None)
-    if metadata is None:
-        return
-    matched = match_names(metadata, getattr(live, "_metadata", {}))
-    renamed = {matched.get(name, name): item for name, item in metadata.items()}
-    state._metadata = OrderedDict(renamed)  # type: ignore[attr-defined]
+    versions = getattr(saved, "_metadata", None)
+    if versions is None:
+        return None
+    matched = match_names(versions, getattr(live, "_metadata", {}))
+    return OrderedDict((matched.get(name, name), item) for name, item in versions.items())

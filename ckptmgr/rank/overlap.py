@@ -134,10 +134,14 @@ class Turn:
 
 @dataclass(slots=True)
 class Job:
-    """Leaves that are copied in the background; `torn` hears the paths that changed meanwhile."""
+    """Leaves that are copied in the background; `torn` hears the paths that changed meanwhile.
+
+    `counted[i]` has the version counter for writes into `sources[i]`.
+    """
 
     targets: list[Tensor]
     sources: list[Tensor]
+    counted: list[Tensor]
     paths: list[str]
     finish: Finish
     torn: Callable[[list[str]], None]
@@ -146,7 +150,7 @@ class Job:
     streams: dict[torch.device, torch.cuda.Stream] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.versions = [source._version for source in self.sources]
+        self.versions = [tensor._version for tensor in self.counted]
 
     def run(self, turn: Turn) -> None:
         """Copy, wait until the training thread is not writing, judge, and tell."""
@@ -186,7 +190,7 @@ class Job:
             pause = min(2 * pause, LOOK_SECONDS_MAX)
 
     def _judge(self) -> TornSnapshotError | None:
-        now = [source._version for source in self.sources]
+        now = [tensor._version for tensor in self.counted]
         if now == self.versions:
             return None
         pairs = zip(self.versions, now, strict=True)

@@ -1,135 +1,182 @@
-"""A saved state on its way back: views of the slot's memory, and clones that outlive it."""
+"""A saved state on its way back: the trees of all saved ranks as one, and new objects from it."""
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections import OrderedDict, defaultdict, deque
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ckptmgr.errors import HostBufferDamagedError
-from ckptmgr.rank.externals import assemble
-from ckptmgr.rank.tensors import IS_PARAMETER, REQUIRES_GRAD, carried, dtype_of
+from ckptmgr.errors import RecordDamagedError, StateError
+from ckptmgr.rank.externals import OPTIMIZER, assemble
+from ckptmgr.rank.optimizers import by_position
+from ckptmgr.rank.regions import Clones, SavedLeaf
+from ckptmgr.rank.sources import Sources, Table
 from ckptmgr.staging.revive import decode_tree, decode_values
 from ckptmgr.staging.values import MAPPING_TAGS, External
-from ckptmgr.types import Layout, Leaf
+from ckptmgr.types import Layout
 
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """What a slot holds of a step: layout, encoded values, and the data region."""
+    """What a slot holds of one rank's step: layout, encoded values, and the data region."""
 
     layout: Layout
     values: bytes
-    data: memoryview
+    data: memoryview = field(repr=False)
+    rank: int = 0
+
+    @property
+    def table(self) -> Table:
+        """All but the data."""
+        return Table(self.rank, self.layout, self.values)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class SavedLeaf:
-    """A tensor still in the slot: `view` must not be kept. One leaf is always the same view."""
+@dataclass(frozen=True, slots=True)
+class SavedState:
+    """The nested state, with a `SavedLeaf` for each tensor and an External for each object.
 
-    view: Tensor
-    flags: int
-
-
-def leaf_views(saved: Saved) -> list[Tensor]:
-    """One tensor per leaf over the data region, in its own dtype.
-
-    Raises:
-        HostBufferDamagedError: a leaf that does not fit its bytes, or of an unknown dtype.
+    `own` is what the reader's own rank saved, `all` has in addition what only others saved.
     """
-    layout = saved.layout
-    if len(saved.data) < layout.data_bytes:
-        raise HostBufferDamagedError(
-            f"{len(saved.data)} bytes of data, the layout has {layout.data_bytes}"
-        )
-    with warnings.catch_warnings():
-        # The memory may be read-only; it is never written. ComplexHalf is experimental.
-        warnings.simplefilter("ignore")
-        base = torch.empty(0, dtype=torch.uint8)
-        if layout.data_bytes:
-            base = torch.frombuffer(saved.data, dtype=torch.uint8, count=layout.data_bytes)
-        return [_leaf_view(leaf, base) for leaf in layout.leaves]
+
+    own: Any
+    all: Any
 
 
-def _leaf_view(leaf: Leaf, base: Tensor) -> Tensor:
-    try:
-        dtype = dtype_of(leaf.dtype)
-        nbytes = math.prod(leaf.shape) * dtype.itemsize
-        if leaf.nbytes != nbytes or min(leaf.shape, default=0) < 0:
-            raise ValueError(f"{leaf.nbytes} bytes for shape {list(leaf.shape)}")
-        piece = base[leaf.offset : leaf.offset + leaf.nbytes]
-        return piece.view(dtype).view(leaf.shape)
-    except (ValueError, RuntimeError) as error:
-        raise HostBufferDamagedError(str(error), subject=leaf.path) from error
+def read_state(sources: Sources) -> SavedState:
+    """The nested state that the tables describe.
 
-
-def exact_clone(view: Tensor) -> Tensor:
-    """A contiguous copy with the same bits, also of dtypes that torch can not clone."""
-    return carried(view).clone(memory_format=torch.contiguous_format).view(view.dtype)
-
-
-class Clones:
-    """Clones of leaves, one each: what was one tensor when it was saved is one again."""
-
-    def __init__(self) -> None:
-        self._bases: dict[int, Tensor] = {}
-        self._dressed: dict[tuple[int, int], Tensor] = {}
-        self._views: list[Tensor] = []
-
-    def of(self, leaf: SavedLeaf) -> Tensor:
-        """The clone of a leaf, as a Parameter or requiring grad if it was one."""
-        place = id(leaf.view), leaf.flags
-        if place not in self._dressed:
-            self._views.append(leaf.view)  # keeps the id from being used again
-            if place[0] not in self._bases:
-                self._bases[place[0]] = exact_clone(leaf.view)
-            self._dressed[place] = _dress(self._bases[place[0]], leaf.flags)
-        return self._dressed[place]
-
-
-def _dress(base: Tensor, flags: int) -> Tensor:
-    grad = bool(flags & REQUIRES_GRAD)
-    if flags & IS_PARAMETER:
-        return torch.nn.Parameter(base, requires_grad=grad)
-    return base.detach().requires_grad_() if grad else base
-
-
-def read_state(saved: Saved, *, clones: Clones | None = None) -> Any:
-    """The nested state, with a `SavedLeaf` for each tensor.
-
-    Objects that are put together from tensors (sparse tensors, arrays) get clones.
+    Own objects come first. Names at the top, names of a module's tensors and of an optimizer's
+    parameters that the own rank does not have come from the lowest rank that has them; so do keys
+    of other mappings where shared tensors are. Everything else is the own rank's alone.
 
     Raises:
         RecordDamagedError: tree or values can not be read.
-        HostBufferDamagedError: leaves do not fit their bytes.
+        HostBufferDamagedError: leaves do not hold together.
     """
-    views = leaf_views(saved)
-    copies = Clones() if clones is None else clones
+    own, *others = sources.tables
+    mine = _decoded(sources, own)
+    together = mine
+    seen = {own.layout.tree}
+    for table in others:
+        # Ranks of one layout have one tree: there is nothing in it that the own one lacks.
+        if table.layout.tree not in seen:
+            seen.add(table.layout.tree)
+            together = _joined(together, _decoded(sources, table), top=True)
+    return SavedState(mine, together)
 
-    def external(parts: External) -> Any:
-        children = {name: fresh(child, copies) for name, child in parts.children.items()}
-        return assemble(External(parts.kind, parts.attributes, children))
 
-    values = decode_values(saved.values, external=external, subject="values")
-    return decode_tree(
-        saved.layout.tree,
-        values,
-        lambda index, flags: SavedLeaf(views[index], flags),
-        external=external,
-        subject="layout",
+def _decoded(sources: Sources, table: Table) -> Any:
+    subject = f"rank {table.rank}"
+    values = decode_values(table.values, external=_kept, subject=f"values of {subject}")
+
+    def leaf(index: int, flags: int) -> SavedLeaf:
+        return SavedLeaf(sources.whole(table, index), flags)
+
+    tree = table.layout.tree
+    return decode_tree(tree, values, leaf, external=_kept, subject=f"layout of {subject}")
+
+
+def _kept(parts: External) -> Any:
+    """What has tensors waits until their bytes are there."""
+    if parts.kind == OPTIMIZER:
+        by_position(parts.children)  # which shows that it holds together
+        return parts
+    return parts if parts.children else assemble(parts)
+
+
+def assembled(parts: External) -> Any:
+    """A new object from parts that are there.
+
+    Raises:
+        RecordDamagedError: they do not fit together.
+        StateMismatchError: this process can not have such an object.
+    """
+    try:
+        return assemble(parts)
+    except StateError:
+        raise
+    except Exception as error:  # torch tells malformed parts by many types
+        raise RecordDamagedError(f"holds a malformed {parts.kind}: {error}") from error
+
+
+# -- joining the trees of ranks -------------------------------------------------------------------
+
+
+def _joined(mine: Any, other: Any, *, top: bool = False) -> Any:
+    if type(mine) is not type(other):
+        return mine
+    if type(mine) is External and mine.kind == other.kind == OPTIMIZER:
+        return _joined_optimizer(mine, other)
+    if type(mine) not in MAPPING_TAGS:
+        return mine
+    takes_all = top or hasattr(mine, "_metadata")
+    items = {key: _joined(item, other[key]) if key in other else item for key, item in mine.items()}
+    items |= {
+        key: item
+        for key, item in other.items()
+        if key not in mine and (takes_all or has_shared(item))
+    }
+    made = like_mapping(mine, items)
+    if hasattr(mine, "_metadata"):
+        made._metadata = OrderedDict({**getattr(other, "_metadata", {}), **mine._metadata})
+    return made
+
+
+def _joined_optimizer(mine: External, other: External) -> External:
+    state = dict(mine.children["state"])
+    for name, items in other.children["state"].items():
+        here = state.get(name)
+        if name not in state:
+            state[name] = items
+        elif isinstance(here, dict) and isinstance(items, dict):
+            state[name] = {**items, **here}
+    groups = [dict(group) for group in mine.children["param_groups"]]
+    theirs = other.children["param_groups"]
+    for group, added in zip(groups, theirs, strict=False):
+        known = set(group["params"])
+        group["params"] = [*group["params"], *(n for n in added["params"] if n not in known)]
+    groups += theirs[len(groups) :]
+    return External(
+        OPTIMIZER, mine.attributes, {**mine.children, "state": state, "param_groups": groups}
     )
 
 
+def has_shared(item: Any) -> bool:
+    """Whether a tensor in a saved state is one that several ranks hold together."""
+    return any(leaf.whole.leaves[0][1].global_shape is not None for leaf in leaves_in(item))
+
+
+def leaves_in(item: Any) -> Iterator[SavedLeaf]:
+    """Every tensor in a saved state."""
+    kind = type(item)
+    if kind is SavedLeaf:
+        yield item
+    elif kind is External:
+        for child in item.children.values():
+            yield from leaves_in(child)
+    elif kind in MAPPING_TAGS:
+        for child in item.values():
+            yield from leaves_in(child)
+    elif kind in (list, tuple, deque):
+        for child in item:
+            yield from leaves_in(child)
+
+
+# -- new objects ----------------------------------------------------------------------------------
+
+
 def fresh(item: Any, clones: Clones) -> Any:
-    """`item` with each `SavedLeaf` replaced by its clone; nothing in it is in the slot any more."""
+    """`item` as new objects in host memory; an optimizer as torch's state_dict, by index.
+
+    Raises:
+        RecordDamagedError: the parts of an object do not fit together.
+    """
     kind = type(item)
     if kind is SavedLeaf:
         return clones.of(item)
+    if kind is External:
+        return _fresh_object(item, clones)
     if kind in (list, tuple):
         return kind(fresh(part, clones) for part in item)
     if kind is deque:
@@ -137,6 +184,13 @@ def fresh(item: Any, clones: Clones) -> Any:
     if kind in MAPPING_TAGS:
         return like_mapping(item, {key: fresh(part, clones) for key, part in item.items()})
     return item
+
+
+def _fresh_object(item: External, clones: Clones) -> Any:
+    if item.kind == OPTIMIZER:
+        return fresh(by_position(item.children), clones)
+    children = {name: fresh(child, clones) for name, child in item.children.items()}
+    return assembled(External(item.kind, item.attributes, children))
 
 
 def like_mapping(pattern: Any, items: dict[Any, Any]) -> Any:
@@ -149,13 +203,3 @@ def like_mapping(pattern: Any, items: dict[Any, Any]) -> Any:
     if kind is OrderedDict:
         vars(made).update(vars(pattern))
     return made
-
-
-def rebuild(saved: Saved) -> Any:
-    """The whole state as new objects in host memory; state_dicts stand for modules and others.
-
-    Raises:
-        RecordDamagedError, HostBufferDamagedError: what was saved can not be read.
-    """
-    clones = Clones()
-    return fresh(read_state(saved, clones=clones), clones)

@@ -1,18 +1,16 @@
-"""Which tensors can be leaves, which part of them this rank holds, and how their bytes are seen."""
+"""Which tensors can be leaves, and how their bytes are seen."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import Parameter, is_lazy
+from torch.nn.parameter import is_lazy
 
+from ckptmgr.rank.parts import PLAIN_TYPES, FlatRun, leaf_types
 from ckptmgr.staging.paths import Trail
 from ckptmgr.staging.values import refuse
-
-LEAF_TYPES: frozenset[type] = frozenset({Tensor, Parameter})
-"""Exact types whose instances may be leaves; every other subclass of Tensor is refused."""
 
 REQUIRES_GRAD, IS_PARAMETER = 1, 2
 """Flags of a leaf in the tree (staging/values.py, tag 23)."""
@@ -20,23 +18,25 @@ REQUIRES_GRAD, IS_PARAMETER = 1, 2
 _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
 
-@dataclass(frozen=True, slots=True)
-class LocalPart:
-    """What this rank holds of a tensor, and where it lies in the whole (None: it is the whole)."""
-
-    tensor: Tensor
-    global_shape: tuple[int, ...] | None = None
-    global_offset: tuple[int, ...] | None = None
-
-
-def local_part(tensor: Tensor) -> LocalPart:
-    """The part of a leaf in this process. The one place that knows of distributed tensors."""
-    return LocalPart(tensor)
+def is_leaf(item: Any) -> bool:
+    """Whether an instance of one of `leaf_types` is stored as plain bytes."""
+    if type(item) is FlatRun:
+        return True
+    if type(item) not in PLAIN_TYPES:
+        if not all(map(_is_known, item.placements)):
+            return False
+        item = item._local_tensor
+    return is_plain(item)
 
 
-def is_leaf(item: Tensor) -> bool:
-    """Whether a tensor of one of LEAF_TYPES is stored as plain bytes."""
-    return item.layout == torch.strided and not item.is_quantized and not item.is_nested
+def is_plain(item: Tensor) -> bool:
+    """Whether a tensor is one of elements in memory and nothing else."""
+    strided = item.layout == torch.strided and not item.is_quantized and not item.is_nested
+    return type(item) in PLAIN_TYPES and strided
+
+
+def _is_known(placement: Any) -> bool:
+    return placement.is_replicate() or hasattr(placement, "dim")
 
 
 def admit(tensor: Tensor, trail: Trail) -> None:
@@ -63,9 +63,19 @@ def why_not(tensor: Tensor) -> str:
         return "is not initialised; run one batch through the lazy module first"
     if tensor.is_nested:
         return "is a nested (jagged) tensor"
-    if type(tensor) not in LEAF_TYPES:
+    if type(tensor) not in leaf_types():
         return f"is of the tensor subclass {type(tensor).__module__}.{type(tensor).__qualname__}"
+    if type(tensor) not in PLAIN_TYPES:
+        return _why_not_distributed(tensor)
     return f"is a tensor of layout {tensor.layout}"
+
+
+def _why_not_distributed(tensor: Any) -> str:
+    odd = [str(placement) for placement in tensor.placements if not _is_known(placement)]
+    if odd:
+        return f"is a DTensor with the partial placement {odd[0]}: it is not reduced yet"
+    local = tensor._local_tensor
+    return f"is a DTensor whose local tensor is a {type(local).__qualname__} of {local.layout}"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

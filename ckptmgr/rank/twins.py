@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ckptmgr.rank.optimizers import local_optimizer, state_dict_of, steps_here
+from ckptmgr.rank.parts import dtensor_type, local_tensor
+
 FALLBACK_NAMES = ("exp_avg", "exp_avg_sq")
 """State assumed of an optimizer whose twin can not be stepped: as much as Adam has."""
 
@@ -26,24 +29,38 @@ class StateTensor:
 
 def predicted_state_dict(optimizer: Optimizer) -> dict[str, Any]:
     """The state_dict after the first step, with meta tensors in place of those still missing."""
-    now = optimizer.state_dict()
+    now = state_dict_of(optimizer)
     state = dict(now["state"])
+    stepped = steps_here(optimizer)
     learned: dict[Any, list[StateTensor]] = {}
     number = 0
     for at, group in enumerate(optimizer.param_groups):
         for param in group["params"]:
-            if not state.get(number) and param.requires_grad:
+            if not state.get(number) and param.requires_grad and stepped(param):
                 key = at, param.dtype, param.dim(), param.device
                 if key not in learned:
-                    learned[key] = learn(optimizer, group, param)
+                    learned[key] = learn(local_optimizer(optimizer), group, param)
                 state[number] = {item.name: _meta(item, param) for item in learned[key]}
             number += 1
     return {**now, "state": state}
 
 
 def _meta(item: StateTensor, param: Tensor) -> Tensor:
-    shape = param.shape if item.like_parameter else torch.Size()
-    return torch.empty(shape, dtype=item.dtype, device="meta")
+    if not item.like_parameter:
+        return torch.empty((), dtype=item.dtype, device="meta")
+    made = torch.empty(local_tensor(param).shape, dtype=item.dtype, device="meta")
+    if type(param) is not dtensor_type():
+        return made
+    whole: Any = param
+    tensor: Tensor = whole.from_local(
+        made,
+        whole.device_mesh,
+        whole.placements,
+        run_check=False,
+        shape=whole.shape,
+        stride=whole.stride(),
+    )
+    return tensor
 
 
 def _made_like(optimizer: Optimizer, group: dict[str, Any]) -> Any:

@@ -41,6 +41,27 @@ class Box:
         moved = zip(self.offset, outer.offset, strict=True)
         return Box(tuple(mine - theirs for mine, theirs in moved), self.shape)
 
+    def without(self, other: Box) -> list[Box]:
+        """The rest of it, as boxes that do not overlap, once `other` is taken away."""
+        taken = self.common(other)
+        if taken is None:
+            return [self] if self.count else []
+        rest: list[Box] = []
+        left = self
+        for at in range(len(self.shape)):
+            start, stop = taken.offset[at], taken.offset[at] + taken.shape[at]
+            end = left.offset[at] + left.shape[at]
+            if left.offset[at] < start:
+                rest.append(left._cut(at, left.offset[at], start))
+            if stop < end:
+                rest.append(left._cut(at, stop, end))
+            left = left._cut(at, start, stop)
+        return rest
+
+    def _cut(self, at: int, start: int, stop: int) -> Box:
+        offset = (*self.offset[:at], start, *self.offset[at + 1 :])
+        return Box(offset, (*self.shape[:at], stop - start, *self.shape[at + 1 :]))
+
 
 def whole(shape: Sequence[int]) -> Box:
     """The box that is all of a tensor."""
@@ -101,6 +122,46 @@ def runs(part: Box, outer_shape: Sequence[int]) -> Iterator[tuple[int, int]]:
     base = sum(o * s for o, s in zip(part.offset[depth:], strides[depth:], strict=True))
     for index in _indices(part.offset[:depth], part.shape[:depth]):
         yield base + sum(i * s for i, s in zip(index, strides[:depth], strict=True)), count
+
+
+def spans(part: Box, outer_shape: Sequence[int], gap_max: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) in elements of ascending runs that hold `part`.
+
+    As `runs`, but what lies between two runs is taken along where it is at most `gap_max` long.
+    The cost grows with the number of spans, not with that of the rows.
+    """
+    grown = part
+    for at in range(len(outer_shape) - 1, 0, -1):
+        skipped = (outer_shape[at] - grown.shape[at]) * math.prod(outer_shape[at + 1 :])
+        if skipped > gap_max or (skipped and grown.shape[at - 1] == 1):
+            break
+        grown = grown._cut(at, 0, outer_shape[at])
+    if not part.count:
+        return
+    first, last = _ends(part, outer_shape)
+    found = ((max(a, first), min(a + n, last)) for a, n in runs(grown, outer_shape))
+    yield from joined(found, gap_max)
+
+
+def joined(found: Iterable[tuple[int, int]], gap_max: int) -> Iterator[tuple[int, int]]:
+    """Ascending (start, stop) with those made one that are at most `gap_max` apart or overlap."""
+    start, stop = -1, -1
+    for low, high in found:
+        if stop >= 0 and low - stop <= gap_max:
+            stop = max(stop, high)
+            continue
+        if stop >= 0:
+            yield start, stop
+        start, stop = low, high
+    if stop >= 0:
+        yield start, stop
+
+
+def _ends(part: Box, outer_shape: Sequence[int]) -> tuple[int, int]:
+    """Where the first element of a part lies, and the place after its last one."""
+    strides = [math.prod(outer_shape[at + 1 :]) for at in range(len(outer_shape))]
+    first = sum(o * s for o, s in zip(part.offset, strides, strict=True))
+    return first, first + sum((n - 1) * s for n, s in zip(part.shape, strides, strict=True)) + 1
 
 
 def _indices(offset: Sequence[int], shape: Sequence[int]) -> Iterator[Ints]:

@@ -152,7 +152,7 @@ def test_more_than_2_to_the_31_elements_and_4_gib() -> None:
         capture.close()
         assert heard == [None]
         state.clear()
-        prepared.sources.clear()
+        prepared.sources.tensors.clear()
         seal(buffer, 0, prepared)
         saved = read(buffer, 0)
         place({"x": live}, saved)

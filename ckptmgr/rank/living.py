@@ -1,0 +1,52 @@
+"""Live tensors as parts of whole ones: which boxes this process holds, and the memory of each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ckptmgr.rank.parts import FlatRun, dtensor_type, local_part
+from ckptmgr.staging.boxes import Box, whole
+
+View = tuple[Box, Tensor]
+"""A box of a whole tensor, and the live memory of it, in its shape."""
+
+
+def is_tensor(item: Any) -> bool:
+    """Whether it is a tensor, or the part of one in the flat parameters of FSDP1."""
+    return isinstance(item, (Tensor, FlatRun))
+
+
+def views(item: Any, memory: Tensor | None = None) -> list[View]:
+    """What this process holds of a tensor; or of another one that `memory` is the local part of."""
+    part = local_part(item) if type(item) in (FlatRun, dtensor_type()) else None
+    if part is None:
+        local = item if memory is None else memory
+        return [(whole(local.shape), local.detach())]
+    local = (part.tensor if memory is None else memory).detach()
+    return [(piece.box, piece.of(local)) for piece in part.pieces if piece.box.count]
+
+
+def is_spread(item: Any) -> bool:
+    """Whether it is a tensor of which this process may hold only a part."""
+    return type(item) in (FlatRun, dtensor_type())
+
+
+def empty_like(pattern: Any, dtype: torch.dtype) -> Tensor:
+    """Memory for another tensor of which this process holds what it holds of `pattern`."""
+    return torch.zeros(local_part(pattern).tensor.shape, dtype=dtype)
+
+
+def like(pattern: Any, local: Tensor) -> Tensor:
+    """A tensor that is spread over processes as the DTensor `pattern` is, with this local part."""
+    made: Tensor = type(pattern).from_local(
+        local,
+        pattern.device_mesh,
+        pattern.placements,
+        run_check=False,
+        shape=pattern.shape,
+        stride=pattern.stride(),
+    )
+    return made

@@ -1,0 +1,120 @@
+"""Who holds what: the names of leaves under every parallelism, and which ranks have the same bytes.
+
+All of it is read off the live objects; no rank asks another.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ckptmgr.rank.names import unwrapped
+from ckptmgr.rank.objects import Objects
+from ckptmgr.rank.optimizers import is_partitioned, parameters_of
+from ckptmgr.rank.parts import PLAIN_TYPES, FlatRun, mesh_replicas
+from ckptmgr.staging.paths import Trail, render
+
+Ranks = tuple[int, ...]
+"""Global ranks that hold the same bytes, in an order on which all of them agree."""
+
+
+def world_size() -> int:
+    """Ranks of the job; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+@dataclass(slots=True)
+class Parallel:
+    """What the objects of a state tell of its leaves.
+
+    `rank` is this rank in a job of `world`. `_held` has the ranks that hold what lies at a place,
+    and the shape that a tensor there must have to be among it.
+    """
+
+    rank: int
+    world: int
+    globs: tuple[str, ...]
+    _module_trails: set[Trail] = field(default_factory=set)
+    _held: dict[Trail, tuple[tuple[int, ...] | None, Ranks]] = field(default_factory=dict)
+
+    def paths(self, trails: Sequence[Trail]) -> list[str]:
+        """The path of each leaf; names in modules without wrappers, where that is unambiguous."""
+        bare = [render(self._bare(trail)) for trail in trails]
+        count = Counter(bare)
+        pairs = zip(bare, trails, strict=True)
+        return [path if count[path] == 1 else render(trail) for path, trail in pairs]
+
+    def _bare(self, trail: Trail) -> Trail:
+        if trail is None:
+            return None
+        parent, key = trail
+        if parent in self._module_trails and type(key) is str:
+            return parent, unwrapped(key) or key
+        return self._bare(parent), key
+
+    def holders(self, leaf: Any, trail: Trail, path: str) -> Ranks | None:
+        """The ranks that hold the same boxes of a leaf; None if it belongs to this rank alone."""
+        if self.world == 1:
+            return None
+        if type(leaf) is FlatRun:
+            return leaf.ranks
+        if type(leaf) not in PLAIN_TYPES:
+            return mesh_replicas(leaf)
+        shape, ranks = self._held.get(trail) or self._held_below(trail)
+        if ranks and shape in (None, tuple(leaf.shape)):
+            return ranks
+        if any(fnmatchcase(path, glob) for glob in self.globs):
+            return tuple(range(self.world))
+        return None
+
+    def _held_below(self, trail: Trail) -> tuple[tuple[int, ...] | None, Ranks]:
+        """As it was told of the state of a parameter, of which this is an entry."""
+        return self._held.get(trail[0], _NOBODY) if trail is not None else _NOBODY
+
+
+_NOBODY: tuple[None, Ranks] = (None, ())
+
+
+def look_around(objects: Objects, globs: Sequence[str]) -> Parallel:
+    """What the objects of a state, process groups and the user's patterns tell of its leaves."""
+    world = world_size()
+    rank = dist.get_rank() if world > 1 else 0
+    found = Parallel(rank, world, tuple(globs))
+    found._module_trails.update(trail for trail, _ in objects.modules)
+    if world == 1:
+        return found
+    replicas: dict[int, Ranks] = {}
+    for trail, module in objects.modules:
+        for name, param, ranks in _replicated_parameters(module):
+            found._held[trail, name] = None, ranks
+            replicas[id(param)] = ranks
+    for trail, optimizer in objects.optimizers:
+        alone = (rank,) if is_partitioned(optimizer) else None
+        pairs = zip(objects.names(optimizer), parameters_of(optimizer), strict=True)
+        for called, param in pairs:
+            if id(param) in replicas:
+                ranks = alone or replicas[id(param)]
+                for name, _ in called:
+                    found._held[(trail, "state"), name] = tuple(param.shape), ranks
+    return found
+
+
+def _replicated_parameters(module: nn.Module) -> list[tuple[str, Tensor, Ranks]]:
+    """Name in the module, tensor and ranks of each parameter below a DistributedDataParallel."""
+    found = []
+    for prefix, part in module.named_modules(remove_duplicate=False):
+        if isinstance(part, DistributedDataParallel):
+            ranks = tuple(dist.get_process_group_ranks(part.process_group))
+            ignored = part.parameters_to_ignore
+            for name, param in part.module.named_parameters(remove_duplicate=False):
+                if name not in ignored:
+                    full = ".".join(filter(None, (prefix, "module", name)))
+                    found.append((full, param, ranks))
+    return found

@@ -1,0 +1,227 @@
+"""What a live state wants of a saved one: collected first, checked, then fetched and written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ckptmgr.errors import StateMismatchError
+from ckptmgr.rank.living import empty_like, like, views
+from ckptmgr.rank.overlap import CopyThread
+from ckptmgr.rank.regions import Pair, Regions, SavedLeaf
+from ckptmgr.rank.saved import leaves_in
+from ckptmgr.rank.sources import Origin, Ranges, Whole, origins, ranges_needed
+from ckptmgr.rank.tensors import carried
+from ckptmgr.staging.boxes import Box
+
+PROBLEMS_SHOWN_MAX = 20
+"""Differences told in one error; the others are counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """A live local tensor that is to get its saved bits, as `box` of the whole one."""
+
+    path: str
+    live: Tensor
+    box: Box
+    origins: list[Origin]
+
+
+@dataclass(frozen=True, slots=True)
+class Tie:
+    """One live tensor for two saved ones, which must then have the same bits."""
+
+    path: str
+    first: str
+    one: Whole
+    other: Whole
+    box: Box
+
+
+@dataclass(slots=True)
+class Wants:
+    """Everything that a plan wants, and what speaks against it.
+
+    `alone`: no other process takes what this one leaves, so that it is a problem here. Else it is
+    collected in `surplus`: paths that the processes must compare. `incomplete`: other saved ranks
+    may have more of what is wanted.
+    """
+
+    alone: bool = True
+    incomplete: bool = False
+    problems: list[str] = field(default_factory=list)
+    surplus: list[str] = field(default_factory=list)
+    writes: list[Write] = field(default_factory=list)
+    ties: list[Tie] = field(default_factory=list)
+    origins: list[Origin] = field(default_factory=list)
+    _taken: set[tuple[Whole, Box]] = field(default_factory=set)
+
+    def write(self, path: str, live: Any, saved: SavedLeaf) -> None:
+        """Want the saved bits of `live`, which has the shape of the whole, in place."""
+        for box, local in views(live):
+            taken = self.part(path, saved.whole, box)
+            self.writes.append(Write(path, local, box, taken))
+
+    def parts_like(self, path: str, pattern: Any, saved: SavedLeaf) -> None:
+        """Want of a saved tensor what this process holds of `pattern`."""
+        for box, _ in views(pattern):
+            self.part(path, saved.whole, box)
+
+    def tie(
+        self, path: str, boxes: Iterable[Box], first: str, one: SavedLeaf, other: SavedLeaf
+    ) -> None:
+        """One live tensor is for two saved ones: want to know that they are alike in its boxes."""
+        if one.whole is other.whole:
+            return
+        if (one.shape, one.dtype) != (other.shape, other.dtype):
+            self.problems.append(f"{path}: is tied to {first} in the live state, but not alike")
+            return
+        for box in boxes:
+            self.part(path, one.whole, box)
+            self.part(path, other.whole, box)
+            self.ties.append(Tie(path, first, one.whole, other.whole, box))
+
+    def part(self, path: str, found: Whole, box: Box) -> list[Origin]:
+        """Want a part of a saved tensor."""
+        taken, missing = origins(found, box)
+        if missing is not None:
+            self.problems.append(
+                f"{path}: nobody saved {list(missing.shape)} at {list(missing.offset)} "
+                f"of {list(found.shape)}"
+            )
+        if (found, box) not in self._taken:
+            self._taken.add((found, box))
+            self.origins += taken
+        return taken
+
+    def all_of(self, saved: Any) -> None:
+        """Want every tensor in a saved object, whole."""
+        for leaf in leaves_in(saved):
+            self.part(leaf.whole.path, leaf.whole, leaf.whole.box)
+
+    def leave(self, paths: Iterable[str]) -> None:
+        """Say what was saved and has no place here."""
+        if self.alone:
+            self.problems += [f"{path}: was saved, but is not in the live state" for path in paths]
+        else:
+            self.surplus += paths
+
+    def needs(self) -> dict[int, Ranges]:
+        """Bytes of the data region of each saved rank that are wanted."""
+        return ranges_needed(self.origins)
+
+    def refuse(self) -> None:
+        """Raise if anything speaks against it.
+
+        Raises:
+            StateMismatchError: the problems, at most 20 of them named.
+        """
+        if self.problems:
+            raise StateMismatchError(_shown(self.problems))
+
+    def compare(self, regions: Regions) -> None:
+        """Find what only the bytes can tell: more problems."""
+        for tie in self.ties:
+            if not _same(regions.gathered(tie.one, tie.box), regions.gathered(tie.other, tie.box)):
+                self.problems.append(
+                    f"{tie.path}: is tied to {tie.first} in the live state, "
+                    "but they differ in the saved one"
+                )
+        for write in self.writes:
+            if _is_expanded(write.live) and _spoils(write, regions):
+                self.problems.append(f"{write.path}: is expanded, but the saved elements differ")
+
+
+def _shown(problems: list[str]) -> str:
+    lines = problems[:PROBLEMS_SHOWN_MAX]
+    more = len(problems) - len(lines)
+    if more:
+        lines.append(f"and {more} more")
+    return "the saved state does not fit the live one:\n  " + "\n  ".join(lines)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    # Bits, not values: NaN is equal to itself here.
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    left, right = (carried(item).flatten().view(torch.uint8) for item in (one, other))
+    return torch.equal(left, right)
+
+
+def _is_expanded(live: Tensor) -> bool:
+    sides = zip(live.shape, live.stride(), strict=True)
+    return any(size > 1 and stride == 0 for size, stride in sides)
+
+
+def _spoils(write: Write, regions: Regions) -> bool:
+    """Whether `live` has one element in memory where different ones were saved."""
+    whole = torch.empty(write.box.shape, dtype=write.live.dtype)
+    for target, view in regions.pairs(whole, write.box, write.origins):
+        carried(target).copy_(carried(view))
+    strides = zip(write.live.shape, write.live.stride(), strict=True)
+    flat = [at for at, (size, stride) in enumerate(strides) if size > 1 and stride == 0]
+    return any(not bool((whole.narrow(at, 0, 1).expand_as(whole) == whole).all()) for at in flat)
+
+
+def filled(pattern: Any, local: Tensor, saved: SavedLeaf, regions: Regions) -> Tensor:
+    """Put into `local` the saved bits of what this process holds of `pattern`."""
+    for box, view in views(pattern, local):
+        taken, _ = origins(saved.whole, box)
+        for target, source in regions.pairs(view, box, taken):
+            carried(target).copy_(carried(source))
+    return local
+
+
+def part_like(pattern: Any, saved: SavedLeaf, regions: Regions) -> Tensor:
+    """A new tensor with the saved bits, spread over processes as the DTensor `pattern` is."""
+    local = filled(pattern, empty_like(pattern, saved.dtype), saved, regions)
+    return like(pattern, local.to(pattern.device))
+
+
+# -- writing --------------------------------------------------------------------------------------
+
+
+def write_all(writes: Iterable[Write], regions: Regions) -> None:
+    """Write into plain tensors of host memory all at once, on one core; into others one by one."""
+    plain: list[Pair] = []
+    for live, view in _pairs(writes, regions):
+        if live.is_cpu and live.is_contiguous() and not _is_special(live):
+            plain.append((carried(live.detach()), carried(view)))
+        else:
+            write_one(live, view)
+    thread = CopyThread()
+    try:
+        thread.copy([live for live, _ in plain], [view for _, view in plain])
+    finally:
+        thread.close()
+
+
+def _pairs(writes: Iterable[Write], regions: Regions) -> Iterator[Pair]:
+    for write in writes:
+        with torch.no_grad():
+            yield from regions.pairs(write.live.detach(), write.box, write.origins)
+
+
+def _is_special(live: Tensor) -> bool:
+    return live.is_conj() or live.is_neg() or live.is_inference()
+
+
+def write_one(live: Tensor, view: Tensor) -> None:
+    """Write saved bits into a live tensor of the same shape and dtype.
+
+    Dimensions that were expanded (stride 0) are one element in memory, and written once.
+    """
+    for dimension, (size, stride) in enumerate(zip(live.shape, live.stride(), strict=True)):
+        if size > 1 and stride == 0:
+            live = live.narrow(dimension, 0, 1)
+            view = view.narrow(dimension, 0, 1)
+    with torch.inference_mode() if live.is_inference() else torch.no_grad():
+        if live.is_conj() or live.is_neg():
+            live.copy_(view)
+        else:
+            carried(live).copy_(carried(view))
