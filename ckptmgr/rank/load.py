@@ -9,9 +9,9 @@ from typing import Any
 from ckptmgr.config import RESTORE_SECONDS_MAX, runtime_dir
 from ckptmgr.errors import DamageError, NothingToRestoreError
 from ckptmgr.rank.arguments import absolute_url, parse_step
-from ckptmgr.rank.place import rebuild
-from ckptmgr.rank.taking import taken
-from ckptmgr.staging.control import Done, Load, Release, Restored
+from ckptmgr.rank.place import plan_building, plan_placing
+from ckptmgr.rank.taking import planned, taken
+from ckptmgr.staging.control import Client, Done, Load, Release, Restored
 from ckptmgr.staging.launch import connect_or_start
 
 
@@ -42,12 +42,30 @@ def load(
             if reply.attempt == 0:
                 raise NothingToRestoreError("the job has no committed step", subject=os.fspath(url))
             try:
-                with taken(client.ask, reply) as found:
-                    if into is None:
-                        return rebuild(found.saved)
-                    found.apply(into, rng=False, partial=True)
-                    return reply.step
+                return _built(client, reply) if into is None else _placed(client, reply, into)
             except DamageError:
                 rejected.append((reply.attempt, reply.step))
             finally:
                 client.ask(Release(), Done)
+
+
+def _built(client: Client, reply: Restored) -> Any:
+    """The state of all ranks together, as new objects."""
+    plan = planned(client.ask, reply, plan_building, everything=True)
+    with taken(client.ask, plan.needs) as found:
+        state = plan.build(found.data)
+        found.check_unchanged()
+        return state
+
+
+def _placed(client: Client, reply: Restored, into: MutableMapping[str, Any]) -> int:
+    plan = planned(
+        client.ask,
+        reply,
+        lambda tables: plan_placing(into, tables, saved_world=reply.world, rng=False, partial=True),
+    )
+    with taken(client.ask, plan.needs) as found:
+        plan.verify(found.data)
+        plan.apply()
+        found.check_unchanged()
+    return reply.step

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, MutableMapping
-from typing import Any
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import Any, TypeVar
 
 from ckptmgr.config import RESTORE_SECONDS_MAX
-from ckptmgr.errors import DamageError, NothingToRestoreError
+from ckptmgr.errors import DamageError, NothingToRestoreError, StateMismatchError
 from ckptmgr.rank.arguments import parse_step
 from ckptmgr.rank.group import AGREE_SECONDS_MAX, Ranks, together
 from ckptmgr.rank.handle import RestoredStep
 from ckptmgr.rank.link import Link
-from ckptmgr.rank.taking import Taken, taken
+from ckptmgr.rank.place import Placing, plan_placing
+from ckptmgr.rank.sources import Table
+from ckptmgr.rank.taking import Taken, planned, taken
+from ckptmgr.rank.wants import shown
 from ckptmgr.staging.control import Restore, Restored
 from ckptmgr.types import StepId
+
+T = TypeVar("T")
 
 
 class Resuming:
@@ -74,30 +79,55 @@ class Resuming:
                 return RestoredStep(0, 0, "", reply.skipped)
             skipped.update(reply.skipped)
             try:
-                part = together(
-                    self._ranks,
-                    "fetched",
-                    RESTORE_SECONDS_MAX,
-                    lambda: self._checked(lent, reply),
-                )
+                plan = self._all("planned", lambda: self._planned(reply))
+                self._refuse_untaken(plan)
+                part = self._all("fetched", lambda: self._fetched(lent, plan))
             except DamageError as error:
                 one = str(StepId(reply.attempt, reply.step))
                 skipped[one] = str(error).partition("\n")[0]
                 return None
             # Another rank may still be reading what this one will write next.
-            together(
-                self._ranks,
-                "applied",
-                AGREE_SECONDS_MAX,
-                lambda: part.apply(self._state, rng=self._rng),
-            )
+            together(self._ranks, "applied", AGREE_SECONDS_MAX, lambda: _apply(plan, part))
+            for note in plan.notes:
+                warnings.warn(f"ckptmgr: {note}", RuntimeWarning, stacklevel=5)
             reasons = tuple(skipped.items())
             return RestoredStep(reply.step, reply.attempt, part.source, reasons)
 
-    def _checked(self, lent: contextlib.ExitStack, reply: Restored) -> Taken:
-        part = lent.enter_context(taken(self._link.ask, reply, self._link.buffer))
-        part.check(self._state, rng=self._rng)
+    def _all(self, topic: str, act: Callable[[], T]) -> T:
+        return together(self._ranks, topic, RESTORE_SECONDS_MAX, act)
+
+    def _planned(self, reply: Restored) -> Placing:
+        """What this rank wants of the step."""
+        ranks = self._ranks
+
+        def plan(tables: Sequence[Table]) -> Placing:
+            return plan_placing(
+                self._state,
+                tables,
+                rank=ranks.rank,
+                saved_world=reply.world,
+                rng=self._rng,
+                alone=ranks.world == 1,
+            )
+
+        return planned(self._link.ask, reply, plan)
+
+    def _refuse_untaken(self, plan: Placing) -> None:
+        """Stages of a pipeline take only some of what was saved; together they must take it all."""
+        untaken = self._ranks.common("untaken", plan.surplus, AGREE_SECONDS_MAX)
+        if untaken:
+            lines = [f"{path}: was saved, but is not in the live state" for path in untaken]
+            raise StateMismatchError(shown(lines))
+
+    def _fetched(self, lent: contextlib.ExitStack, plan: Placing) -> Taken:
+        part = lent.enter_context(taken(self._link.ask, plan.needs, self._link.buffer))
+        plan.verify(part.data)
         return part
+
+
+def _apply(plan: Placing, part: Taken) -> None:
+    plan.apply()
+    part.check_unchanged()
 
 
 def _tell_skipped(result: str, found: RestoredStep) -> None:
