@@ -242,7 +242,7 @@ def _export(buffer: Path, form: str, directory: Path) -> None:
     """Only a process of its own imports torch: this one must work without it."""
     module = "ckptmgr.rank.export"
     done = subprocess.run(
-        [sys.executable, "-m", module, str(buffer), form, str(directory)],
+        [sys.executable, "-m", module, form, str(directory), str(buffer)],
         check=False,
         capture_output=True,
         text=True,
