@@ -1,7 +1,7 @@
 """Write a step as torch files; run by `ckptmgr restore` in a process of its own.
 
-`python -m ckptmgr.rank.export FORMAT TARGET BUFFER...`, where FORMAT is torch or dcp and each buffer
-holds the snapshot of one rank of the step. The state of all ranks together goes into TARGET,
+`python -m ckptmgr.rank.export FORMAT TARGET BUFFER...`, where FORMAT is torch or dcp and each
+buffer holds the snapshot of one rank of the step. The state of all ranks together goes into TARGET,
 with what rank 0 has for itself; what another rank has for itself goes into TARGET/ranks/<rank>.
 """
 
