@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
@@ -13,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from ckptmgr import __version__, present
+from ckptmgr import __version__, foreground, present
 from ckptmgr.config import BUDGET_BYTES, DRAIN_SECONDS, DaemonSettings, runtime_dir
 from ckptmgr.errors import (
     EXIT_FELL_BACK,
@@ -24,6 +25,7 @@ from ckptmgr.errors import (
     MissingObjectError,
     NothingToRestoreError,
     RecordDamagedError,
+    SupersededError,
     UsageError,
 )
 
@@ -62,15 +64,25 @@ def _out(document: Any, as_json: bool, human: Callable[[], None]) -> None:
         human()
 
 
-def _with_store(url: str, use: Callable[[Any], Awaitable[T]]) -> T:
-    """Run `use` on a catalog of the store at `url`; nothing is created."""
+def _nothing() -> None:
+    pass
+
+
+def _with_store(
+    url: str, use: Callable[[Any], Awaitable[T]], leave_nothing: Callable[[], None] = _nothing
+) -> T:
+    """Run `use` on a catalog of the store at `url`; nothing is created.
+
+    `leave_nothing` deletes what `use` made, when an interrupt has to end the process without it.
+    """
+    from ckptmgr.repository import keys
     from ckptmgr.repository.catalog import Catalog
     from ckptmgr.repository.commit import check_format
     from ckptmgr.store.registry import open_store
     from ckptmgr.store.retry import RetryingStore
 
     async def run() -> T:
-        store = RetryingStore(open_store(url))
+        store = RetryingStore(open_store(url), landmark=keys.FORMAT)
         try:
             if not await check_format(store, create=False):
                 raise NothingToRestoreError("is not a ckptmgr store", subject=store.url)
@@ -78,7 +90,7 @@ def _with_store(url: str, use: Callable[[Any], Awaitable[T]]) -> T:
         finally:
             await store.aclose()
 
-    return asyncio.run(run())
+    return foreground.run(run(), leave_nothing)
 
 
 # -- the daemon -----------------------------------------------------------------------------------
@@ -130,19 +142,31 @@ def drain(
     stop: Annotated[bool, typer.Option("--stop", help="End the daemon afterwards.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Wait until every sealed snapshot on this host is committed."""
-    from ckptmgr.staging.control import Done, Drain, Stop
+    """Wait until every sealed snapshot on this host is committed.
+
+    Exit status 6 says that a trainer still runs here though a newer attempt of its job has taken
+    over: what it snapshots is given up, and nothing of it will be committed.
+    """
+    from ckptmgr.staging.control import Done, Drain, Stated, Status, Stop
     from ckptmgr.staging.launch import connect
 
     with connect(runtime_dir()) as client, present.waiting("draining"):
         left = client.ask(Drain(timeout), Done, timeout + 10).left
+        jobs = client.ask(Status(), Stated).state["jobs"]
         if stop:
             client.ask(Stop(), Done)
-    _out({"undecided": left}, as_json, lambda: typer.echo(f"{left} snapshots undecided"))
+    stale = [(job["url"], b) for job in jobs for b in job["buffers"] if b["superseded_by"]]
+    document = {"undecided": left, "superseded": len(stale)}
+    _out(document, as_json, lambda: typer.echo(f"{left} snapshots undecided"))
     if left:
         raise CkptmgrError(
             f"{left} snapshots are not committed after {timeout} s",
             hint="Look at `ckptmgr status` for the failure; the daemon goes on trying.",
+        )
+    for url, buffer in stale:
+        raise SupersededError(
+            f"attempt {buffer['superseded_by']} has taken over from rank {buffer['rank']} here",
+            subject=url,
         )
 
 
@@ -152,9 +176,29 @@ def drain(
 @command
 def ls(url: Url, as_json: Json = False) -> None:
     """List the steps of a job, newest first."""
-    entries = _with_store(url, lambda catalog: catalog.entries())
-    rows = [present.entry_json(entry) for entry in entries]
-    _out(rows, as_json, lambda: present.entries(entries))
+    memory = _in_memory(url)
+    entries = present.with_memory(_with_store(url, lambda catalog: catalog.entries()), memory)
+    rows = [present.entry_json(entry, memory) for entry in entries]
+    _out(rows, as_json, lambda: present.entries(entries, memory))
+
+
+def _in_memory(url: str) -> dict[str, list[int]]:
+    """Steps of a job that the memory of this host holds, if a daemon runs here."""
+    from ckptmgr.staging.control import Stated, Status
+    from ckptmgr.staging.launch import connect
+    from ckptmgr.store.registry import normalise_url
+
+    try:
+        with connect(runtime_dir()) as client:
+            jobs = client.ask(Status(), Stated).state["jobs"]
+    except DaemonError:
+        return {}
+    found: dict[str, set[int]] = {}
+    for job in jobs:
+        for buffer in job["buffers"] if job["url"] == normalise_url(url) else ():
+            for snapshot in buffer["snapshots"]:
+                found.setdefault(snapshot["step"], set()).add(buffer["rank"])
+    return {step: sorted(ranks) for step, ranks in found.items()}
 
 
 @command
@@ -164,13 +208,16 @@ def show(
     tensors: Annotated[bool, typer.Option("--tensors", help="List every leaf.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show one committed step: ranks, bytes, packs, tags, leaves."""
-    from ckptmgr.restore.choose import find
+    """Show one step: state, ranks, bytes, packs, tags, leaves, and who is missing."""
+    from ckptmgr.restore.choose import find_entry
+
+    memory = _in_memory(url)
 
     async def use(catalog: Any) -> dict[str, Any]:
-        decision = await find(catalog, step)
-        manifests = await catalog.manifests(decision)
-        return present.step_json(decision, [m.manifest for m in manifests], tensors=tensors)
+        entry = await find_entry(catalog, step)
+        committed = entry.decision is not None and entry.decision.committed
+        manifests = await catalog.manifests(entry.decision) if committed else []
+        return present.step_json(entry, memory, [m.manifest for m in manifests], tensors=tensors)
 
     document = _with_store(url, use)
     _out(document, as_json, lambda: present.step(document))
@@ -225,34 +272,46 @@ def restore(
     if form not in ("safetensors", "torch", "dcp"):
         raise UsageError(f"{form!r} is not a format", hint="Choose safetensors, torch or dcp.")
 
+    made: list[Path] = []
+
     async def use(catalog: Any) -> dict[str, Any]:
         with new_directory(to) as directory, present.progress("restoring") as advance:
+            made.append(directory)
             document = await restore_files(catalog, step, form, directory, advance)
             if form != "safetensors":
-                _export(Path(document.pop("buffer")), form, directory)
+                await _export(Path(document.pop("buffer")), form, directory)
             files = sorted(str(p.relative_to(directory)) for p in directory.rglob("*"))
             return {**document, "to": str(to), "files": files}
 
-    document = _with_store(url, use)
+    def leave_nothing() -> None:
+        for directory in made:
+            shutil.rmtree(directory, ignore_errors=True)
+
+    document = _with_store(url, use, leave_nothing)
     _out(document, as_json, lambda: present.restored(document))
     raise typer.Exit(EXIT_FELL_BACK if document["skipped"] else EXIT_OK)
 
 
-def _export(buffer: Path, form: str, directory: Path) -> None:
+async def _export(buffer: Path, form: str, directory: Path) -> None:
     """Only a process of its own imports torch: this one must work without it."""
-    module = "ckptmgr.rank.export"
-    done = subprocess.run(
-        [sys.executable, "-m", module, form, str(directory), str(buffer)],
-        check=False,
-        capture_output=True,
-        text=True,
+    arguments = ("-m", "ckptmgr.rank.export", form, str(directory), str(buffer))
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, *arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
+    try:
+        _, errors = await process.communicate()
+    except asyncio.CancelledError:
+        process.kill()
+        await process.wait()
+        raise
     buffer.unlink()
-    if done.returncode:
+    if process.returncode:
+        why = errors.decode(errors="replace").strip() or f"it ended with {process.returncode}"
+        hint = "Free space, give --to a directory on another disk, or use --format safetensors."
+        if "No module named 'torch" in why:
+            hint = "Install torch (`pip install 'ckptmgr[torch]'`), or use --format safetensors."
         raise CkptmgrError(
-            f"torch could not write the files: {done.stderr.strip().splitlines()[-1:]}",
-            subject=form,
-            hint="Install torch (`pip install 'ckptmgr[torch]'`), or use --format safetensors.",
+            f"torch could not write the files: {why.splitlines()[-1]}", subject=form, hint=hint
         )
 
 
@@ -375,7 +434,7 @@ def main() -> None:
             raise
         for line in f"ckptmgr: {error}".splitlines():
             typer.echo(present.printable(line), err=True)
-        sys.exit(error.exit_status)
+        foreground.end(error.exit_status)
 
 
 def _last_words(

@@ -50,6 +50,10 @@ RESTORE_SECONDS_MAX = 24 * 3600.0
 DRAIN_SECONDS = 600.0
 """Default of `drain_timeout`: how long leaving the `with` block waits for the last commit."""
 
+STUCK_SECONDS = 120.0
+"""A step of which nothing new has come into the store for so long is given up. Twice the deadline
+of a store operation, so that a slow store is not taken for a dead rank."""
+
 PATIENCE_SECONDS_MIN = 10.0
 """A stuck undecided snapshot is superseded after max(this, the interval) without progress."""
 
@@ -78,6 +82,7 @@ class DaemonSettings:
     store_timeout_seconds: float = STORE_TIMEOUT_SECONDS
     metrics_port: int = 0
     memory_seconds: float = MEMORY_SECONDS
+    stuck_seconds: float = STUCK_SECONDS
 
     @classmethod
     def from_env(cls, *, auto: bool) -> DaemonSettings:
@@ -91,6 +96,7 @@ class DaemonSettings:
             ),
             metrics_port=int(_env_float("CKPTMGR_METRICS_PORT", 0)),
             memory_seconds=_env_float("CKPTMGR_MEMORY_SECONDS", MEMORY_SECONDS),
+            stuck_seconds=_env_float("CKPTMGR_STUCK_SECONDS", STUCK_SECONDS),
         )
 
 

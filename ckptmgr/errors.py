@@ -23,7 +23,13 @@ CkptmgrError                     exit 1
 |  +- StoreUnreachableError      exit 5   it may work later: timeout, ESTALE, connection lost
 |  |  +- StoreFullError          exit 5   ENOSPC or EDQUOT
 |  |  +- StorePermissionError    exit 5   EACCES, EPERM, EROFS
+|  |  +- MediumError             exit 5   EIO: of one object, or of all the store
 |  +- ObjectNotFoundError                 `get` of a key that does not exist
+|  +- ObjectUnreadableError       exit 3   EIO of one object that stays, while others can be read
++- RanksError                    exit 1   the ranks of the job can not act together
+|  +- RankFailedError                     another rank failed with an error of another kind
+|  +- RanksMissingError                   ranks that did not answer in time, named
+|  +- RendezvousError                     the job's rendezvous key-value store does not answer
 +- SupersededError               exit 6   a newer attempt of the job is active
 +- RegisterConflictError         exit 1   a register holds what no correct writer puts there
 """
@@ -185,8 +191,41 @@ class StorePermissionError(StoreUnreachableError):
     default_hint = "Give the user that runs the daemon write access to the store."
 
 
+class MediumError(StoreUnreachableError):
+    """The medium failed (EIO); whether below this object only, one answer does not tell."""
+
+
 class ObjectNotFoundError(StoreError):
     """`get` of a key that the store does not hold."""
+
+
+class ObjectUnreadableError(StoreError):
+    """One object can not be read, again and again, though the store answers: it is damaged."""
+
+    exit_status = 3
+    default_hint = DamageError.default_hint
+
+
+class RanksError(CkptmgrError):
+    """The ranks of the job can not act together."""
+
+
+class RankFailedError(RanksError):
+    """Another rank failed with an error that is not of this tree; `subject` is the rank."""
+
+    default_hint = "Look at the log of that rank: it has the first error."
+
+
+class RanksMissingError(RanksError):
+    """Ranks that did not answer in time; `subject` names them."""
+
+    default_hint = "Look whether these ranks run, and call the same methods as the others."
+
+
+class RendezvousError(RanksError):
+    """The job's rendezvous key-value store does not answer."""
+
+    default_hint = "It lives in rank 0 or in torchrun's agent: look whether that process runs."
 
 
 class SupersededError(CkptmgrError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +13,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 
 from ckptmgr.repository.catalog import StepEntry
-from ckptmgr.repository.commit import Decision
 from ckptmgr.repository.manifest import Manifest
+from ckptmgr.types import StepId, StepState
 
 debug = False
 """Whether errors show their traceback; set by --debug."""
@@ -79,7 +79,11 @@ def waiting(what: str) -> Iterator[None]:
         yield
 
 
-def entry_json(entry: StepEntry) -> dict[str, Any]:
+MemoryTier = dict[str, list[int]]
+"""Steps (`attempt.step`) in this host's memory, and the ranks whose part it is."""
+
+
+def entry_json(entry: StepEntry, memory: MemoryTier) -> dict[str, Any]:
     """One step as `ls --json` prints it (docs/cli-json.md)."""
     decision = entry.decision
     return {
@@ -87,8 +91,10 @@ def entry_json(entry: StepEntry) -> dict[str, Any]:
         "attempt": entry.id.attempt,
         "id": str(entry.id),
         "state": entry.state.value,
-        "world": decision.world if decision else None,
-        "ranks_present": entry.ranks_present,
+        "world": entry.world or None,
+        "ranks_present": len(entry.ranks),
+        "ranks_missing": list(entry.missing),
+        "ranks_in_memory": memory.get(str(entry.id), []),
         "raw_bytes": decision.raw_bytes if decision else None,
         "stored_bytes": decision.stored_bytes if decision else None,
         "sealed_at": decision.sealed_at if decision and decision.committed else None,
@@ -100,19 +106,46 @@ def entry_json(entry: StepEntry) -> dict[str, Any]:
     }
 
 
-def entries(found: list[StepEntry]) -> None:
+def _state(entry: StepEntry) -> str:
+    if entry.damage:
+        return f"{entry.state.value} (damaged)"
+    if entry.missing and entry.ranks:
+        return f"{entry.state.value}, waits for {shown_ranks(entry.missing)}"
+    return entry.state.value
+
+
+RANKS_SHOWN_MAX = 8
+
+
+def shown_ranks(ranks: Sequence[int]) -> str:
+    """Ranks for people, the first few by number."""
+    more = "..." if len(ranks) > RANKS_SHOWN_MAX else ""
+    return ",".join(map(str, ranks[:RANKS_SHOWN_MAX])) + more
+
+
+def _tier(entry: StepEntry, memory: MemoryTier) -> str:
+    in_memory = memory.get(str(entry.id), [])
+    tiers = ["store"] if entry.ranks else []
+    if in_memory:
+        tiers.append(f"memory ({len(in_memory)}/{entry.world})" if entry.world > 1 else "memory")
+    return "+".join(tiers)
+
+
+def entries(found: list[StepEntry], memory: MemoryTier) -> None:
     """The table of `ls`."""
-    table = Table("step", "state", "age", "raw", "stored", "ranks", "held", "tags", box=None)
+    columns = ("step", "state", "age", "raw", "stored", "ranks", "tier", "held", "tags")
+    table = Table(*columns, box=None)
     for entry in found:
         decision = entry.decision
         done = decision is not None and decision.committed
         cells = (
             str(entry.id),
-            f"{entry.state.value} (damaged)" if entry.damage else entry.state.value,
+            _state(entry),
             age(decision.sealed_at) if decision and done else "",
             size(decision.raw_bytes) if decision and done else "",
             size(decision.stored_bytes) if decision and done else "",
-            f"{entry.ranks_present}/{decision.world if decision and done else '?'}",
+            f"{len(entry.ranks)}/{entry.world or '?'}",
+            _tier(entry, memory),
             str(len(entry.holds) or ""),
             " ".join(f"{k}={v}" for k, v in (decision.tags if decision else {}).items()),
         )
@@ -120,22 +153,22 @@ def entries(found: list[StepEntry]) -> None:
     _console.print(table)
 
 
-def step_json(decision: Decision, manifests: list[Manifest], *, tensors: bool) -> dict[str, Any]:
+def with_memory(found: list[StepEntry], memory: MemoryTier) -> list[StepEntry]:
+    """The steps of a store, and those of which it has nothing yet, newest first."""
+    known = {str(entry.id) for entry in found}
+    ids = [StepId(*map(int, text.split("."))) for text in memory if text not in known]
+    added = [StepEntry(step, StepState.UNDECIDED, None) for step in ids]
+    return sorted([*found, *added], key=lambda entry: entry.id, reverse=True)
+
+
+def step_json(
+    entry: StepEntry, memory: MemoryTier, manifests: list[Manifest], *, tensors: bool
+) -> dict[str, Any]:
     """One step as `show --json` prints it (docs/cli-json.md)."""
-    document: dict[str, Any] = {
-        "id": str(decision.id),
-        "attempt": decision.attempt,
-        "step": decision.step,
-        "nonce": decision.nonce,
-        "parent": ".".join(map(str, decision.parent)),
-        "world": decision.world,
-        "raw_bytes": decision.raw_bytes,
-        "stored_bytes": decision.stored_bytes,
-        "sealed_at": decision.sealed_at,
-        "tags": decision.tags,
-        "ranks": [],
-    }
-    for manifest, digest in zip(manifests, decision.manifests, strict=True):
+    document = entry_json(entry, memory)
+    document |= {"nonce": entry.decision.nonce if entry.decision else "", "ranks": []}
+    digests = entry.decision.manifests if entry.decision else ()
+    for manifest, digest in zip(manifests, digests, strict=True):
         leaves = manifest.read_layout().leaves
         rank: dict[str, Any] = {
             "rank": manifest.rank,
@@ -158,10 +191,16 @@ def step_json(decision: Decision, manifests: list[Manifest], *, tensors: bool) -
 
 def step(document: dict[str, Any]) -> None:
     """The tables of `show`."""
-    for name in ("id", "parent", "nonce", "world", "tags"):
-        _print(f"{name:<8} {document[name]}")
-    _print(f"{'raw':<8} {size(document['raw_bytes'])}")
-    _print(f"{'stored':<8} {size(document['stored_bytes'])}")
+    for name in ("id", "state", "parent", "nonce", "world", "tags", "holds", "why"):
+        if document[name]:
+            _print(f"{name:<8} {document[name]}")
+    if document["ranks_missing"]:
+        _print(f"{'missing':<8} rank {shown_ranks(document['ranks_missing'])}")
+    if document["ranks_in_memory"]:
+        _print(f"{'memory':<8} rank {shown_ranks(document['ranks_in_memory'])} on this host")
+    for name in ("raw", "stored"):
+        if document[f"{name}_bytes"] is not None:
+            _print(f"{name:<8} {size(document[f'{name}_bytes'])}")
     table = Table("rank", "host", "leaves", "chunks", "packs", "raw", "stored", box=None)
     for rank in document["ranks"]:
         counts = (str(rank[name]) for name in ("leaves", "chunks", "packs"))
@@ -220,6 +259,8 @@ def status(state: dict[str, Any]) -> None:
         for buffer in job["buffers"]:
             alive = "alive" if buffer["trainer_alive"] else "gone"
             line = f"  rank {buffer['rank']} {size(buffer['bytes'])}, trainer {alive}"
+            if buffer["superseded_by"]:
+                line += f", SUPERSEDED by attempt {buffer['superseded_by']}"
             if buffer["writing"]:
                 line += f", writing {buffer['writing']}"
             _print(line)

@@ -15,13 +15,13 @@ from typing import Any, Self
 
 import numpy as np
 
+from asking import Came, bring
 from ckptmgr.errors import DaemonUnreachableError
 from ckptmgr.rank.link import Link, Wanted
 from ckptmgr.staging.control import (
     Done,
     Release,
     Restore,
-    Restored,
     Stated,
     Status,
     Wait,
@@ -126,7 +126,10 @@ class Daemon:
 
 
 class Rank:
-    """Rank 0 of a job in this process: a Link and states of crash/content.py."""
+    """One rank of a job in this process: a Link and states of crash/content.py.
+
+    Rank 0 claims the attempt; the others are given it as `first`.
+    """
 
     def __init__(
         self,
@@ -137,11 +140,18 @@ class Rank:
         codec: str = "none",
         keep: int = 3,
         slots: int = 2,
+        rank: int = 0,
+        world: int = 1,
+        first: Rank | None = None,
     ) -> None:
+        self.rank, self.world = rank, world
+        claimed = (first.attempt, first.link.nonce) if first else (0, "")
         self.nbytes = mib << 20
+        self.k = 0
         layout, _ = layout_of(self.nbytes)
         table = table_bytes_needed(len(layout), len(values_of(0, 0)) + TAGS_BYTES_MAX)
-        self.link = Link(runtime, Wanted(url, 0, 1, slots, codec, keep, table, self.nbytes))
+        wanted = Wanted(url, rank, world, slots, codec, keep, table, self.nbytes)
+        self.link = Link(runtime, wanted, claimed)
 
     @property
     def attempt(self) -> int:
@@ -173,8 +183,8 @@ class Rank:
         return writer.seal(
             attempt=self.attempt,
             nonce=self.link.nonce,
-            rank=0,
-            world=1,
+            rank=self.rank,
+            world=self.world,
             step=step,
             layout=layout,
             layout_hash=layout_hash,
@@ -193,15 +203,16 @@ class Rank:
     def wait(self, step: int, seconds: float = PATIENCE_SECONDS) -> Waited:
         return self.link.ask(Wait(step, seconds), Waited, seconds + PATIENCE_SECONDS)
 
-    def restore(self, request: Restore | None = None) -> Restored:
+    def restore(self, request: Restore | None = None) -> Came:
         """Ask for a step, check it bit by bit, and release it."""
-        reply = self.link.ask(request or Restore(), Restored, PATIENCE_SECONDS)
+        request = request or Restore()
+        reply, self.k = bring(self.link.ask, request, self.k, PATIENCE_SECONDS)
         if reply.attempt:
             self.check(reply)
         self.link.ask(Release(), Done)
         return reply
 
-    def check(self, reply: Restored) -> None:
+    def check(self, reply: Came) -> None:
         if Path(reply.path) == self.buffer.path:
             check_slot(self.buffer, reply)
             return
@@ -218,7 +229,7 @@ class Rank:
         self.close()
 
 
-def check_slot(buffer: HostBuffer, reply: Restored) -> None:
+def check_slot(buffer: HostBuffer, reply: Came) -> None:
     """Every bit of a restored slot is that of its step."""
     snapshot = buffer.snapshot(reply.slot)
     assert snapshot is not None

@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ckptmgr.errors import StoreFullError, StorePermissionError, StoreUnreachableError
+from ckptmgr.errors import MediumError, StoreFullError, StorePermissionError, StoreUnreachableError
 from ckptmgr.store.base import Buffers, PutResult, Store
 from ckptmgr.store.local import LocalStore
 
@@ -24,7 +25,9 @@ LOOK_SECONDS = 0.005
 
 
 class RiggedStore(Store):
-    """A local store; `refuse`, `full` and `dead` fail, `hold` waits."""
+    """A local store; `refuse`, `full`, `dead`, `unreadable` and `fault` fail, `hold` waits, `hang`
+    never ends.
+    """
 
     durable_on_return = LocalStore.durable_on_return
 
@@ -59,6 +62,7 @@ class RiggedStore(Store):
         await self._obey("make_durable", key, lambda: self._inner.make_durable(key))
 
     async def aclose(self) -> None:
+        log(self._path, "aclose")
         await self._inner.aclose()
 
     async def _obey(self, operation: str, key: str, work: Callable[[], Awaitable[T]]) -> T:
@@ -66,10 +70,20 @@ class RiggedStore(Store):
         while (rule := rule_for(self._path, operation, key)) is not None:
             if rule == "refuse":
                 raise StorePermissionError("is refused by the test", subject=key)
+            if rule == "unreadable":
+                raise MediumError("can not be read by the test's will", subject=key)
+            if rule == "fault once":
+                Path(f"{self._path}.rules").unlink()
+            if rule in ("fault", "fault once"):
+                raise ZeroDivisionError("a fault by the test's will")
             if rule == "dead":
                 raise StoreUnreachableError("is dead by the test's will", subject=key)
             if rule == "full":
                 raise StoreFullError("is full by the test's will", subject=key)
+            if rule == "surprise":
+                raise RuntimeError("nobody expected this")
+            if rule == "hang":  # in a thread that nobody can end, as in the kernel
+                await asyncio.to_thread(time.sleep, 3600)
             await asyncio.sleep(LOOK_SECONDS)
         return await work()
 
@@ -112,7 +126,7 @@ class Rig:
         return os.pathsep.join([str(self._site), str(here), str(here.parent)])
 
     def obey(self, *rules: tuple[str, str, str]) -> None:
-        """Replace the rules: (operation or '*', key prefix, 'refuse', 'full', 'dead' or 'hold')."""
+        """Replace the rules: (operation or '*', key prefix, what to do)."""
         temporary = Path(f"{self.path}.rules.new")
         temporary.write_text(json.dumps(rules))
         temporary.rename(f"{self.path}.rules")

@@ -32,7 +32,7 @@ from ckptmgr.daemon.retain import collect
 from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.catalog import Catalog
 from ckptmgr.repository.commit import Decision, abort_step, commit_step, put_witness
-from ckptmgr.repository.hold import put_hold
+from ckptmgr.repository.hold import host_name, put_hold
 from ckptmgr.staging.bufferfile import Capacity
 from ckptmgr.staging.hostbuffer import HostBuffer, round_up, table_bytes_needed
 from ckptmgr.staging.layout import encode_layout
@@ -70,6 +70,26 @@ def small_state(seed: int) -> dict[str, Any]:
         "counts": rng.integers(0, 1000, 900, np.int64),
         "noise": rng.integers(0, 256, 4096, np.uint8),
         "scale": np.array(float(seed)),
+        "step": seed,
+        "note": "plain values come back too",
+    }
+
+
+def smallest_state(seed: int) -> dict[str, Any]:
+    """For sweeps over every bit: each page of a pack is 32,768 of them.
+
+    Step 30 has a chunk of one page for each codec, and everything else that a manifest holds; the
+    others, which are there to fall back to, have one chunk.
+    """
+    rng = np.random.default_rng(seed)
+    weight = (rng.standard_normal((20, 40)) * 0.02).astype(np.float32)
+    if seed != 30:
+        return {"weight": weight, "step": seed}
+    return {
+        "net": {"weight": weight, "empty": np.zeros((0, 3), np.float32)},
+        "counts": rng.integers(0, 1000, 400, np.int64),
+        "noise": rng.integers(0, 256, PAGE_BYTES, np.uint8),
+        "scale": np.array(float(seed), np.float32),
         "step": seed,
         "note": "plain values come back too",
     }
@@ -195,22 +215,25 @@ async def commit_encoded(
 
 
 async def save_steps(
-    store: Store, steps: tuple[int, ...] = STEPS, codec: str = "planes"
+    store: Store,
+    steps: tuple[int, ...] = STEPS,
+    codec: str = "planes",
+    state: Callable[[int], dict[str, Any]] = small_state,
 ) -> list[SavedStep]:
     """Claim an attempt and commit `steps` under it, oldest first."""
     attempt, nonce = await claim_attempt(store, 1, "")
-    await publish_have(store, attempt, [])
-    return [
-        await save_step(store, attempt, nonce, step, small_state(step), codec) for step in steps
-    ]
+    await publish_have(store, attempt, host_name(), [])
+    return [await save_step(store, attempt, nonce, step, state(step), codec) for step in steps]
 
 
-async def save_every_kind(store: Store) -> list[SavedStep]:
+async def save_every_kind(
+    store: Store, state: Callable[[int], dict[str, Any]] = small_state
+) -> list[SavedStep]:
     """A store with every kind of object; returns the two steps that stand, older first.
 
     Of attempt 1, step 10 is retired, 20 held, 25 aborted, 30 verified; attempt 2 has resumed.
     """
-    saved = await save_steps(store, (10, 20, 30))
+    saved = await save_steps(store, (10, 20, 30), state=state)
     await collect(Catalog(store), BufferPool(BUDGET_BYTES), 2)
     await abort_step(store, StepId(1, 25), "given up by the test")
     await put_hold(store, saved[1].id, "test", "for the test")

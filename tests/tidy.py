@@ -30,10 +30,11 @@ IMPORTS: dict[str, set[str]] = {
     "daemon": BASE | {"metrics", "staging", "store", "repository", "restore", FACE},
     "rank": BASE | {"staging"},
     "testing": {"errors", "types", "store"},
+    "foreground": set(),
     "present": BASE | {"repository", "restore"},  # how the command line shows things
     "cli": BASE
     | {"metrics", "staging", "store", "repository", "restore", "daemon", "testing"}
-    | {"present", "demo", FACE},
+    | {"foreground", "present", "demo", FACE},
     # Explicit, because they stand outside the layers: the lazy faces, and the demonstration, which
     # uses the package as its users do.
     FACE: {"errors", "rank"},

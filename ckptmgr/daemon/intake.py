@@ -23,13 +23,23 @@ _WASTE_MAX = 1.5
 """A buffer is adopted if the new layout fills it to 1/1.5 at least; else memory lies idle."""
 
 
-def pick(snapshots: list[tuple[Snapshot, Outcome]], *, writer_alive: bool) -> Snapshot | None:
-    """The undecided snapshot to write next.
+def pick(
+    snapshots: list[tuple[Snapshot, Outcome]],
+    *,
+    writer_alive: bool,
+    skipped: frozenset[int] = frozenset(),
+) -> Snapshot | None:
+    """The undecided snapshot to write next; those with a generation in `skipped` are left alone:
+    they are on their way, or have failed by a fault of ours.
 
     In order while the job runs. When its trainer is dead the newest goes first: it is what the
     next attempt resumes from, and the host may be the next to go.
     """
-    undecided = [snapshot for snapshot, outcome in snapshots if outcome is Outcome.UNDECIDED]
+    undecided = [
+        snapshot
+        for snapshot, outcome in snapshots
+        if outcome is Outcome.UNDECIDED and snapshot.generation not in skipped
+    ]
     if not undecided:
         return None
     return (min if writer_alive else max)(undecided, key=lambda s: s.generation)
@@ -41,7 +51,8 @@ class Held:
 
     `owner` is the session that it was given to; None when that is over, though its trainer may
     live on without a connection. `worker` writes its snapshots. `results` are by nonce and step:
-    attempts are numbered anew in a store that was emptied.
+    attempts are numbered anew in a store that was emptied. `busy` are the snapshots on their way,
+    by generation: being written, or waiting for the other ranks.
     """
 
     buffer: HostBuffer
@@ -55,8 +66,10 @@ class Held:
     decided: asyncio.Condition = field(default_factory=asyncio.Condition)
     results: OrderedDict[tuple[str, int], tuple[Outcome, str]] = field(default_factory=OrderedDict)
     last_failure: str = ""
-    writing: Snapshot | None = None
+    busy: dict[int, Snapshot] = field(default_factory=dict)
     _freed: bool = False
+    _faulted: int = 0
+    _skipped: frozenset[int] = frozenset()
     _damaged: set[tuple[int, int]] = field(default_factory=set)
 
     @property
@@ -68,6 +81,13 @@ class Held:
     def orphaned_seconds(self) -> float:
         """How long the buffer has been without a writer."""
         return 0.0 if self.writer_alive else time.monotonic() - self.orphaned_at
+
+    @property
+    def superseded_by(self) -> int | None:
+        """The newer attempt that has taken over from a trainer that still runs."""
+        newest = self.buffer.superseded_by
+        stale = self.owner is not None and self.writer_alive and newest > self.owner.attempt
+        return newest if stale else None
 
     def snapshots(self) -> list[tuple[Snapshot, Outcome]]:
         """The sealed snapshots with their outcomes, oldest first; damaged slots are left out."""
@@ -101,7 +121,7 @@ class Held:
     def died(self) -> None:
         """The trainer is dead, if it was not known to be."""
         if self.writer_alive:
-            event("trainer_died", buffer=self.buffer.id, undecided=self.next() is not None)
+            event("trainer_died", buffer=self.buffer.id, undecided=self.undecided() > 0)
             self.let_go()
 
     def free(self) -> None:
@@ -114,7 +134,23 @@ class Held:
 
     def next(self) -> Snapshot | None:
         """The snapshot to write next."""
-        return pick(self.snapshots(), writer_alive=self.writer_alive)
+        skipped = self._skipped | frozenset(self.busy)
+        return pick(self.snapshots(), writer_alive=self.writer_alive, skipped=skipped)
+
+    def faulted(self, snapshot: Snapshot, error: BaseException) -> bool:
+        """Take note of a fault of ours over a snapshot; True if it is the second in a row.
+
+        It is left alone then, or it would end in the same fault for ever. Nothing is lost: it stays
+        undecided in host memory, can be resumed from, and the next daemon tries again. Only those
+        who wait are told that it was given up.
+        """
+        again, self._faulted = self._faulted == snapshot.generation, snapshot.generation
+        if again:
+            sealed = {found.generation for found, _ in self.snapshots()}
+            self._skipped = (self._skipped & sealed) | {snapshot.generation}
+            self.last_failure = f"a fault of the daemon: {error!r}"
+            self._remember(snapshot, Outcome.ABORTED, self.last_failure)
+        return again
 
     def undecided(self) -> int:
         """How many snapshots are not decided yet."""
@@ -122,11 +158,15 @@ class Held:
 
     async def settle(self, snapshot: Snapshot, outcome: Outcome, why: str = "") -> None:
         """Record what became of a snapshot, in the buffer and for those who wait."""
-        self.buffer.settle(snapshot.slot, snapshot.generation, outcome)
+        if self.buffer.unchanged(snapshot):  # else its slot may be settled for a newer one already
+            self.buffer.settle(snapshot.slot, snapshot.generation, outcome)
+        self._remember(snapshot, outcome, why)
+        await self.tell()
+
+    def _remember(self, snapshot: Snapshot, outcome: Outcome, why: str) -> None:
         self.results[snapshot.nonce, snapshot.step] = (outcome, why)
         while len(self.results) > _RESULTS_MAX:
             self.results.popitem(last=False)
-        await self.tell()
 
     async def tell(self) -> None:
         """Let those who wait look again."""
@@ -136,7 +176,7 @@ class Held:
     async def wait_decided(self) -> None:
         """Return when no snapshot of the buffer is undecided."""
         async with self.decided:
-            await self.decided.wait_for(lambda: self.next() is None)
+            await self.decided.wait_for(lambda: not self.undecided())
 
 
 def make_buffer(directory: Path, binding: Binding, capacity: Capacity) -> tuple[HostBuffer, str]:
@@ -218,17 +258,25 @@ class Intake:
         """Let go of dead buffers of the same rank that do not fit any more and hold nothing new."""
         for held in list(self.held.values()):
             same = (held.binding.url, held.binding.rank) == (binding.url, binding.rank)
-            used = held.owner is not None or held.writing or held.buffer.has_live_writer()
+            used = held.owner is not None or held.busy or held.buffer.has_live_writer()
             if same and not used and not held.snapshots():
                 self.release(held)
 
-    def of_job(self, url: str, rank: int) -> list[Held]:
+    def of_job(self, url: str) -> list[Held]:
+        """The buffers of all ranks of a job on this host."""
+        return [held for held in self.held.values() if held.binding.url == url]
+
+    def of_rank(self, url: str, rank: int) -> list[Held]:
         """The buffers of one rank of a job."""
-        return [h for h in self.held.values() if (h.binding.url, h.binding.rank) == (url, rank)]
+        return [held for held in self.of_job(url) if held.binding.rank == rank]
 
     def undecided(self) -> int:
         """Sealed snapshots that are not decided yet."""
         return sum(held.undecided() for held in self.held.values())
+
+    def busy(self) -> bool:
+        """Whether there is a snapshot that is written, or will be."""
+        return any(held.next() is not None for held in self.held.values())
 
     def release(self, held: Held) -> None:
         """Free a buffer's memory."""

@@ -6,10 +6,14 @@ import asyncio
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
+from ckptmgr.config import DaemonSettings
+from ckptmgr.daemon.committer import Committer
 from ckptmgr.daemon.log import event, warning
+from ckptmgr.daemon.resume import ActiveMarks
 from ckptmgr.daemon.retain import collect
 from ckptmgr.errors import CkptmgrError
 from ckptmgr.metrics import Metrics
+from ckptmgr.repository import keys
 from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.catalog import Catalog
 from ckptmgr.repository.commit import Decision
@@ -29,6 +33,7 @@ class Job:
     """What all buffers and trainers of one store URL share.
 
     `resumed_from` is what each running attempt resumed from; retention leaves it alone.
+    `published` are attempts that know what this host's memory held when they began.
     """
 
     url: str
@@ -37,13 +42,20 @@ class Job:
     label: str
     metrics: Metrics
     pool: BufferPool
+    stuck_seconds: float
     last_commit: StepId | None = None
     resumed_from: dict[int, StepId] = field(default_factory=dict)
+    active: ActiveMarks = field(default_factory=ActiveMarks)
+    published: set[int] = field(default_factory=set)
+    committer: Committer = field(init=False)
     _retention: asyncio.Task[None] | None = None
     _retain_again: bool = False
 
+    def __post_init__(self) -> None:
+        self.committer = Committer(self.catalog, self.committed, self.stuck_seconds)
+
     @classmethod
-    def open(cls, url: str, metrics: Metrics, pool: BufferPool, timeout_seconds: float) -> Job:
+    def open(cls, url: str, metrics: Metrics, pool: BufferPool, settings: DaemonSettings) -> Job:
         """Open the job's store. Nothing is read yet.
 
         Raises:
@@ -56,8 +68,13 @@ class Job:
             metrics.failures.labels(label, kind).inc()
             warning("store_failed", job=label, operation=operation, kind=kind, why=str(error))
 
-        store = RetryingStore(open_store(url), timeout_seconds=timeout_seconds, on_failure=failed)
-        return cls(url, store, Catalog(store), label, metrics, pool)
+        store = RetryingStore(
+            open_store(url),
+            timeout_seconds=settings.store_timeout_seconds,
+            on_failure=failed,
+            landmark=keys.FORMAT,
+        )
+        return cls(url, store, Catalog(store), label, metrics, pool, settings.stuck_seconds)
 
     def committed(self, decision: Decision) -> None:
         """Take note of a commit."""
@@ -77,7 +94,7 @@ class Job:
     def retain_soon(self, keep: int) -> None:
         """Give old steps up in the background, so that the next snapshot need not wait for it."""
         self._retain_again = True
-        if self._retention is None or self._retention.done():
+        if not self.collecting:
             self._retention = asyncio.create_task(self._retain(keep), name=f"retain {self.label}")
 
     async def _retain(self, keep: int) -> None:
@@ -92,8 +109,14 @@ class Job:
             except CkptmgrError as error:
                 warning("retention_failed", job=self.label, why=str(error))
 
+    @property
+    def collecting(self) -> bool:
+        """Whether a collection is under way."""
+        return self._retention is not None and not self._retention.done()
+
     async def aclose(self) -> None:
-        """End the collection that is under way, and close the store."""
+        """End the waits and the collection that are under way, and close the store."""
+        await self.committer.aclose()
         if self._retention is not None:
             self._retention.cancel()
             await asyncio.gather(self._retention, return_exceptions=True)

@@ -226,11 +226,11 @@ async def _adopt_manifest(source: Source) -> SealedManifest | None:
     snapshot = source.snapshot
     key = keys.manifest(snapshot.id, snapshot.rank)
     try:
+        await source.store.make_durable(key)
         record = await source.store.get(key)
     except ObjectNotFoundError:
         return None
     sealed = read_manifest(snapshot.id, snapshot.rank, record)
     if sealed.manifest.nonce != snapshot.nonce:
         raise RegisterConflictError("belongs to another incarnation", subject=key)
-    await source.store.make_durable(key)
     return sealed

@@ -1,21 +1,28 @@
-"""The way back, in the daemon: which step, from memory or from the store, into which slot."""
+"""The way back, in the daemon: which step, where its parts are, their bytes into host memory."""
 
 from __future__ import annotations
 
 import asyncio
+import secrets
+import time
+from collections.abc import Collection, Iterable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from ckptmgr.daemon.intake import Held, Intake, make_buffer
+from ckptmgr.daemon.intake import Held, Intake
 from ckptmgr.daemon.job import Job
 from ckptmgr.daemon.log import event, warning
+from ckptmgr.daemon.parts import Lending
 from ckptmgr.daemon.resume import (
-    Candidate,
     Skipped,
     Standing,
-    committed_choices,
+    await_resume,
+    candidates,
     decide_resume,
-    rank_candidates,
+    held_by_hosts,
+    resume_decisions,
     standing_of,
     usable_in_memory,
 )
@@ -23,158 +30,286 @@ from ckptmgr.errors import (
     CkptmgrError,
     DamageError,
     HostMemoryError,
+    MissingObjectError,
     NothingToRestoreError,
     ObjectNotFoundError,
-    RegisterConflictError,
+    RecordDamagedError,
+    UsageError,
 )
 from ckptmgr.repository import keys
 from ckptmgr.repository.catalog import standing_steps
-from ckptmgr.repository.commit import FROM_SCRATCH
+from ckptmgr.repository.commit import FROM_SCRATCH, Decision, claim_of, read_record
 from ckptmgr.repository.hold import held_step
-from ckptmgr.repository.manifest import Manifest
-from ckptmgr.restore.slot import capacity_for, fetch_into_slot
-from ckptmgr.staging.bufferfile import Capacity
-from ckptmgr.staging.control import Restored
-from ckptmgr.staging.hostbuffer import HostBuffer
-from ckptmgr.staging.slots import free_slot
-from ckptmgr.types import Binding, Snapshot, StepId
+from ckptmgr.repository.manifest import Manifest, read_manifest
+from ckptmgr.repository.rules import complete_steps
+from ckptmgr.restore.plan import check_ranges
+from ckptmgr.staging.control import Fetched, Lent, Load, Ranges, Restore, Restored
+from ckptmgr.staging.hostbuffer import Table
+from ckptmgr.staging.tables import RankTable, Tables, write_tables
+from ckptmgr.types import Snapshot, StepId
+
+PART_SECONDS_MAX = 60.0
+"""How long a part is waited for that another host held in memory when it joined: its daemon is
+bringing it to the store already."""
+
+_LOOK_SECONDS = 0.1
+_READS_AT_ONCE = 16
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The step a session reads, and the ranks that wrote it; `decision` where it is committed.
+
+    `manifests` are those that were read so far, by rank.
+    """
+
+    id: StepId
+    world: int
+    decision: Decision | None
+    manifests: dict[int, Manifest] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
 class Session:
     """One trainer's (or reader's) part in a job, for the life of its connection."""
 
     job: Job
     rank: int
+    world: int = 1
     attempt: int = 0
     nonce: str = ""
     held: Held | None = None
-    decisions: int = 0
-    lent: list[HostBuffer] = field(default_factory=list)
+    chosen: Chosen | None = None
+    files: list[Path] = field(default_factory=list)
     fetched: set[int] = field(default_factory=set)
     ghosts: dict[StepId, str] = field(default_factory=dict)
     prefetch: asyncio.Task[None] | None = None
-    work: asyncio.Future[Restored] | None = None
+    work: asyncio.Future[Any] | None = None
+    lending: Lending | None = None
+    holds: AsyncExitStack = field(default_factory=AsyncExitStack)
+    kept: set[StepId] = field(default_factory=set)
+
+    async def keep(self, step: StepId) -> None:
+        """Keep retention away from a step that is read from the store, until `release`.
+
+        Raises:
+            DamageError: it is retired already.
+        """
+        if step not in self.kept:
+            await self.holds.enter_async_context(held_step(self.job.store, step))
+            self.kept.add(step)
+
+    @property
+    def own(self) -> int:
+        """Which part of the chosen step is this rank's: worlds may differ."""
+        assert self.chosen is not None
+        return self.rank % self.chosen.world
 
     async def release(self) -> None:
-        """End a prefetch or a restore, and free what was fetched outside the session's buffer."""
+        """End what is under way, and free what was fetched outside of the session's buffer."""
         tasks = [task for task in (self.prefetch, self.work) if task is not None]
         self.prefetch = self.work = None
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for buffer in self.lent:
-            buffer.unlink()
-            buffer.close()
-        self.lent.clear()
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """A sealed snapshot that the rank may copy from."""
-
-    buffer: HostBuffer
-    snapshot: Snapshot
-    source: str
+        if self.lending is not None:
+            self.lending.release(self)
+        for path in self.files:
+            path.unlink(missing_ok=True)
+        self.files.clear()
+        self.kept.clear()
+        await self.holds.aclose()
 
 
 class Reader:
-    """Finds and fetches steps for sessions."""
+    """Finds, describes and fetches steps for sessions."""
 
     def __init__(self, intake: Intake, fetched: Path) -> None:
         self._intake = intake
         self._fetched = fetched
+        self._lending = Lending(fetched)
+
+    # -- prefetch -----------------------------------------------------------------------------
 
     def start_prefetch(self, session: Session) -> None:
         """Begin to fetch the last consistent step, if host memory has nothing to resume from.
 
         It goes into a free slot of the session's own buffer, while the trainer is still building
-        its state. The trainer ends it with Release before it writes a slot.
+        its state. The trainer ends it with Release before it writes a slot. With several ranks
+        nobody knows yet what all of them can resume from.
         """
-        session.prefetch = asyncio.create_task(self._prefetch(session))
+        if session.world == 1:
+            session.prefetch = asyncio.create_task(self._prefetch(session))
 
     async def _prefetch(self, session: Session) -> None:
         try:
             if await self._in_memory(session):
                 return
-            for candidate in await self._candidates(session, None, None, frozenset()):
-                if await self._bring(session, candidate) is not None:
-                    event("prefetched", step=str(candidate.id))
+            for step in await standing_steps(session.job.store):
+                if await self._prefetched(session, step):
+                    event("prefetched", step=str(step))
                     return
         except CkptmgrError as error:
             # Only a head start is lost: restore itself meets and reports the same error.
             event("prefetch_failed", why=str(error))
 
-    async def restore(
-        self,
-        session: Session,
-        step: int | None,
-        of_attempt: int | None,
-        rejected: frozenset[StepId],
-    ) -> Restored:
-        """The newest usable step (or a chosen one), decided and sealed in host memory.
+    async def _prefetched(self, session: Session, step: StepId) -> bool:
+        try:
+            decision = await session.job.catalog.decision(step)
+            if not decision.committed:
+                return False
+            own = session.rank % decision.world
+            await session.keep(step)
+            manifest = (await session.job.catalog.manifest(decision, own)).manifest
+            await self._lend(session, manifest, _everything(manifest))
+        except (DamageError, ObjectNotFoundError) as error:
+            event("prefetch_failed", why=str(error))
+            return False
+        return True
+
+    # -- choose -------------------------------------------------------------------------------
+
+    async def restore(self, session: Session, request: Restore) -> Restored:
+        """Decide what the attempt resumes from, or obey what was decided.
 
         Raises:
-            NothingToRestoreError: the chosen step is not there.
+            NothingToRestoreError: the step that was asked for is not there.
             DamageError: there are steps, but none of them can be used.
             StoreUnreachableError: the store does not answer; nothing was decided on a guess.
         """
+        job, k = session.job, request.k
         if session.prefetch is not None:
             await session.prefetch
-        skipped: list[Skipped] = [(str(one), "rejected by the trainer") for one in sorted(rejected)]
-        for candidate in await self._candidates(session, step, of_attempt, rejected):
-            try:
-                place = await self._bring(session, candidate)
-            except DamageError as error:
-                skipped.append((str(candidate.id), str(error).partition("\n")[0]))
-                self._fell_back(session, candidate.id, error)
-                continue
-            if place is None:
-                continue
-            await self._decide(session, candidate.id)
-            session.job.metrics.restores.labels(session.job.label, place.source).inc()
-            event("restored", step=str(candidate.id), source=place.source)
-            return _restored(place, skipped)
-        if skipped:
-            raise DamageError(
-                "no step can be restored; " + "; ".join(f"{s}: {why}" for s, why in skipped),
-                subject=session.job.url,
+        decided = None
+        if session.rank != 0:
+            decided = await await_resume(job.store, session.attempt, k)
+        skipped: list[Skipped] = []
+        if decided is None:
+            rejected = await resume_decisions(job.store, session.attempt, request.first_k, k)
+            choice = await self._choose(
+                session, request.step, request.of_attempt, rejected, skipped
             )
-        if step is not None:
-            raise NothingToRestoreError(f"no committed step {step}", subject=session.job.url)
-        await self._decide(session, FROM_SCRATCH)
-        return Restored(0, 0, skipped=tuple((str(s), why) for s, why in session.ghosts.items()))
+            if session.chosen is not None and session.chosen.decision is not None:
+                # Visible is not durable: what training goes on from must survive a power cut.
+                await job.store.make_durable(keys.commit(choice))
+            decided = await decide_resume(job.store, session.attempt, k, choice)
+        job.resumed_from[session.attempt] = decided
+        if decided == FROM_SCRATCH:
+            session.chosen = None
+            return Restored(0, 0, skipped=tuple((str(s), why) for s, why in session.ghosts.items()))
+        if session.chosen is None or session.chosen.id != decided:
+            session.chosen = await self._chosen(session, decided)
+        return await self._restored(session, skipped)
 
-    def _fell_back(self, session: Session, step: StepId, error: DamageError) -> None:
-        session.job.metrics.fallbacks.labels(session.job.label).inc()
-        warning("restore_skipped", step=str(step), why=str(error))
+    async def load(self, session: Session, request: Load) -> Restored:
+        """Choose a committed step for a session that only reads; errors as `restore`."""
+        skipped: list[Skipped] = []
+        rejected = [StepId(*one) for one in request.rejected]
+        choice = await self._choose(session, request.step, request.of_attempt, rejected, skipped)
+        if choice == FROM_SCRATCH:
+            return Restored(0, 0)
+        return await self._restored(session, skipped)
 
-    async def _candidates(
+    async def _choose(
         self,
         session: Session,
         step: int | None,
         of_attempt: int | None,
-        rejected: frozenset[StepId],
-    ) -> list[Candidate]:
-        memory = [s.id for _, s in await self._in_memory(session)]
-        if step is None:
-            standing = await standing_steps(session.job.store)
-        else:
-            standing = await committed_choices(session.job.catalog, step, of_attempt)
-            memory = [s for s in memory if s.step == step and of_attempt in (None, s.attempt)]
-        return rank_candidates(memory, standing, rejected)
+        rejected: Collection[StepId],
+        skipped: list[Skipped],
+    ) -> StepId:
+        """The newest step that may be used; sets `session.chosen`, and tells what was skipped."""
+        here = await self._in_memory(session)
+        worlds = {s.id.attempt: s.world for _, s in here}
+        complete = complete_steps(_ranks_of(here), worlds)
+        others: Collection[StepId] = ()
+        if session.world > 1:
+            held = await held_by_hosts(session.job.store, session.attempt)
+            others = complete_steps(held.ranks, held.worlds)
+        standing = await standing_steps(session.job.store)
+        for candidate in candidates(standing, {*complete, *others}, rejected, step, of_attempt):
+            try:
+                chosen = await self._usable(session, candidate, complete, standing)
+            except DamageError as error:
+                skipped.append((str(candidate), _first_line(error)))
+                self.tell_skipped(session, candidate, error)
+                continue
+            if chosen is not None:
+                session.chosen = chosen
+                return candidate
+        if skipped or rejected:
+            skipped += [(str(one), "proved unusable") for one in sorted(rejected, reverse=True)]
+            told = "; ".join(f"{one}: {why}" for one, why in skipped)
+            raise DamageError(f"no step can be restored; {told}", subject=session.job.url)
+        if step is not None:
+            raise NothingToRestoreError(f"no committed step {step}", subject=session.job.url)
+        return FROM_SCRATCH
+
+    async def _usable(
+        self,
+        session: Session,
+        step: StepId,
+        complete: Collection[StepId],
+        standing: Collection[StepId],
+    ) -> Chosen | None:
+        """The step if it may be used; None if it was given up."""
+        if step not in complete and step in standing:
+            try:
+                decision = await session.job.catalog.decision(step)
+            except ObjectNotFoundError:
+                return None
+            return Chosen(step, decision.world, decision) if decision.committed else None
+        return await self._chosen(session, step)
+
+    async def _chosen(self, session: Session, step: StepId) -> Chosen:
+        """A step that was decided on, by us or by another daemon."""
+        for _, snapshot in await self._in_memory(session):
+            if snapshot.id == step:
+                return Chosen(step, snapshot.world, None)
+        try:
+            decision = await session.job.catalog.decision(step)
+            return Chosen(step, decision.world, decision)
+        except ObjectNotFoundError:
+            claim = await claim_of(session.job.store, step.attempt)
+            if claim is None:
+                raise MissingObjectError("is gone", subject=keys.claim(step.attempt)) from None
+            return Chosen(step, claim.world, None)
+
+    def tell_skipped(self, session: Session, step: StepId, error: DamageError) -> None:
+        """Count and log that a step can not be used."""
+        session.job.metrics.fallbacks.labels(session.job.label).inc()
+        warning("restore_skipped", step=str(step), why=str(error))
+
+    async def _restored(self, session: Session, skipped: list[Skipped]) -> Restored:
+        chosen = _chosen_of(session)
+        tables, damage = "", ""
+        try:
+            tables = str(await self._tables(session, [session.own]))
+        except DamageError as error:
+            self.tell_skipped(session, chosen.id, error)
+            damage = _first_line(error)
+        return Restored(
+            attempt=chosen.id.attempt,
+            step=chosen.id.step,
+            world=chosen.world,
+            own=session.own,
+            tables=tables,
+            damage=damage,
+            skipped=tuple(skipped),
+        )
+
+    # -- host memory --------------------------------------------------------------------------
 
     async def _in_memory(self, session: Session) -> list[tuple[Held, Snapshot]]:
-        """Usable sealed snapshots of this session's rank. A session that only reads has none:
+        """Usable sealed snapshots of the job on this host. A session that only reads has none:
         only a committed step is a checkpoint.
         """
         if not session.attempt:
             return []
         found = [
             (held, snapshot)
-            for held in self._intake.of_job(session.job.url, session.rank)
-            # Another trainer that lives may write any slot of its buffer at any moment.
-            if held is session.held or not held.buffer.has_live_writer()
+            for held in self._intake.of_job(session.job.url)
+            if self._is_readable(session, held)
             for snapshot in usable_in_memory(held.snapshots())
         ]
         ours = []
@@ -186,81 +321,150 @@ class Reader:
                 session.ghosts[snapshot.id] = f"in host memory, but {standing.value}"
         return ours
 
-    async def _decide(self, session: Session, step: StepId) -> None:
-        """Record what the attempt resumes from; sessions that only read decide nothing."""
-        if not session.attempt:
-            return
-        decided = await decide_resume(session.job.store, session.attempt, session.decisions, step)
-        if decided != step:
-            raise RegisterConflictError(
-                f"attempt {session.attempt} resumes from {decided}, not {step}",
-                subject=keys.resume(session.attempt, session.decisions),
-            )
-        session.decisions += 1
-        session.job.resumed_from[session.attempt] = step
+    def _is_readable(self, session: Session, held: Held) -> bool:
+        """Another trainer that lives may write any slot of its buffer at any moment, unless it is
+        a rank of the same attempt: all ranks restore before any of them goes on.
+        """
+        owner = held.owner
+        if isinstance(owner, Session) and owner.attempt == session.attempt:
+            return True
+        return not held.buffer.has_live_writer()
 
-    async def _bring(self, session: Session, candidate: Candidate) -> _Place | None:
-        """Make a step available in host memory; None if it turns out to be no commit."""
-        if candidate.in_memory:
-            place = await self._from_memory(session, candidate.id)
-            if place is not None:
-                return place
-            if not candidate.in_store:
-                raise DamageError("its slot in host memory is damaged", subject=str(candidate.id))
-        try:
-            decision = await session.job.catalog.decision(candidate.id)
-        except ObjectNotFoundError:
-            return None
-        if not decision.committed:
-            return None
-        if decision.world <= session.rank:
-            raise DamageError(f"has {decision.world} ranks", subject=str(candidate.id))
-        async with held_step(session.job.store, candidate.id):
-            sealed = await session.job.catalog.manifest(decision, session.rank)
-            return await self._fetch(session, sealed.manifest)
-
-    async def _from_memory(self, session: Session, step: StepId) -> _Place | None:
+    async def _memory_part(
+        self, session: Session, rank: int
+    ) -> tuple[Held, Snapshot, Table] | None:
+        chosen = _chosen_of(session)
         for held, snapshot in await self._in_memory(session):
-            if snapshot.id != step:
+            if (snapshot.id, snapshot.rank) != (chosen.id, rank):
                 continue
             try:
-                held.buffer.table(snapshot)
+                return held, snapshot, held.buffer.table(snapshot)
             except HostMemoryError as error:
-                warning("slot_damaged", buffer=held.buffer.id, why=error.message)
-                continue
-            fetched = held is session.held and snapshot.generation in session.fetched
-            return _Place(held.buffer, snapshot, "store" if fetched else "memory")
+                warning("slot_damaged", buffer=held.buffer.id, slot=snapshot.slot, why=str(error))
         return None
 
-    async def _fetch(self, session: Session, manifest: Manifest) -> _Place:
-        """Fetch, verify and seal a manifest's data: in the rank's own buffer where it fits."""
-        buffer, slot = self._room(session, capacity_for(manifest))
-        job = session.job
-        snapshot = await fetch_into_slot(job.store, manifest, buffer, slot, job.pool)
-        session.fetched.add(snapshot.generation)
-        return _Place(buffer, snapshot, "store")
+    # -- describe and fetch -------------------------------------------------------------------
 
-    def _room(self, session: Session, capacity: Capacity) -> tuple[HostBuffer, int]:
-        if session.held is not None:
-            buffer = session.held.buffer
-            slot = free_slot(buffer.capacity.slots, session.held.snapshots())
-            if slot is not None and buffer.capacity.holds(
-                capacity.table_bytes, capacity.data_bytes
-            ):
-                return buffer, slot
-        binding = Binding(session.job.url, session.rank, 1)
-        buffer, _ = make_buffer(self._fetched, binding, capacity)
-        session.lent.append(buffer)
-        return buffer, 0
+    async def describe(self, session: Session) -> Path:
+        """A file with the tables of all ranks; errors as `fetch`."""
+        chosen = _chosen_of(session)
+        return await self._tables(session, range(chosen.world))
+
+    async def _tables(self, session: Session, ranks: Iterable[int]) -> Path:
+        chosen = _chosen_of(session)
+        gate = asyncio.Semaphore(_READS_AT_ONCE)
+
+        async def one(rank: int) -> RankTable:
+            async with gate:
+                in_memory = await self._memory_part(session, rank)
+                found = in_memory[2] if in_memory else await self._manifest(session, rank)
+                return RankTable(rank, found.layout, found.values, found.tags)
+
+        tables = tuple(await asyncio.gather(*map(one, ranks)))
+        path = self._fetched / f"{secrets.token_hex(8)}.tables"
+        session.files.append(path)
+        write_tables(path, Tables(chosen.id.attempt, chosen.id.step, chosen.world, tables))
+        return path
+
+    async def _manifest(self, session: Session, rank: int) -> Manifest:
+        """One rank's manifest of the chosen step.
+
+        Raises:
+            DamageError: it does not hold, or does not come.
+        """
+        chosen = _chosen_of(session)
+        if rank in chosen.manifests:
+            return chosen.manifests[rank]
+        if chosen.decision is None:
+            found = await _manifest_to_come(session.job, chosen.id, rank)
+        else:
+            await session.keep(chosen.id)
+            found = (await session.job.catalog.manifest(chosen.decision, rank)).manifest
+        chosen.manifests[rank] = found
+        return found
+
+    async def fetch(self, session: Session, wanted: Iterable[tuple[int, Ranges]]) -> Fetched:
+        """Bring bytes of the chosen step into host memory, verified.
+
+        Raises:
+            DamageError: a part does not hold, or is nowhere.
+            StoreUnreachableError: the store can not be read now.
+            HostMemoryError: not enough shared memory.
+        """
+        chosen = _chosen_of(session)
+        if session.prefetch is not None:
+            await session.prefetch
+        parts = [await self._part(session, rank, ranges) for rank, ranges in wanted]
+        source = "memory" if all(part.source == "memory" for part in parts) else "store"
+        session.job.metrics.restores.labels(session.job.label, source).inc()
+        event("restored", step=str(chosen.id), source=source)
+        return Fetched(tuple(parts))
+
+    async def _part(self, session: Session, rank: int, ranges: Ranges) -> Lent:
+        chosen = _chosen_of(session)
+        if not 0 <= rank < chosen.world:
+            raise UsageError(
+                f"has {chosen.world} ranks, and no {rank}", subject=f"step {chosen.id}"
+            )
+        in_memory = await self._memory_part(session, rank)
+        if in_memory is None:
+            return await self._lend(session, await self._manifest(session, rank), ranges)
+        held, snapshot, _ = in_memory
+        check_ranges(ranges, snapshot.data_bytes, subject=f"step {chosen.id}")
+        source = "store" if snapshot.generation in session.fetched else "memory"
+        path = str(held.buffer.path)
+        return Lent(rank, source, path, snapshot.slot, snapshot.generation)
+
+    async def _lend(self, session: Session, manifest: Manifest, ranges: Ranges) -> Lent:
+        own = session.held if manifest.rank == session.rank else None
+        lent = await self._lending.fetch(session, session.job, manifest, ranges, own)
+        session.lending = self._lending
+        if own is not None and lent.path == str(own.buffer.path):
+            session.fetched.add(lent.generation)
+        return lent
 
 
-def _restored(place: _Place, skipped: list[Skipped]) -> Restored:
-    return Restored(
-        attempt=place.snapshot.attempt,
-        step=place.snapshot.step,
-        source=place.source,
-        path=str(place.buffer.path),
-        slot=place.snapshot.slot,
-        generation=place.snapshot.generation,
-        skipped=tuple(skipped),
-    )
+def _chosen_of(session: Session) -> Chosen:
+    if session.chosen is None:
+        raise UsageError("restore or load first", subject="control socket")
+    return session.chosen
+
+
+def _everything(manifest: Manifest) -> Ranges:
+    return ((0, manifest.chunks[-1].end),) if manifest.chunks else ()
+
+
+def _ranks_of(found: Iterable[tuple[Held, Snapshot]]) -> dict[StepId, set[int]]:
+    ranks: dict[StepId, set[int]] = {}
+    for _, snapshot in found:
+        ranks.setdefault(snapshot.id, set()).add(snapshot.rank)
+    return ranks
+
+
+def _first_line(error: CkptmgrError) -> str:
+    return str(error).partition("\n")[0]
+
+
+async def _manifest_to_come(job: Job, step: StepId, rank: int) -> Manifest:
+    """The manifest of a part that another host held in memory when it joined.
+
+    Raises:
+        DamageError: it is of another incarnation, or does not come in PART_SECONDS_MAX.
+    """
+    key = keys.manifest(step, rank)
+    deadline = time.monotonic() + PART_SECONDS_MAX
+    while True:
+        try:
+            manifest = read_manifest(step, rank, await read_record(job.store, key)).manifest
+            break
+        except ObjectNotFoundError:
+            if time.monotonic() > deadline:
+                raise MissingObjectError(
+                    f"did not come in {PART_SECONDS_MAX:.0f} s from the host that held it",
+                    subject=key,
+                ) from None
+        await asyncio.sleep(_LOOK_SECONDS)
+    claim = await claim_of(job.store, step.attempt)
+    if claim is None or claim.nonce != manifest.nonce:
+        raise RecordDamagedError("belongs to another incarnation", subject=key)
+    return manifest

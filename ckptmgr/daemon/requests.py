@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, TypeVar
 
 from ckptmgr.daemon.intake import Held
+from ckptmgr.daemon.job import Job
 from ckptmgr.daemon.log import event
 from ckptmgr.daemon.reader import Session
-from ckptmgr.daemon.resume import claim_attempt, publish_have, resumed_from
+from ckptmgr.daemon.resume import (
+    Standing,
+    claim_attempt,
+    publish_have,
+    resumed_from,
+    standing_of,
+    usable_in_memory,
+)
 from ckptmgr.errors import (
     CkptmgrError,
     DaemonError,
@@ -18,7 +27,6 @@ from ckptmgr.errors import (
     StoreError,
     UsageError,
 )
-from ckptmgr.repository import keys
 from ckptmgr.staging import control
 from ckptmgr.staging.bufferfile import SLOTS_MAX, Capacity
 from ckptmgr.store.registry import normalise_url
@@ -27,13 +35,19 @@ from ckptmgr.types import Binding, Outcome, StepId
 if TYPE_CHECKING:
     from ckptmgr.daemon.service import Service
 
+T = TypeVar("T")
+
 
 class Requests:
-    """Answers the requests of one connection, in order."""
+    """Answers the requests of one connection, in order. `urls` are the jobs that it asked for:
+    they stay open as long as it lasts.
+    """
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._reader = service.reader
         self._session: Session | None = None
+        self.urls: set[str] = set()
 
     async def answer(self, request: control.Request) -> control.Reply:
         """Carry a request out; every error of ckptmgr becomes a reply."""
@@ -51,6 +65,10 @@ class Requests:
                 return await self._restore(request)
             case control.Load():
                 return await self._load(request)
+            case control.Describe():
+                return control.Described(str(await self._work(self._reader.describe)))
+            case control.Fetch():
+                return await self._fetch(request)
             case control.Release():
                 await self._released()
                 return control.Done()
@@ -91,18 +109,17 @@ class Requests:
         if not 2 <= request.slots <= SLOTS_MAX or not 0 <= request.rank < request.world:
             raise UsageError(f"slots={request.slots} rank={request.rank} world={request.world}")
         url = normalise_url(request.url)
-        job = self._service.job(url)
+        job = self._job(url)
         attempt, nonce, is_new = request.attempt, request.nonce, not request.attempt
+        if is_new and request.rank:
+            raise UsageError("only rank 0 claims an attempt", subject=f"rank {request.rank}")
         if is_new:
             attempt, nonce = await claim_attempt(job.store, request.world, request.run_id)
         binding = Binding(url, request.rank, request.world, request.codec, request.keep)
         capacity = Capacity(request.slots, request.table_bytes, request.data_bytes)
-        session = Session(job, request.rank, attempt, nonce)
-        if is_new:
-            found = [
-                s for h in self._service.intake.of_job(url, request.rank) for s in h.snapshots()
-            ]
-            await publish_have(job.store, attempt, [snapshot for snapshot, _ in found])
+        session = Session(job, request.rank, request.world, attempt, nonce)
+        if not request.buffer:
+            await self._publish(job, attempt)
         held, new_buffer = self._service.intake.place_for(binding, capacity, request.buffer)
         if new_buffer:
             self._service.employ(held)
@@ -111,11 +128,24 @@ class Requests:
         if old is not None:
             await self._leave(old, held)
         if is_new:
-            self._service.reader.start_prefetch(session)
+            self._reader.start_prefetch(session)
         else:
             await self._remember_resume(session)
         event("attached", job=job.label, attempt=attempt, rank=request.rank, new=new_buffer)
         return control.Attached(str(held.buffer.path), attempt, nonce, held.note)
+
+    async def _publish(self, job: Job, attempt: int) -> None:
+        """Tell the other hosts of an attempt what this one holds, before its first rank joins."""
+        if attempt in job.published:
+            return
+        found = [
+            snapshot
+            for held in self._service.intake.of_job(job.url)
+            for snapshot in usable_in_memory(held.snapshots())
+        ]
+        ours = [s for s in found if await standing_of(job.store, s) is Standing.OURS]
+        await publish_have(job.store, attempt, self._service.host, ours)
+        job.published.add(attempt)
 
     async def _remember_resume(self, session: Session) -> None:
         """A daemon before this one knew what the attempt resumed from; the store still does."""
@@ -123,7 +153,6 @@ class Requests:
             source = await resumed_from(session.job.store, session.attempt)
             if source is not None:
                 session.job.resumed_from[session.attempt] = source
-                session.decisions = len(await session.job.store.list(keys.resumes(session.attempt)))
 
     async def _take(self, session: Session, held: Held) -> None:
         """Give a buffer to a session; whatever still fetches into it for a dead trainer ends."""
@@ -151,28 +180,44 @@ class Requests:
 
     # -- restore ------------------------------------------------------------------------------
 
-    async def _restore(self, request: control.Restore) -> control.Reply:
+    async def _work(self, do: Callable[[Session], Awaitable[T]]) -> T:
+        """Carry out what ends with the session."""
         session = self._attached()
-        rejected = frozenset(StepId(*one) for one in request.rejected)
-        session.work = asyncio.ensure_future(
-            self._service.reader.restore(session, request.step, request.of_attempt, rejected)
-        )
-        return await session.work
+        work = asyncio.ensure_future(do(session))
+        session.work = work
+        return await work
+
+    async def _restore(self, request: control.Restore) -> control.Reply:
+        if not self._attached().attempt:
+            raise UsageError("attach first", subject="control socket")
+        return await self._work(lambda session: self._reader.restore(session, request))
 
     async def _load(self, request: control.Load) -> control.Reply:
         _check_protocol(request.protocol)
-        job = self._service.job(normalise_url(request.url))
+        job = self._job(normalise_url(request.url))
         if self._session is not None and self._session.held is not None:
             raise UsageError("load on a connection of its own", subject="control socket")
         await self._released()
-        self._session = Session(job, request.rank)
-        return await self._service.reader.restore(
-            self._session, request.step, request.of_attempt, frozenset()
-        )
+        self._session = Session(job, 0)
+        return await self._work(lambda session: self._reader.load(session, request))
+
+    async def _fetch(self, request: control.Fetch) -> control.Reply:
+        session = self._attached()
+        try:
+            return await self._work(lambda session: self._reader.fetch(session, request.wanted))
+        except DamageError as error:
+            if session.chosen is not None:
+                self._reader.tell_skipped(session, session.chosen.id, error)
+            raise
 
     async def _released(self) -> None:
         if self._session is not None:
             await self._session.release()
+
+    def _job(self, url: str) -> Job:
+        job = self._service.job(url)
+        self.urls.add(url)
+        return job
 
     def _attached(self) -> Session:
         if self._session is None:
@@ -189,7 +234,7 @@ class Requests:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(request.timeout_seconds), held.decided:
                 await held.decided.wait_for(lambda: self._known(wanted))
-        for one in self._service.intake.of_job(session.job.url, session.rank):
+        for one in self._service.intake.of_rank(session.job.url, session.rank):
             if wanted in one.results:
                 outcome, why = one.results[wanted]
                 return control.Waited(int(outcome), why)
@@ -198,11 +243,11 @@ class Requests:
     def _known(self, wanted: tuple[str, int]) -> bool:
         """Whether there is nothing to wait for: decided, or in no slot of this host."""
         session = self._attached()
-        buffers = self._service.intake.of_job(session.job.url, session.rank)
+        buffers = self._service.intake.of_rank(session.job.url, session.rank)
         if any(wanted in one.results for one in buffers):
             return True
         pending = [s for one in buffers for s, o in one.snapshots() if o is Outcome.UNDECIDED]
-        pending += [one.writing for one in buffers if one.writing is not None]
+        pending += [snapshot for one in buffers for snapshot in one.busy.values()]
         return wanted not in [(s.nonce, s.step) for s in pending]
 
     async def _look_up(self, session: Session, step: int) -> control.Reply:

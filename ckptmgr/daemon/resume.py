@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import secrets
 import time
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from enum import Enum
 
-from ckptmgr.errors import DamageError, ObjectNotFoundError, StoreError
+from ckptmgr.daemon.log import warning
+from ckptmgr.errors import (
+    DamageError,
+    ObjectNotFoundError,
+    RegisterConflictError,
+    StoreError,
+)
 from ckptmgr.repository import keys
-from ckptmgr.repository.catalog import Catalog, list_steps, standing_steps
+from ckptmgr.repository.catalog import Catalog, list_steps
 from ckptmgr.repository.commit import (
     FROM_SCRATCH,
     Active,
@@ -17,36 +26,41 @@ from ckptmgr.repository.commit import (
     Have,
     Resume,
     check_format,
+    claim_of,
     decide,
     get_record,
     put_record,
 )
 from ckptmgr.repository.hold import host_name
 from ckptmgr.repository.record import Kind
+from ckptmgr.repository.rules import next_attempt, resume_order
 from ckptmgr.store.base import PutResult, Store
 from ckptmgr.types import Outcome, Snapshot, StepId
+
+DECISION_SECONDS_MAX = 30.0
+"""How long a daemon leaves a resume decision to that of rank 0; then it decides itself."""
+
+DECISION_LOOK_SECONDS_MIN, DECISION_LOOK_SECONDS_MAX = 0.01, 0.5
 
 Skipped = tuple[str, str]
 """A step that could not be used, and why."""
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A step that an attempt may resume from, and whether this host's memory holds it."""
+def candidates(
+    standing: Collection[StepId],
+    complete: Collection[StepId],
+    rejected: Collection[StepId],
+    step: int | None,
+    of_attempt: int | None,
+) -> list[StepId]:
+    """What may be resumed from, best first; with `step` only steps of that number (and attempt).
 
-    id: StepId
-    in_memory: bool
-    in_store: bool
-
-
-def rank_candidates(
-    memory: list[StepId], standing: list[StepId], rejected: frozenset[StepId]
-) -> list[Candidate]:
-    """Newest first, by (attempt, step). `standing` may hold steps that turn out to be ABORT."""
-    found = (set(memory) | set(standing)) - rejected
+    `standing` may hold steps that turn out to be ABORT.
+    """
     return [
-        Candidate(step, step in set(memory), step in set(standing))
-        for step in sorted(found, reverse=True)
+        found
+        for found in resume_order(standing, complete, (), rejected)
+        if step in (None, found.step) and of_attempt in (None, found.attempt)
     ]
 
 
@@ -65,7 +79,7 @@ async def claim_attempt(store: Store, world: int, run_id: str) -> tuple[int, str
     nonce = secrets.token_hex(16)
     while True:
         taken = [keys.parse_attempt(key) or 0 for key in await store.list("attempts/")]
-        attempt = 1 + max(taken, default=0)
+        attempt = next_attempt(taken)
         claim = Claim(attempt, nonce, world, host_name(), run_id, time.time())
         result = await put_record(store, Kind.CLAIM, keys.claim(attempt), claim)
         if result is PutResult.OK:
@@ -95,32 +109,118 @@ async def standing_of(store: Store, snapshot: Snapshot) -> Standing:
     return Standing.OURS if claim.nonce == snapshot.nonce else Standing.OTHER
 
 
-async def publish_have(store: Store, attempt: int, found: list[Snapshot]) -> None:
-    """Say which sealed snapshots this host's memory holds, once per attempt."""
-    host = host_name()
+async def publish_have(store: Store, attempt: int, host: str, found: list[Snapshot]) -> None:
+    """Say which sealed snapshots the memory of `host` holds, once per attempt."""
     record = Have(host, tuple((s.attempt, s.step, s.rank) for s in found))
     await put_record(store, Kind.HAVE, keys.have(attempt, host), record)
 
 
-async def newest_active(store: Store) -> int:
-    """The newest attempt that has put a snapshot; 0 if none has."""
-    active = [key for key in await store.list("attempts/") if key.endswith("/active")]
-    return max((keys.parse_attempt(key) or 0 for key in active), default=0)
+@dataclass(slots=True)
+class ActiveMarks:
+    """What a job knows of the marks of active attempts, so that a save need not read them again.
+
+    `newest` is the attempt whose mark was found to hold, and has been listed ever since; `told`
+    are those whose mark does not hold, told once each.
+    """
+
+    newest: int = 0
+    told: set[int] = field(default_factory=set)
 
 
-async def put_active(store: Store, attempt: int, nonce: str) -> int:
-    """Mark the attempt as active; returns the newest active attempt, which may be a newer one."""
-    newest = await newest_active(store)
+async def newest_active(store: Store, marks: ActiveMarks) -> int:
+    """The newest attempt that has put a snapshot, by a mark that holds; 0 if there is none."""
+    listed = {(keys.parse_attempt(key) or 0, key) for key in await store.list("attempts/")}
+    for attempt, key in sorted(listed, reverse=True):
+        if key == keys.active(attempt) and (
+            attempt == marks.newest or await _holds(store, attempt, marks)
+        ):
+            marks.newest = attempt
+            return attempt
+    marks.newest = 0
+    return 0
+
+
+async def _holds(store: Store, attempt: int, marks: ActiveMarks) -> bool:
+    """Whether the mark of an attempt is one, and of the incarnation that claimed the attempt.
+
+    A name alone must not end a job: it may be all that is left of the object, or a stray copy.
+    """
+    try:
+        mark = await get_record(store, Kind.ACTIVE, keys.active(attempt), Active)
+        claim = await get_record(store, Kind.CLAIM, keys.claim(attempt), Claim)
+    except (DamageError, ObjectNotFoundError) as error:
+        why = f"{error.subject}: {error.message}"
+    else:
+        if (mark.attempt, claim.attempt, claim.nonce) == (attempt, attempt, mark.nonce):
+            return True
+        why = "is not of the incarnation that claimed the attempt"
+    if attempt not in marks.told:
+        marks.told.add(attempt)
+        warning("active_ignored", attempt=attempt, why=why)
+    return False
+
+
+async def put_active(
+    store: Store, attempt: int, nonce: str, marks: ActiveMarks | None = None
+) -> int:
+    """Mark the attempt as active; returns the newest active attempt, which may be a newer one.
+
+    Raises:
+        RegisterConflictError: another incarnation has marked this attempt.
+    """
+    marks = marks or ActiveMarks()
+    newest = await newest_active(store, marks)
     if newest < attempt:
-        await decide(store, Kind.ACTIVE, keys.active(attempt), Active(attempt, nonce))
-        newest = await newest_active(store)
+        await _mark(store, Active(attempt, nonce))
+        marks.newest = attempt
+        newest = max(attempt, await newest_active(store, marks))
     return newest
+
+
+async def _mark(store: Store, mark: Active) -> None:
+    key = keys.active(mark.attempt)
+    if await put_record(store, Kind.ACTIVE, key, mark) is PutResult.OK:
+        return
+    try:
+        found = await get_record(store, Kind.ACTIVE, key, Active)
+    except DamageError:
+        # A mark decides nothing, and whoever puts it puts these bytes: it may be put again.
+        await store.delete(key)
+        await put_record(store, Kind.ACTIVE, key, mark)
+        return
+    if found != mark:
+        raise RegisterConflictError("is of another incarnation", subject=key)
+    await store.make_durable(key)
 
 
 async def decide_resume(store: Store, attempt: int, k: int, choice: StepId) -> StepId:
     """Put `choice` as the k-th resume decision, or return what was decided."""
     record = Resume(choice.attempt, choice.step)
     return (await decide(store, Kind.RESUME, keys.resume(attempt, k), record)).id
+
+
+async def await_resume(store: Store, attempt: int, k: int) -> StepId | None:
+    """The k-th resume decision, made durable; None if it is not made in DECISION_SECONDS_MAX."""
+    key, deadline = keys.resume(attempt, k), time.monotonic() + DECISION_SECONDS_MAX
+    pause = DECISION_LOOK_SECONDS_MIN
+    while True:
+        try:
+            await store.make_durable(key)
+            return (await get_record(store, Kind.RESUME, key, Resume)).id
+        except ObjectNotFoundError:
+            if time.monotonic() >= deadline:
+                return None
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, DECISION_LOOK_SECONDS_MAX)
+
+
+async def resume_decisions(store: Store, attempt: int, first: int, end: int) -> list[StepId]:
+    """What resume decisions `first` to `end` - 1 of an attempt say."""
+    records = [
+        await get_record(store, Kind.RESUME, keys.resume(attempt, k), Resume)
+        for k in range(first, end)
+    ]
+    return [record.id for record in records]
 
 
 async def resumed_from(store: Store, attempt: int) -> StepId | None:
@@ -131,13 +231,31 @@ async def resumed_from(store: Store, attempt: int) -> StepId | None:
     return (await get_record(store, Kind.RESUME, made[-1], Resume)).id
 
 
-async def committed_choices(catalog: Catalog, step: int, of_attempt: int | None) -> list[StepId]:
-    """Standing commits of step number `step` (of one attempt), newest attempt first."""
-    return [
-        found
-        for found in await standing_steps(catalog.store)
-        if found.step == step and of_attempt in (None, found.attempt)
-    ]
+@dataclass(frozen=True, slots=True)
+class HeldByHosts:
+    """What the hosts of an attempt hold together: ranks of each step, and worlds of attempts."""
+
+    ranks: dict[StepId, set[int]]
+    worlds: dict[int, int]
+
+
+async def held_by_hosts(store: Store, attempt: int) -> HeldByHosts:
+    """Parts that can be had without a commit: in some host's memory, or in the store.
+
+    Every daemon publishes what it holds before its first rank has joined, so that all of it is
+    there once all ranks have.
+    """
+    ranks: dict[StepId, set[int]] = {}
+    for key in await store.list(keys.haves(attempt)):
+        with contextlib.suppress(ObjectNotFoundError, DamageError):  # candidates only
+            have = await get_record(store, Kind.HAVE, key, Have)
+            for a, s, rank in have.snapshots:
+                ranks.setdefault(StepId(a, s), set()).add(rank)
+    for step in list(ranks):
+        found = (keys.parse_rank(key) for key in await store.list(keys.manifests(step)))
+        ranks[step].update(rank for rank in found if rank is not None)
+    claims = {a: await claim_of(store, a) for a in {step.attempt for step in ranks}}
+    return HeldByHosts(ranks, {a: claim.world for a, claim in claims.items() if claim is not None})
 
 
 async def parent_of(catalog: Catalog, step: StepId) -> StepId:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from ckptmgr.daemon.log import event, warning
@@ -27,7 +28,8 @@ from ckptmgr.repository.commit import (
 from ckptmgr.repository.hold import left_behind
 from ckptmgr.repository.record import Kind, digest_of
 from ckptmgr.restore.verify import verify_step
-from ckptmgr.store.base import Store
+from ckptmgr.staging.bufferfile import SLOTS_MAX
+from ckptmgr.store.base import PutResult, Store
 from ckptmgr.types import StepId
 
 NEWER_MIN = 2
@@ -49,10 +51,21 @@ def victims(commits: list[StepId], held: frozenset[StepId], keep: int) -> list[S
     return [s for s in reversed(newest_first[max(keep, NEWER_MIN) :]) if s not in held]
 
 
-def garbage(listing: Listing, stored: frozenset[StepId], live: StepId | None) -> list[StepId]:
-    """Undecided steps that nobody will finish: older than the newest commit or attempt `live`."""
+def garbage(
+    listing: Listing, stored: frozenset[StepId], commits: Collection[StepId]
+) -> list[StepId]:
+    """Undecided steps that nobody will finish: of an attempt before that of the newest commit, or
+    of the same one and with more newer commits than a host buffer has slots, so that no rank can
+    have it in memory any more.
+    """
     undecided = (stored | frozenset(listing.manifests)) - listing.decided
-    return sorted(step for step in undecided if live is not None and step < live)
+    newest = max(commits, default=None)
+    return sorted(
+        step
+        for step in undecided
+        if newest is not None
+        and (step.attempt < newest.attempt or sum(c > step for c in commits) > SLOTS_MAX)
+    )
 
 
 async def collect(
@@ -96,7 +109,7 @@ async def collect(
 
 
 async def _drop_dead_holds(store: Store) -> None:
-    """A reader of this host that was killed can not release its hold any more."""
+    """A reader of this host that was killed, or that the store failed, left its hold."""
     for key in await store.list("holds/"):
         if left_behind(key.rsplit("/", 1)[1]):
             await store.delete(key)
@@ -145,8 +158,14 @@ async def _digest_of_commit(store: Store, step: StepId) -> str:
 
 async def mark_verified(store: Store, step: StepId) -> None:
     """Record that a step was read back whole."""
+    key = keys.verified(step)
     record = Verified(step.attempt, step.step, await _digest_of_commit(store, step))
-    await put_record(store, Kind.VERIFIED, keys.verified(step), record)
+    put = await put_record(store, Kind.VERIFIED, key, record)
+    if put is PutResult.CONFLICT and not await _is_verified(store, step):
+        # A mark decides nothing: whoever finds none, or one that does not hold, reads the step
+        # back. So one that does not hold may be replaced, or each collection would read it again.
+        await store.delete(key)
+        await put_record(store, Kind.VERIFIED, key, record)
     event("verified", step=str(step))
 
 
@@ -187,7 +206,7 @@ async def _sweep(
     stored = frozenset(step for step in packs if step is not None)
     newest = commits[0].id if commits else None
     done = []
-    for step in garbage(listing, stored, newest):
+    for step in garbage(listing, stored, [commit.id for commit in commits]):
         done.append(Given(step, "abort", f"undecided, and {newest} is committed"))
         if not dry_run and not (await abort_step(store, step, "superseded")).committed:
             await _delete(store, step)

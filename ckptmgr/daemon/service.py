@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import secrets
 import shutil
 import signal
 import socket
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,15 @@ from ckptmgr.daemon.pipeline import Pipeline
 from ckptmgr.daemon.reader import Reader
 from ckptmgr.daemon.requests import Requests
 from ckptmgr.daemon.writer import Writer
-from ckptmgr.errors import CkptmgrError, DaemonError, UsageError
+from ckptmgr.errors import CkptmgrError, DaemonError, StoreError, UsageError
 from ckptmgr.metrics import Metrics
 from ckptmgr.repository.budget import BufferPool
+from ckptmgr.repository.hold import host_name
 from ckptmgr.staging import control
 from ckptmgr.staging.inbox import LOCK, SOCKET, InboxWatch, prepare, take_tickets
 
 FETCHED = "fetched"
+HOST = "host"
 _SIGTERM_DRAIN_SECONDS = 60.0
 
 URL_CHARS_MAX = 2048
@@ -49,8 +53,10 @@ class Service:
         self.reader = Reader(self.intake, settings.runtime_dir / FETCHED)
         self.jobs: dict[str, Job] = {}
         self.metrics_port = -1
+        self.host = ""
         self._pipeline = Pipeline(self.pool)
         self._connections: set[asyncio.Task[None]] = set()
+        self._serving: set[Requests] = set()
         self._ending = asyncio.Event()
         self._fault: BaseException | None = None
         self._last_activity = time.monotonic()
@@ -71,6 +77,7 @@ class Service:
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self._ending.set)
+            self.host = host_identity(runtime)
             shutil.rmtree(runtime / FETCHED, ignore_errors=True)
             (runtime / FETCHED).mkdir(mode=0o700)
             metrics = self._serve_metrics()
@@ -102,6 +109,7 @@ class Service:
         while not self._ending.is_set():
             await self._wait_for_change()
             self._look_after_orphans()
+            await self._close_unused()
             if self._idle_for() > self.settings.idle_seconds > 0:
                 event("idle", seconds=self.settings.idle_seconds)
                 return
@@ -120,7 +128,7 @@ class Service:
             await asyncio.wait_for(self._ending.wait(), pause)
 
     def _idle_for(self) -> float:
-        if self._connections or self.intake.undecided():
+        if self._connections or self.intake.busy():
             self._last_activity = time.monotonic()
         return time.monotonic() - self._last_activity
 
@@ -129,11 +137,22 @@ class Service:
         for held in list(self.intake.held.values()):
             if held.owner is None and not held.buffer.has_live_writer():
                 held.died()
-            if held.writer_alive or held.next() is not None or held.writing:
+            if held.writer_alive or held.undecided() or held.busy:
                 continue
             gone_for = held.orphaned_seconds
             if held.free_when_decided or gone_for > self.settings.memory_seconds:
                 self.intake.release(held)
+
+    async def _close_unused(self) -> None:
+        """Close the stores of jobs that have neither a buffer nor a connection any more."""
+        used = {held.binding.url for held in self.intake.held.values()}
+        used = used.union(*(requests.urls for requests in self._serving))
+        for url in self.jobs.keys() - used:
+            if not self.jobs[url].collecting:
+                # Out of the list first: whoever asks for it meanwhile opens it anew.
+                job = self.jobs.pop(url)
+                with contextlib.suppress(StoreError):  # what can not be closed is not used again
+                    await job.aclose()
 
     async def _close(
         self, server: asyncio.Server, watch: InboxWatch, metrics: MetricsServer | None
@@ -149,7 +168,7 @@ class Service:
             metrics.close()
         (self.settings.runtime_dir / SOCKET).unlink(missing_ok=True)
         for held in list(self.intake.held.values()):
-            if not held.writer_alive and held.next() is None:
+            if not held.writer_alive and not held.undecided():
                 self.intake.release(held)
         for job in self.jobs.values():
             await job.aclose()
@@ -166,9 +185,7 @@ class Service:
         if len(url) > URL_CHARS_MAX:
             raise UsageError(f"has more than {URL_CHARS_MAX} characters", subject=url[:80] + "...")
         if url not in self.jobs:
-            self.jobs[url] = Job.open(
-                url, self.metrics, self.pool, self.settings.store_timeout_seconds
-            )
+            self.jobs[url] = Job.open(url, self.metrics, self.pool, self.settings)
         return self.jobs[url]
 
     def employ(self, held: Held) -> None:
@@ -183,15 +200,26 @@ class Service:
             return
         writer = Writer(held, job, self._pipeline, self._count)
         task = asyncio.create_task(writer.run(), name=f"writer {held.buffer.id[:8]}")
-        task.add_done_callback(self._writer_ended)
+        task.add_done_callback(partial(self._writer_ended, held, writer))
         held.worker = task
         held.wake.set()
 
-    def _writer_ended(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and task.exception() is not None:
+    def _writer_ended(self, held: Held, writer: Writer, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is None:
+            return
+        snapshot = writer.snapshot
+        if snapshot is None:
             # A fault of ours: end loudly. The snapshots stay in host memory for the next daemon.
-            self._fault = task.exception()
+            self._fault = error
             self._ending.set()
+            return
+        # No reason to end: the next daemon would meet it again, and all other jobs wait meanwhile.
+        fault(error, step=str(snapshot.id))
+        if held.faulted(snapshot, error):
+            kind = type(error).__name__
+            warning("given_up", step=str(snapshot.id), kind=kind, why=held.last_failure)
+        self._employ(held)
 
     def _count(self) -> None:
         """Bring the gauges up to date: on every ticket, and whenever a worker turns around."""
@@ -221,6 +249,7 @@ class Service:
         self._connections.add(task)
         sock: socket.socket = writer.get_extra_info("socket")
         requests = Requests(self)
+        self._serving.add(requests)
         try:
             pid = control.check_peer(sock)
             with self._watch_death(pid, task):
@@ -234,6 +263,7 @@ class Service:
             self._connections.discard(task)
             self._last_activity = time.monotonic()
             await requests.close()
+            self._serving.discard(requests)
             writer.close()
 
     @contextlib.contextmanager
@@ -309,7 +339,8 @@ def _buffer_state(held: Held) -> dict[str, Any]:
         "world": held.binding.world,
         "bytes": held.buffer.capacity.file_bytes,
         "trainer_alive": held.writer_alive,
-        "writing": str(held.writing.id) if held.writing else None,
+        "superseded_by": held.superseded_by,
+        "writing": next((str(snapshot.id) for snapshot in held.busy.values()), None),
         "last_failure": held.last_failure,
         "snapshots": [
             {
@@ -322,6 +353,23 @@ def _buffer_state(held: Held) -> dict[str, Any]:
             for snapshot, outcome in held.snapshots()
         ],
     }
+
+
+def host_identity(runtime: Path) -> str:
+    """A name for this host's memory: its host name, and a number that lives as long as the memory.
+
+    Host names are not enough: containers of one image may share theirs.
+    """
+    path = runtime / HOST
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    if not path.exists():
+        temporary = runtime / f".{HOST}.{os.getpid()}"
+        temporary.unlink(missing_ok=True)
+        fd = os.open(temporary, flags, 0o600)
+        os.write(fd, secrets.token_hex(4).encode())
+        os.close(fd)
+        temporary.rename(path)  # under the lock of the directory: nobody else makes one
+    return f"{host_name()}.{path.read_text()}"
 
 
 @contextlib.contextmanager

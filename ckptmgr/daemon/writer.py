@@ -1,4 +1,4 @@
-"""Brings the sealed snapshots of one host buffer into the store, one after the other."""
+"""Brings the sealed snapshots of one host buffer into the store, and sees to their decisions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ckptmgr.daemon.intake import Held
 from ckptmgr.daemon.job import Job
 from ckptmgr.daemon.log import event, warning
 from ckptmgr.daemon.pipeline import Pipeline, Source
-from ckptmgr.daemon.resume import Standing, parent_of, put_active, standing_of
+from ckptmgr.daemon.resume import Standing, put_active, standing_of
 from ckptmgr.errors import (
     CkptmgrError,
     RegisterConflictError,
@@ -21,44 +21,60 @@ from ckptmgr.errors import (
     TornSnapshotError,
 )
 from ckptmgr.repository import keys
-from ckptmgr.repository.commit import Decision, abort_step, commit_step, put_witness
+from ckptmgr.repository.commit import Decision, abort_step
 from ckptmgr.repository.hold import host_name
+from ckptmgr.repository.manifest import SealedManifest
+from ckptmgr.repository.rules import goes_first
 from ckptmgr.types import Outcome, Snapshot, StepId
 
 RETRY_SECONDS_MIN, RETRY_SECONDS_MAX = 1.0, 30.0
 """Pause after a failed write: doubled each time, so that a dead store costs nothing."""
 
-WITNESS_SECONDS_MAX = 5.0
-"""Longest delay of the word "committed" for the copy of the commit; a put takes milliseconds."""
-
 
 class Writer:
-    """The worker of one buffer. `run` ends only by cancellation."""
+    """The worker of one buffer. `run` ends only by cancellation, or by a fault of ours: over
+    `snapshot`, unless that is None.
+
+    Snapshots are written one after the other. What becomes of each is decided beside that: with
+    several ranks it takes as long as the slowest of them.
+    """
 
     def __init__(self, held: Held, job: Job, pipeline: Pipeline, count: Callable[[], None]) -> None:
         self._held = held
         self._job = job
         self._pipeline = pipeline
         self._count = count
+        self.snapshot: Snapshot | None = None
 
     async def run(self) -> None:
         """Write whatever is sealed and undecided; sleep until woken when there is nothing."""
+        await self._held.tell()  # what the writer before this one may have given up
+        try:
+            async with asyncio.TaskGroup() as deciding:
+                await self._write_all(deciding)
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+
+    async def _write_all(self, deciding: asyncio.TaskGroup) -> None:
         pause = RETRY_SECONDS_MIN
         while True:
             self._held.wake.clear()
-            snapshot = self._held.next()
+            self.snapshot = snapshot = self._held.next()
             self._count()
             if snapshot is None:
                 await self._held.wake.wait()
                 continue
             try:
-                await self._write(snapshot)
+                await self._write(snapshot, deciding)
                 pause = RETRY_SECONDS_MIN
             except StoreError as error:
-                self._held.last_failure = str(error)
-                warning("write_failed", step=str(snapshot.id), why=str(error), retry_in=pause)
+                self._failed(snapshot, error, pause)
                 await self._pause(pause)
                 pause = min(2 * pause, RETRY_SECONDS_MAX)
+
+    def _failed(self, snapshot: Snapshot, error: StoreError, pause: float) -> None:
+        self._held.last_failure = str(error)
+        warning("write_failed", step=str(snapshot.id), why=str(error), retry_in=pause)
 
     async def _pause(self, seconds: float) -> None:
         try:
@@ -66,10 +82,15 @@ class Writer:
         except TimeoutError:
             return
 
-    async def _write(self, snapshot: Snapshot) -> None:
-        self._held.writing = snapshot
+    async def _write(self, snapshot: Snapshot, deciding: asyncio.TaskGroup) -> None:
+        """Active, packs, manifest; the rest goes on beside the next snapshot."""
+        self._held.busy[snapshot.generation] = snapshot
+        start = time.monotonic()
+        handed_over = False
         try:
-            decision = await self._commit(snapshot)
+            manifest = await self._store(snapshot)
+            deciding.create_task(self._decide(snapshot, manifest, start))
+            handed_over = True
         except TornSnapshotError:
             event("superseded", step=str(snapshot.id), why="its slot holds a newer step")
             await self._give_up(snapshot.id, "superseded by a newer snapshot")
@@ -77,25 +98,46 @@ class Writer:
             raise
         except CkptmgrError as error:
             await self._refuse(snapshot, error)
-        else:
-            await self._settle(snapshot, decision)
         finally:
-            self._held.writing = None
-            await self._held.tell()
+            if not handed_over:
+                await self._done(snapshot)
 
-    async def _commit(self, snapshot: Snapshot) -> Decision:
-        """Write and decide one snapshot: active, packs, manifest, register."""
-        start = time.monotonic()
+    async def _done(self, snapshot: Snapshot) -> None:
+        self._held.busy.pop(snapshot.generation, None)
+        await self._held.tell()
+
+    async def _store(self, snapshot: Snapshot) -> SealedManifest:
         await self._check_active(snapshot)
         source = Source(self._held.buffer, snapshot, self._job.store, host_name())
         event("writing", job=self._job.label, step=str(snapshot.id), bytes=snapshot.data_bytes)
-        manifest = await self._pipeline.write(source, self._held.binding.codec, self._stored)
-        parent = await parent_of(self._job.catalog, snapshot.id)
-        decision = await commit_step(self._job.store, [manifest], parent)
-        metrics = self._job.metrics
-        metrics.commit_duration.labels(self._job.label).observe(time.monotonic() - start)
-        metrics.stall.labels(self._job.label).observe(snapshot.stall_seconds)
-        return decision
+        return await self._pipeline.write(source, self._held.binding.codec, self._stored)
+
+    async def _decide(self, snapshot: Snapshot, manifest: SealedManifest, start: float) -> None:
+        """See a written snapshot through to its decision."""
+        try:
+            decision = await self._job.committer.decision(snapshot.nonce, manifest)
+            metrics = self._job.metrics
+            metrics.commit_duration.labels(self._job.label).observe(time.monotonic() - start)
+            metrics.stall.labels(self._job.label).observe(snapshot.stall_seconds)
+            await self._settle(snapshot, decision)
+        except StoreError as error:
+            self._failed(snapshot, error, RETRY_SECONDS_MIN)
+            await asyncio.sleep(RETRY_SECONDS_MIN)
+        except CkptmgrError as error:
+            await self._refuse_in_the_end(snapshot, error)
+        except Exception:
+            self.snapshot = snapshot
+            raise
+        finally:
+            await self._done(snapshot)
+            self._held.wake.set()
+
+    async def _refuse_in_the_end(self, snapshot: Snapshot, error: CkptmgrError) -> None:
+        try:
+            await self._refuse(snapshot, error)
+        except StoreError as failure:
+            self._failed(snapshot, failure, RETRY_SECONDS_MIN)
+            await asyncio.sleep(RETRY_SECONDS_MIN)
 
     def _stored(self, raw_bytes: int, stored_bytes: int) -> None:
         self._held.buffer.add_progress(raw_bytes)
@@ -121,7 +163,9 @@ class Writer:
                 subject=self._job.url,
                 hint="Give every job a URL of its own.",
             )
-        newest = await put_active(self._job.store, snapshot.attempt, snapshot.nonce)
+        newest = await put_active(
+            self._job.store, snapshot.attempt, snapshot.nonce, self._job.active
+        )
         if newest > snapshot.attempt:
             self._held.buffer.supersede(newest)
             if self._held.writer_alive:
@@ -131,12 +175,10 @@ class Writer:
 
     async def _settle(self, snapshot: Snapshot, decision: Decision) -> None:
         if decision.committed:
-            self._job.committed(decision)
             self._held.last_failure = ""
-            # Before it is told: after that the user may move the store, or end the machine.
-            await self._witness(decision)
             await self._held.settle(snapshot, Outcome.COMMITTED)
-            self._job.retain_soon(self._held.binding.keep)
+            if goes_first(snapshot.step, snapshot.world, (snapshot.rank,)):
+                self._job.retain_soon(self._held.binding.keep)
         else:
             self._job.metrics.aborts.labels(self._job.label).inc()
             event("aborted", step=str(snapshot.id), why=decision.why)
@@ -168,14 +210,6 @@ class Writer:
                 for key in await store.list(prefix):
                     await store.delete(key)
         return decision
-
-    async def _witness(self, decision: Decision) -> None:
-        """Put the copy of a commit, if that is quick: the step is committed without it."""
-        try:
-            async with asyncio.timeout(WITNESS_SECONDS_MAX):
-                await put_witness(self._job.store, decision)
-        except (StoreError, TimeoutError) as error:
-            warning("witness_failed", step=str(decision.id), why=str(error))
 
     async def _give_up(self, step: StepId, why: str) -> None:
         """Abort a step whose slot is gone; what fails here is left to collection."""

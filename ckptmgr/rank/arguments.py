@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, TypeVar
-
-import torch.distributed as dist
 
 from ckptmgr.errors import UsageError
 from ckptmgr.staging.hostbuffer import TAGS_BYTES_MAX
@@ -54,20 +52,12 @@ def checked(value: T, name: str, ok: bool) -> T:
     return value
 
 
-def refuse_many_ranks() -> None:
-    """Refuse a job of more than one rank.
-
-    Raises:
-        UsageError: a process group, or WORLD_SIZE, of more than one.
-    """
-    initialised = dist.is_available() and dist.is_initialized()
-    world = dist.get_world_size() if initialised else int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1:
-        raise UsageError(
-            f"{world} ranks are not supported by this version",
-            subject="WORLD_SIZE",
-            hint="Run one process; many ranks come with the next release.",
-        )
+def checked_patterns(patterns: Any) -> tuple[str, ...]:
+    """`patterns` if they are globs of paths; a single text is taken for a mistake."""
+    known = isinstance(patterns, Sequence) and not isinstance(patterns, str)
+    if not known or not all(isinstance(pattern, str) for pattern in patterns):
+        raise UsageError(f"{patterns!r} is not a list of globs", subject="replicated")
+    return tuple(patterns)
 
 
 def plain_tags(tags: Any) -> Tags:

@@ -2,66 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import operator
 import os
-import threading
-import time
 import warnings
-from collections import deque
-from collections.abc import Mapping, MutableMapping
-from pathlib import Path
+from collections.abc import Mapping, MutableMapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from ckptmgr.config import (
-    DEFAULT_KEEP,
-    DEFAULT_SLOTS,
-    DRAIN_SECONDS,
-    PATIENCE_SECONDS_MIN,
-    RESTORE_SECONDS_MAX,
-)
+from ckptmgr.config import DEFAULT_KEEP, DEFAULT_SLOTS, DRAIN_SECONDS
 from ckptmgr.config import runtime_dir as default_runtime_dir
-from ckptmgr.errors import (
-    CkptmgrError,
-    DaemonUnreachableError,
-    HostMemoryError,
-    NothingToRestoreError,
-    StepOrderError,
-    SupersededError,
-    UsageError,
-)
-from ckptmgr.rank.arguments import (
-    absolute_url,
-    checked,
-    checked_state,
-    parse_step,
-    plain_tags,
-    refuse_many_ranks,
-)
-from ckptmgr.rank.capture import Capture, Prepared
+from ckptmgr.errors import StepOrderError, UsageError
+from ckptmgr.rank.arguments import absolute_url, checked, checked_patterns, checked_state
+from ckptmgr.rank.capture import Capture
+from ckptmgr.rank.courier import Courier
+from ckptmgr.rank.group import AGREE_SECONDS_MAX, Claimed, ranks_of, together
 from ckptmgr.rank.handle import RestoredStep, SaveHandle, Stats
 from ckptmgr.rank.link import Link, Wanted
-from ckptmgr.rank.load import place_from
-from ckptmgr.rank.schedule import Cadence, Patience, parse_every
-from ckptmgr.staging.control import Done, Release, Restore, Restored, Wait, Waited
-from ckptmgr.staging.hostbuffer import (
-    TAGS_BYTES_MAX,
-    HostBuffer,
-    SlotWriter,
-    round_up,
-    table_bytes_needed,
-)
-from ckptmgr.staging.slots import Sealed, free_slot, superseded_slot
-from ckptmgr.types import PAGE_BYTES, Outcome, Snapshot, Tags
+from ckptmgr.rank.pace import OwnPace, Pace
+from ckptmgr.rank.planner import Planner
+from ckptmgr.rank.resuming import Resuming
+from ckptmgr.rank.saving import Saving
+from ckptmgr.rank.schedule import parse_every
+from ckptmgr.staging.hostbuffer import TAGS_BYTES_MAX, round_up
+from ckptmgr.types import PAGE_BYTES, StepId
 
-SLOT_WAIT_SECONDS_MAX = 0.25
-"""Longest pause of `step` for a store that has kept up so far: ten commits of a small state."""
-
-HANDLES_MAX = 256
-"""Save handles that are told their outcome when the block is left."""
-
-_SLOT_LOOK_SECONDS = 0.002
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _CODECS = ("auto", "none", "zstd", "planes")
 
@@ -84,15 +50,20 @@ class Checkpointer:
         rng: include the random states of torch, CUDA, Python and NumPy.
         drain_timeout: longest wait for the last commit when the block is left, in seconds.
         run_id: a launcher's name for this run, recorded in the claim.
+        group: the process group whose ranks share the state; the default group if there is one.
+        replicated: globs of paths in `state` that are equal on all ranks, beyond those that are
+            known to be.
 
-    Entering claims a new attempt of the job.
+    Entering claims a new attempt of the job. With many ranks, all of them enter, and all call
+    `step`, `save` and `restore` with the same steps; every rank is told the same error.
 
     Raises (on entering):
-        UsageError: a wrong argument.
+        UsageError: a wrong argument, or one that differs from rank 0's.
         UnsupportedLeafError: a leaf of `state` that can not be stored exactly, with its path.
         StoreUnreachableError: the store does not answer, so that no attempt can be claimed.
         HostMemoryError: not enough shared memory.
         DaemonUnreachableError: no daemon runs and none can be started.
+        RanksError: another rank failed or is missing, or the key-value store does not answer.
     """
 
     def __init__(
@@ -108,6 +79,8 @@ class Checkpointer:
         rng: bool = True,
         drain_timeout: float = DRAIN_SECONDS,
         run_id: str = "",
+        group: ProcessGroup | None = None,
+        replicated: Sequence[str] = (),
     ) -> None:
         self.state = checked_state(state)
         self.stats = Stats()
@@ -120,15 +93,12 @@ class Checkpointer:
         self._drain_timeout = drain_timeout
         self._rng = rng
         self._run_id = run_id or os.environ.get("TORCHELASTIC_RUN_ID", "")
-        refuse_many_ranks()
+        self._replicated = checked_patterns(replicated)
+        self._ranks = ranks_of(group)
         self._capture = Capture(state, rng=rng, overlap=overlap)
         self._link: Link | None = None
-        self._handle: SaveHandle | None = None
-        self._handles: deque[SaveHandle] = deque(maxlen=HANDLES_MAX)
         self._last_step = -1
-        self._fetching = False
-        self._used = self._busy = False
-        self._keeps_up = True
+        self._used = False
 
     # -- the block ----------------------------------------------------------------------------
 
@@ -136,12 +106,54 @@ class Checkpointer:
         if self._used:
             raise UsageError("is entered again; make a new one", subject="Checkpointer")
         self._used = True
+        link = self._attach()
+        pace = self._pace(link)
+        self._saving = Saving(self._capture, link, pace, self._ranks, self.stats, self._url)
+        self._resuming = Resuming(
+            link, self._ranks, self.state, self._saving.release, rng=self._rng, url=self._url
+        )
+        self._link = link
+        return self
+
+    def _attach(self) -> Link:
+        """Claim on rank 0, then join on the others; it returns when every host takes part, so
+        that the memory of none is left out of what can be resumed from.
+        """
+        links: list[Link] = []
+
+        def claim() -> Claimed:
+            links.append(self._joined(Claimed(0, "")))
+            return Claimed(links[0].attempt, links[0].nonce, self._terms())
+
+        def join() -> None:
+            if claimed.terms != self._terms():
+                raise UsageError(
+                    f"differ from those of rank 0: {self._terms()} and {claimed.terms}",
+                    subject="arguments",
+                )
+            if not links:
+                links.append(self._joined(claimed))
+
+        try:
+            claimed = self._ranks.share(claim)
+            together(self._ranks, "attach", AGREE_SECONDS_MAX, join)
+        except BaseException:
+            for link in links:
+                link.close(clean=False)
+            raise
+        return links[0]
+
+    def _terms(self) -> str:
+        """What all ranks must say alike; shown where they do not."""
+        return f"{self._url} every={self._every} slots={self._slots} keep={self._keep}"
+
+    def _joined(self, claimed: Claimed) -> Link:
         self._capture.prepare()  # refuses now what could not be saved later
         table_bytes, data_bytes = self._capture.predict()
         wanted = Wanted(
             url=self._url,
-            rank=0,
-            world=1,
+            rank=self._ranks.rank,
+            world=self._ranks.world,
             slots=self._slots,
             codec=self._codec,
             keep=self._keep,
@@ -149,11 +161,19 @@ class Checkpointer:
             data_bytes=round_up(data_bytes, PAGE_BYTES),
             run_id=self._run_id,
         )
-        self._link = Link(default_runtime_dir(), wanted)
-        self._fetching = True  # the daemon may be filling a slot until we release it
-        self._cadence = Cadence(self._every, time.monotonic())
-        self._patience = Patience(max(PATIENCE_SECONDS_MIN, self._every.seconds))
-        return self
+        return Link(default_runtime_dir(), wanted, (claimed.attempt, claimed.nonce))
+
+    def _pace(self, link: Link) -> Pace:
+        if self._ranks.world == 1:
+            return OwnPace(self._every, self._slots, self.stats)
+        courier = Courier(self._ranks, lambda: link.progress_bytes, self._tell)
+        return Planner(
+            self._ranks.rank, self._every, self._slots, link.attempt, courier, self.stats
+        )
+
+    def _tell(self, why: str) -> None:
+        self.stats.last_failure = why
+        warnings.warn(f"ckptmgr: {why}", RuntimeWarning, stacklevel=2)
 
     def __exit__(
         self,
@@ -161,45 +181,26 @@ class Checkpointer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        link = self._entered()
+        saving = self._entered()
         try:
-            if self._handle is not None and kind is None:
-                self._drain(self._handle)
-            self._tell_handles()
+            if kind is None:
+                saving.drain(self._drain_timeout)
+            saving.tell_handles()
         finally:
             self._link = None
-            try:
-                self._capture.close()
-            finally:  # a second Ctrl-C must not keep the daemon from hearing that we left
-                link.close(clean=kind is None)
+            saving.close(clean=kind is None)
 
-    def _drain(self, handle: SaveHandle) -> None:
-        """Wait for the last commit. What is not committed in time is left to the daemon."""
-        try:
-            if handle.committed(self._drain_timeout):
-                return
-            left = f"step {handle.step} is sealed but not committed after {self._drain_timeout} s"
-        except CkptmgrError as failure:
-            left = str(failure)
-        self._failed(f"{left}; the daemon keeps it in host memory and goes on trying")
-
-    def _tell_handles(self) -> None:
-        """Let those who kept a handle ask it after the block, when nobody can be asked any more."""
-        for handle in self._handles:
-            handle.last_word = Outcome.UNDECIDED, "the block was left before it was decided"
-            with contextlib.suppress(CkptmgrError):
-                handle.last_word = self.outcome_of(handle, 0.0)
-
-    def _entered(self) -> Link:
+    def _entered(self) -> Saving:
         if self._link is None:
             hint = "Write `with ckptmgr.Checkpointer(...) as ckpt:`."
             raise UsageError("is used outside its block", subject="Checkpointer", hint=hint)
-        return self._link
+        return self._saving
 
     @property
     def attempt(self) -> int:
         """The attempt this block has claimed."""
-        return self._entered().attempt
+        self._entered()
+        return self._link.attempt if self._link is not None else 0
 
     # -- save ---------------------------------------------------------------------------------
 
@@ -219,43 +220,28 @@ class Checkpointer:
             SupersededError: a newer attempt of this job is active; stop.
             UnsupportedLeafError: the state has got a leaf that can not be stored.
         """
-        link = self._entered()
-        step = self._next_step(step)
-        self._check_superseded(link)
-        now = time.monotonic()
-        if not self._cadence.due(step, now):
-            return None
-        self._finish_copy()
-        slot = self._slot_in_a_moment(link, now)
-        if slot is None:
-            self.stats.delayed += 1
-            return None
-        try:
-            handle = self._snapshot(link, step, tags, slot)
-        except (HostMemoryError, DaemonUnreachableError) as error:
-            self._failed(str(error))
-            return None
-        self._cadence.taken(now)
-        return handle
+        return self._entered().step(self._next_step(step), tags)
+
+    def request(self) -> None:
+        """Ask for a snapshot soon, as before a preemption: at the next `step` of one rank, or on
+        all ranks at the start of the next window that is not planned yet, about a second later.
+
+        Any rank may ask, from any thread or a signal handler.
+        """
+        self._entered().request()
 
     def save(self, step: int, tags: Mapping[str, Any] | None = None) -> SaveHandle:
-        """Snapshot now, whatever the cadence.
+        """Snapshot now, whatever the cadence. All ranks call it with the same step.
 
         If no slot is free it waits for the store as long as bytes arrive there; then the oldest
         snapshot that is not committed is given up. Raises what `step` raises, and
         `HostMemoryError` or `DaemonUnreachableError` where no snapshot can be taken.
         """
-        link = self._entered()
-        step = self._next_step(step)
-        self._check_superseded(link)
-        self._finish_copy()
-        handle = self._snapshot(link, step, tags, self._slot_soon(link))
-        self._cadence.taken(time.monotonic())
-        return handle
+        return self._entered().save(self._next_step(step), tags)
 
     def _next_step(self, step: int) -> int:
         """`step` as a plain int, remembered as the last one."""
-        if self._busy:
+        if self._saving.busy:
             raise UsageError("is called by a signal handler amid a snapshot", subject="save")
         try:
             number = -1 if isinstance(step, bool) else operator.index(step)
@@ -267,189 +253,6 @@ class Checkpointer:
             raise StepOrderError(f"comes after step {self._last_step}", subject=f"step {number}")
         self._last_step = number
         return number
-
-    def _check_superseded(self, link: Link) -> None:
-        if link.buffer.superseded_by > link.attempt:
-            raise SupersededError(
-                f"attempt {link.buffer.superseded_by} is active",
-                subject=f"attempt {link.attempt} of {self._url}",
-            )
-
-    def _snapshot(
-        self, link: Link, step: int, tags: Mapping[str, Any] | None, slot: int
-    ) -> SaveHandle:
-        start = time.perf_counter()
-        plain = plain_tags(tags)
-        self._busy = True
-        try:
-            return self._copy_and_seal(link, step, plain, slot, start)
-        finally:
-            self._busy = False
-
-    def _copy_and_seal(
-        self, link: Link, step: int, plain: Tags, slot: int, start: float
-    ) -> SaveHandle:
-        prepared = self._capture.prepare()
-        self._end_prefetch(link)
-        if self._make_room(link, prepared):
-            slot = self._slot_soon(link)
-        link.wait_populated(slot)
-        handle = SaveHandle(self, step)
-        writer = link.buffer.begin(slot)
-
-        def done(error: BaseException | None) -> None:
-            try:
-                if error is not None:
-                    raise error
-                stall = self._stalled(start, handle)
-                handle.snapshot = self._seal(writer, link, step, prepared, plain, stall)
-                link.sealed()
-            except CkptmgrError as failure:
-                handle.failure = failure
-                self._failed(str(failure))
-
-        self._handle = handle
-        self._handles.append(handle)
-        handle.copy = self._capture.copy(prepared, writer.data, done)
-        self._stalled(start, handle)
-        self.stats.snapshots += 1
-        self.stats.stall_seconds += self.stats.last_stall_seconds
-        if handle.failure is not None:
-            raise handle.failure
-        return handle
-
-    def _stalled(self, start: float, handle: SaveHandle) -> float:
-        """Measure the stall: up to the seal, or up to the return of an overlapped copy."""
-        if handle.copy is None:
-            self.stats.last_stall_seconds = time.perf_counter() - start
-        return self.stats.last_stall_seconds
-
-    def _seal(
-        self,
-        writer: SlotWriter,
-        link: Link,
-        step: int,
-        prepared: Prepared,
-        tags: Tags,
-        stall_seconds: float,
-    ) -> Snapshot:
-        return writer.seal(
-            attempt=link.attempt,
-            nonce=link.nonce,
-            rank=0,
-            world=1,
-            step=step,
-            layout=prepared.layout_bytes,
-            layout_hash=prepared.layout_hash,
-            values=prepared.values,
-            tags=tags,
-            data_bytes=prepared.data_bytes,
-            stall_seconds=stall_seconds,
-        )
-
-    def _finish_copy(self) -> None:
-        """The copy before must be sealed before its sources or its slot are looked at again."""
-        if self._handle is not None and self._handle.copy is not None:
-            self._handle.copy.wait()
-
-    def _make_room(self, link: Link, prepared: Prepared) -> bool:
-        """Change to another buffer if this snapshot does not fit, or if somebody removed ours;
-        True if it was changed.
-        """
-        table_bytes = table_bytes_needed(
-            len(prepared.layout_bytes), len(prepared.values) + TAGS_BYTES_MAX
-        )
-        fits = link.buffer.capacity.holds(table_bytes, prepared.data_bytes)
-        if fits and not link.lost:
-            return False
-        self._capture.forget_slots()
-        link.grow(table_bytes, round_up(prepared.data_bytes, PAGE_BYTES))
-        return True
-
-    def _failed(self, why: str) -> None:
-        self.stats.failures += 1
-        self.stats.last_failure = why
-        warnings.warn(f"ckptmgr: {why}", RuntimeWarning, stacklevel=4)
-
-    # -- slots --------------------------------------------------------------------------------
-
-    def _sealed(self, buffer: HostBuffer) -> Sealed:
-        return [(snapshot, buffer.outcome(snapshot)) for snapshot in buffer.snapshots()]
-
-    def _slot_now(self, link: Link, now: float) -> int | None:
-        """A slot to write, or None while the store is slow but moving."""
-        self._end_prefetch(link)
-        sealed = self._sealed(link.buffer)
-        slot = free_slot(self._slots, sealed)
-        if slot is not None:
-            return slot
-        if not self._patience.exhausted(link.buffer.progress_bytes, now):
-            return None
-        return self._supersede(sealed)
-
-    def _slot_in_a_moment(self, link: Link, now: float) -> int | None:
-        """A slot to write; a store that has kept up so far gets a moment to free one.
-
-        A small state in a fast loop is due again before its last commit has returned from fsync.
-        A store that misses the moment once is not waited for until it has caught up by itself.
-        """
-        slot = self._slot_now(link, now)
-        if slot is not None:
-            self._keeps_up = True
-            return slot
-        pause, deadline = threading.Event(), now + SLOT_WAIT_SECONDS_MAX
-        while self._keeps_up and slot is None:
-            pause.wait(_SLOT_LOOK_SECONDS)  # the outcome is a word in shared memory: no wake-up
-            slot = self._slot_now(link, time.monotonic())
-            self._keeps_up = slot is not None or time.monotonic() < deadline
-        return slot
-
-    def _supersede(self, sealed: Sealed) -> int | None:
-        victim = superseded_slot(sealed)
-        if victim is None:
-            return None
-        self.stats.superseded += 1
-        return victim.slot
-
-    def _slot_soon(self, link: Link) -> int:
-        """A slot to write, waiting for the oldest undecided snapshot if there is none."""
-        while True:
-            slot = self._slot_now(link, time.monotonic())
-            if slot is not None:
-                return slot
-            oldest = superseded_slot(self._sealed(link.buffer))
-            if oldest is not None and oldest.attempt == link.attempt:
-                self._wait(link, oldest.step, 0.2)
-
-    def _end_prefetch(self, link: Link) -> None:
-        """Before the first slot is written, stop the daemon from filling one."""
-        if self._fetching:
-            self._release(link)
-
-    def _release(self, link: Link) -> None:
-        self._fetching = False
-        try:
-            link.ask(Release(), Done)
-        except DaemonUnreachableError as error:
-            self._failed(str(error))  # a dead daemon fetches nothing and lends nothing
-
-    # -- wait ---------------------------------------------------------------------------------
-
-    def outcome_of(self, handle: SaveHandle, timeout_seconds: float) -> tuple[Outcome, str]:
-        """What became of a snapshot, waiting at most `timeout_seconds` for a decision."""
-        link, snapshot = self._entered(), handle.snapshot
-        if snapshot is not None and link.buffer.unchanged(snapshot):
-            outcome = link.buffer.outcome(snapshot)
-            if outcome is Outcome.COMMITTED:
-                return outcome, ""
-        return self._wait(link, handle.step, timeout_seconds)
-
-    def _wait(self, link: Link, step: int, timeout_seconds: float) -> tuple[Outcome, str]:
-        try:
-            waited = link.ask(Wait(step, timeout_seconds), Waited)
-        except DaemonUnreachableError as error:
-            return Outcome.UNDECIDED, str(error)
-        return Outcome(waited.outcome), waited.why
 
     # -- restore ------------------------------------------------------------------------------
 
@@ -466,34 +269,11 @@ class Checkpointer:
             DamageError: there are steps, but none that can be read.
             StoreUnreachableError: the store does not answer.
         """
-        link = self._entered()
-        attempt, number = parse_step(step)
-        reply = link.ask(Restore(number, attempt), Restored, RESTORE_SECONDS_MAX)
-        if reply.attempt == 0:
-            self._release(link)
-            _tell_skipped("nothing to restore", reply)
-            if required:
-                raise NothingToRestoreError("the job has no committed step", subject=self._url)
+        self._entered()
+        found = self._resuming.restore(step, required=required)
+        if found is None:
             return 0
-        try:
-            self._place(link, reply)
-        finally:
-            self._release(link)
-        self.restored = RestoredStep(reply.step, reply.attempt, reply.source, reply.skipped)
-        self._last_step = reply.step
-        _tell_skipped(f"fell back to step {reply.step}", reply)
-        return reply.step
-
-    def _place(self, link: Link, reply: Restored) -> None:
-        if Path(reply.path) == link.buffer.path:
-            link.wait_populated(reply.slot)
-            place_from(link.buffer, reply, self.state, rng=self._rng)
-            return
-        with HostBuffer.open(Path(reply.path)) as buffer:
-            place_from(buffer, reply, self.state, rng=self._rng)
-
-
-def _tell_skipped(result: str, reply: Restored) -> None:
-    if reply.skipped:
-        reasons = "; ".join(f"{one}: {why}" for one, why in reply.skipped)
-        warnings.warn(f"ckptmgr: {result}; skipped {reasons}", RuntimeWarning, stacklevel=3)
+        self.restored = found
+        self._last_step = found.step
+        self._saving.resumed_from(StepId(found.attempt, found.step))
+        return found.step

@@ -7,6 +7,7 @@ with what rank 0 has for itself; what another rank has for itself goes into TARG
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -98,4 +99,6 @@ def _write(form: str, place: Path, state: Any) -> None:
 
 
 if __name__ == "__main__":
+    # The command that started us takes these in a thread, and we have inherited its mask.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     export(sys.argv[1], Path(sys.argv[2]), [Path(path) for path in sys.argv[3:]])

@@ -49,11 +49,14 @@ class Link:
     same buffer to it: the snapshots in it are adopted, the trainer notices nothing. `lost` says
     that the daemon does not know our buffer, because somebody removed its file: the next snapshot
     must `grow` into a new one.
+
+    Rank 0 claims the attempt; the others are given `claimed`, its number and nonce.
     """
 
-    def __init__(self, runtime: Path, wanted: Wanted) -> None:
+    def __init__(self, runtime: Path, wanted: Wanted, claimed: tuple[int, str] = (0, "")) -> None:
         self._runtime = runtime
         self._wanted = wanted
+        self.attempt, self.nonce = claimed
         self._asking = threading.Lock()
         self._ended = threading.Event()
         self._client, attached = self._join()
@@ -140,11 +143,19 @@ class Link:
             self._stop_populating = threading.Event()
             self._populating = self._populate()
 
+    @property
+    def progress_bytes(self) -> int:
+        """Bytes of this buffer that are in the store; any thread may ask while another grows."""
+        try:
+            return self.buffer.progress_bytes
+        except ValueError:  # it is just being closed
+            return 0
+
     # -- requests -----------------------------------------------------------------------------
 
     def _attach(self, client: Client, *, same_buffer: bool = True) -> Attached:
         wanted = self._wanted
-        known = hasattr(self, "attempt")
+        known = hasattr(self, "buffer")
         request = Attach(
             url=wanted.url,
             rank=wanted.rank,
@@ -154,8 +165,8 @@ class Link:
             data_bytes=wanted.data_bytes,
             codec=wanted.codec,
             keep=wanted.keep,
-            attempt=self.attempt if known else 0,
-            nonce=self.nonce if known else "",
+            attempt=self.attempt,
+            nonce=self.nonce,
             buffer=self.buffer.id if known and same_buffer else "",
             run_id=wanted.run_id,
         )

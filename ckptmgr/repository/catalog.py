@@ -12,10 +12,11 @@ from ckptmgr.errors import (
     DamageError,
     MissingObjectError,
     ObjectNotFoundError,
+    ObjectUnreadableError,
     RecordDamagedError,
 )
 from ckptmgr.repository import keys
-from ckptmgr.repository.commit import Decision, get_record, read_record
+from ckptmgr.repository.commit import Decision, claim_of, get_record, read_record
 from ckptmgr.repository.manifest import SealedManifest, read_manifest
 from ckptmgr.repository.record import Kind
 from ckptmgr.store.base import Store
@@ -56,14 +57,25 @@ has long been nobody's step to restore."""
 
 @dataclass(frozen=True, slots=True)
 class StepEntry:
-    """One step of the catalog. `decision` is None while undecided, or where it is damaged."""
+    """One step of the catalog. `decision` is None while undecided, or where it is damaged.
+
+    `world` is the number of ranks of its attempt, 0 where that is not known; `ranks` are those
+    whose manifest is there.
+    """
 
     id: StepId
     state: StepState
     decision: Decision | None
+    world: int = 0
+    ranks: frozenset[int] = frozenset()
     holds: tuple[str, ...] = ()
-    ranks_present: int = 0
     damage: str = ""
+
+    @property
+    def missing(self) -> tuple[int, ...]:
+        """Ranks that an undecided step still waits for."""
+        waits = self.state is StepState.UNDECIDED and not self.damage
+        return tuple(r for r in range(self.world) if r not in self.ranks) if waits else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +86,7 @@ class Listing:
     retired: frozenset[StepId]
     verified: frozenset[StepId]
     holds: dict[StepId, tuple[str, ...]]
-    manifests: dict[StepId, int]
+    manifests: dict[StepId, frozenset[int]]
 
     def standing(self) -> list[StepId]:
         """Decided steps that are not retired, newest first. Some may be ABORT."""
@@ -115,12 +127,14 @@ async def exists(store: Store, key: str) -> bool:
         await store.get(key, length=0)
     except ObjectNotFoundError:
         return False
+    except ObjectUnreadableError:  # which is there
+        pass
     return True
 
 
 async def list_steps(store: Store) -> Listing:
     """Take a listing: a step is seen as undecided before it is seen as decided, never after."""
-    manifests = _count(await store.list("man/"))
+    manifests = _ranks(await store.list("man/"))
     decided = _marked(keys.commit, await store.list("commit/"))
     # A step with a copy of its commit was decided, even if the register itself is gone.
     decided |= _marked(keys.tags, await store.list("tags/"))
@@ -141,13 +155,14 @@ def _marked(key_of: Callable[[StepId], str], found: list[str]) -> frozenset[Step
     return frozenset(step for step, key in steps if step is not None and key == key_of(step))
 
 
-def _count(found: list[str]) -> dict[StepId, int]:
-    counts: dict[StepId, int] = {}
+def _ranks(found: list[str]) -> dict[StepId, frozenset[int]]:
+    """The ranks of each step whose manifest is there."""
+    ranks: dict[StepId, set[int]] = {}
     for key in found:
-        step = keys.parse_step(key)
-        if step is not None:
-            counts[step] = counts.get(step, 0) + 1
-    return counts
+        step, rank = keys.parse_step(key), keys.parse_rank(key)
+        if step is not None and rank is not None:
+            ranks.setdefault(step, set()).add(rank)
+    return {step: frozenset(of_step) for step, of_step in ranks.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,14 +201,17 @@ class Catalog:
         listing = await list_steps(self.store)
         steps = sorted(listing.decided | set(listing.manifests) | listing.retired, reverse=True)
         gate = asyncio.Semaphore(_READS_AT_ONCE)
+        attempts = {step.attempt for step in steps if step not in listing.decided}
+        claims = {attempt: await claim_of(self.store, attempt) for attempt in attempts}
+        worlds = {a: claim.world for a, claim in claims.items() if claim is not None}
 
         async def entry(step: StepId) -> StepEntry:
             async with gate:
-                return await self._entry(step, listing)
+                return await self._entry(step, listing, worlds.get(step.attempt, 0))
 
         return list(await asyncio.gather(*(entry(step) for step in steps)))
 
-    async def _entry(self, step: StepId, listing: Listing) -> StepEntry:
+    async def _entry(self, step: StepId, listing: Listing, world: int) -> StepEntry:
         decision, damage = None, ""
         if step in listing.decided:
             try:
@@ -204,8 +222,9 @@ class Catalog:
             id=step,
             state=_state(step, decision, listing),
             decision=decision,
+            world=decision.world if decision else world,
+            ranks=listing.manifests.get(step, frozenset()),
             holds=listing.holds.get(step, ()),
-            ranks_present=listing.manifests.get(step, 0),
             damage=damage,
         )
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from ckptmgr.errors import (
+    DamageError,
     MissingObjectError,
     ObjectNotFoundError,
     RecordDamagedError,
@@ -143,13 +144,22 @@ async def get_record(store: Store, kind: Kind, key: str, type_: type[T]) -> T:
     return unseal(kind, key, await read_record(store, key), type_)
 
 
+async def claim_of(store: Store, attempt: int) -> Claim | None:
+    """The claim of an attempt; None if it is not there, or does not hold."""
+    try:
+        return await get_record(store, Kind.CLAIM, keys.claim(attempt), Claim)
+    except (ObjectNotFoundError, DamageError):
+        return None
+
+
 async def decide(store: Store, kind: Kind, key: str, payload: T) -> T:
     """Put `payload` into a register, or return what somebody else decided, made durable."""
     if await put_record(store, kind, key, payload) is PutResult.OK:
         return payload
-    decided = await get_record(store, kind, key, type(payload))
+    # Durable first, then read: what is read before may be lost in a power cut of the store, and
+    # another decision be made durable in its place.
     await store.make_durable(key)
-    return decided
+    return await get_record(store, kind, key, type(payload))
 
 
 async def check_format(store: Store, *, create: bool) -> bool:

@@ -7,8 +7,9 @@ import os
 import re
 import secrets
 import socket
+from collections import deque
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 from ckptmgr.config import STORE_TIMEOUT_SECONDS
 from ckptmgr.errors import (
@@ -26,6 +27,11 @@ from ckptmgr.types import StepId
 
 _READER = re.compile(r"reader\.(?P<host>[A-Za-z0-9._-]*)\.(?P<pid>\d+)\.[0-9a-f]{16}")
 
+_UNRELEASED: deque[str] = deque(maxlen=1000)
+"""Ids of this process's holds that could not be released: of the whole process, because whoever
+collects has nothing else in common with who read. An id is never used twice, so none need leave;
+one that falls out keeps its step until this process ends."""
+
 
 def host_name() -> str:
     """This host's name as a key segment."""
@@ -33,7 +39,11 @@ def host_name() -> str:
 
 
 def left_behind(hold_id: str) -> bool:
-    """Whether a hold belongs to a reading process of this host that is dead."""
+    """Whether nobody reads behind a hold any more: it is of a reading process of this host that is
+    dead, or of this process, which could not release it.
+    """
+    if hold_id in _UNRELEASED:
+        return True
     match = _READER.fullmatch(hold_id)
     if match is None or match["host"] != host_name():
         return False
@@ -64,11 +74,18 @@ async def release_hold(store: Store, step: StepId, hold_id: str) -> None:
     await store.delete(keys.hold(step, hold_id))
 
 
-async def _release_perhaps(store: Store, step: StepId, hold_id: str) -> None:
-    """Whether the hold was put is not known; left there, it would keep the step's data for long."""
-    with suppress(StoreError, TimeoutError):
+async def _let_go(store: Store, step: StepId, hold_id: str) -> None:
+    """Release a hold that may or may not be there; left there, it would keep the step's data for
+    as long as this process lives. One that can not be released now is known to `left_behind`.
+    """
+    try:
         async with asyncio.timeout(STORE_TIMEOUT_SECONDS):
             await release_hold(store, step, hold_id)
+    except (StoreError, TimeoutError):
+        _UNRELEASED.append(hold_id)
+    except BaseException:
+        _UNRELEASED.append(hold_id)
+        raise
 
 
 @asynccontextmanager
@@ -86,12 +103,12 @@ async def held_step(store: Store, step: StepId) -> AsyncIterator[None]:
         # Reading must not need a store that can be written: it is then that people restore.
         # Without a hold, a step that is retired meanwhile reads as damage.
         held = False
-        await _release_perhaps(store, step, hold_id)
+        await _let_go(store, step, hold_id)
     except BaseException:
-        await _release_perhaps(store, step, hold_id)
+        await _let_go(store, step, hold_id)
         raise
     try:
         yield
     finally:
         if held:
-            await release_hold(store, step, hold_id)
+            await _let_go(store, step, hold_id)

@@ -30,9 +30,14 @@ def active(attempt: int) -> str:
     return f"attempts/{_attempt(attempt)}/active"
 
 
+def haves(attempt: int) -> str:
+    """Prefix of what the memories of the hosts of an attempt held when they joined it."""
+    return f"attempts/{_attempt(attempt)}/have/"
+
+
 def have(attempt: int, host: str) -> str:
     """What the memory of `host` held when it joined the attempt."""
-    return f"attempts/{_attempt(attempt)}/have/{host}"
+    return f"{haves(attempt)}{host}"
 
 
 def resumes(attempt: int) -> str:
@@ -99,6 +104,12 @@ def parse_step(key: str) -> StepId | None:
     """The step that a key of data/, man/, commit/, retired/, holds/ or verified/ belongs to."""
     match = _STEP_KEY.fullmatch(key)
     return StepId(int(match[1]), int(match[2])) if match else None
+
+
+def parse_rank(key: str) -> int | None:
+    """The rank whose manifest a key is."""
+    match = re.fullmatch(r"man/\d{8}/\d{12}/(\d{6})", key)
+    return int(match[1]) if match else None
 
 
 def parse_attempt(key: str) -> int | None:

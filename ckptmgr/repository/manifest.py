@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -13,9 +14,10 @@ from ckptmgr.repository.budget import LEASE_BYTES
 from ckptmgr.repository.chunk import Chunk, check_cover
 from ckptmgr.repository.pack import padded
 from ckptmgr.repository.record import Kind, digest_of, seal, unseal
+from ckptmgr.staging.boxes import box_of, gap, whole_shape
 from ckptmgr.staging.layout import decode_layout
 from ckptmgr.store.base import check_key
-from ckptmgr.types import PAGE_BYTES, Layout, StepId, Tags
+from ckptmgr.types import PAGE_BYTES, Layout, Leaf, StepId, Tags
 
 CHUNKS_MAX = 1 << 20
 """Chunks (and packs) of one manifest: 4 TiB per rank. An array that declares more is refused
@@ -88,6 +90,31 @@ def read_manifest(step: StepId, rank: int, record: bytes | memoryview) -> Sealed
     check_cover(manifest.chunks, layout.data_bytes, subject=key)
     _check_packs(manifest, key)
     return SealedManifest(key, manifest, bytes(record), digest_of(record))
+
+
+def uncovered(manifests: Sequence[Manifest]) -> str:
+    """What the ranks' parts together do not hold of a tensor that they share, or nothing.
+
+    A step is restored from the parts of all ranks, into any number of them: whoever commits makes
+    sure that they fit together, and that nobody left out what everybody took for another's.
+    """
+    parts: dict[str, list[tuple[int, Leaf]]] = {}
+    for manifest in manifests:
+        for leaf in manifest.read_layout().leaves:
+            if leaf.global_shape is not None:
+                parts.setdefault(leaf.path, []).append((manifest.rank, leaf))
+    for path, found in parts.items():
+        (first, one), *others = found
+        for rank, leaf in others:
+            if (leaf.dtype, leaf.global_shape) != (one.dtype, one.global_shape):
+                return (
+                    f"{path} is {one.dtype}{list(whole_shape(one))} on rank {first}, "
+                    f"but {leaf.dtype}{list(whole_shape(leaf))} on rank {rank}"
+                )
+        missing = gap(whole_shape(one), (box_of(leaf) for _, leaf in found))
+        if missing is not None:
+            return f"no rank saved {list(missing.shape)} at {list(missing.offset)} of {path}"
+    return ""
 
 
 def _check_packs(manifest: Manifest, key: str) -> None:

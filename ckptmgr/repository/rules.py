@@ -10,10 +10,6 @@ TURN_SECONDS = 2.0
 """How long a daemon leaves a commit to the one whose turn it is: some puts of a slow store. Only
 the number of store operations depends on it; any daemon may commit at any time."""
 
-STUCK_SECONDS = 120.0
-"""A step of which nothing new has come into the store for so long is given up. Twice the deadline
-of a store operation, so that a slow store is not taken for a dead rank."""
-
 
 def next_attempt(taken: Iterable[int]) -> int:
     """The number that a new incarnation claims, given those that are taken."""

@@ -16,7 +16,7 @@ from typing import Any
 import aiofiles
 from safetensors import SafetensorError, safe_open
 
-from ckptmgr.errors import CkptmgrError, UnsupportedLeafError, UsageError
+from ckptmgr.errors import CkptmgrError, HostMemoryFullError, UnsupportedLeafError, UsageError
 from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.manifest import Manifest
 from ckptmgr.restore.fetch import fetch
@@ -55,24 +55,67 @@ Progress = Callable[[int], None]
 def new_directory(target: Path) -> Iterator[Path]:
     """A temporary directory that becomes `target` when the block ends without an error.
 
+    After an error nothing is left of it, nor of parents of `target` that were not there before.
+
     Raises:
-        UsageError: `target` exists and is not an empty directory.
+        UsageError: `target` exists and is not an empty directory, or can not be made.
+        CkptmgrError: there is no room for it, or its disk fails.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UsageError("exists and is not an empty directory", subject=str(target))
-    parent = target.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
+    made: list[Path] = []
+    temporary: Path | None = None
     try:
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise UsageError("exists and is not an empty directory", subject=str(target))
+        parent = target.absolute().parent
+        _make_directories(parent, made)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
         yield temporary
         for path in temporary.rglob("*"):
             _sync(path)
         _sync(temporary)
         os.rename(temporary, target)  # replaces an empty directory, never a full one
         _sync(parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except BaseException as error:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        for directory in reversed(made):
+            with suppress(OSError):  # somebody else has put something there
+                directory.rmdir()
+        if isinstance(error, OSError):  # of the target: the store has errors of its own
+            raise _not_writable(target, error) from error
         raise
+
+
+def _make_directories(path: Path, made: list[Path]) -> None:
+    """Make `path` and its parents; what was not there is added to `made`, the topmost first."""
+    missing = []
+    while not path.exists():
+        missing.append(path)
+        path = path.parent
+    for directory in reversed(missing):
+        directory.mkdir()
+        made.append(directory)
+
+
+_ROOM = {errno.ENOSPC, errno.EDQUOT}
+_WRONG_PLACE = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG),
+    *(errno.ENXIO, errno.ENODEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL),
+}
+
+
+def _not_writable(target: Path, error: OSError) -> CkptmgrError:
+    """What to tell of a system call on `target` that failed."""
+    message = f"can not be written: {error.strerror}"
+    if error.errno in _ROOM:
+        hint = "Free space, or give --to a directory on another disk."
+        return CkptmgrError(message, subject=str(target), hint=hint)
+    if error.errno in _WRONG_PLACE:
+        hint = "Give --to a new directory in a place where you may write."
+        return UsageError(message, subject=str(target), hint=hint)
+    hint = "Look after this disk, or give --to a directory on another one."
+    return CkptmgrError(message, subject=str(target), hint=hint)
 
 
 def _sync(path: Path) -> None:
@@ -126,7 +169,7 @@ async def write_safetensors(
     plan = plan_leaves(manifest, leaves)
     path = directory / "state.safetensors"
     with path.open("x+b") as file:
-        _take_space(file.fileno(), len(header) + plan.target_bytes, path)
+        _take_space(file.fileno(), len(header) + plan.target_bytes)
         mapped = mmap.mmap(file.fileno(), 0)
         try:
             with memoryview(mapped) as view, view[len(header) :] as target:
@@ -144,21 +187,13 @@ async def write_safetensors(
     return [path, values]
 
 
-def _take_space(descriptor: int, nbytes: int, path: Path) -> None:
-    """Give the file its length and its blocks: a disk that is full under a mapping kills us.
-
-    Raises:
-        CkptmgrError: there is no room.
-    """
+def _take_space(descriptor: int, nbytes: int) -> None:
+    """Give the file its length and its blocks: a disk that is full under a mapping kills us."""
     try:
         os.posix_fallocate(descriptor, 0, nbytes)
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-            raise CkptmgrError(
-                f"{nbytes >> 20} MiB can not be written: {error.strerror}",
-                subject=str(path.parent),
-                hint="Free space, or give --to a directory on another disk.",
-            ) from error
+            raise
         os.ftruncate(descriptor, nbytes)
 
 
@@ -199,6 +234,12 @@ async def write_hostbuffer(
 ) -> Path:
     """Write the step as a host buffer file in `directory`, for a process that has torch."""
     binding = Binding(store.url, manifest.rank, manifest.world)
-    with HostBuffer.create(directory, binding, capacity_for(manifest)) as buffer:
+    try:
+        buffer = HostBuffer.create(directory, binding, capacity_for(manifest))
+    except HostMemoryFullError as error:  # here it is a disk, which nobody can tell from its text
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+    with buffer:
+        with buffer.path.open("r+b") as file:
+            _take_space(file.fileno(), buffer.capacity.file_bytes)
         await fetch_into_slot(store, manifest, buffer, 0, pool, progress)
         return buffer.path

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from ckptmgr.errors import UsageError
 from ckptmgr.repository.chunk import Chunk
 from ckptmgr.repository.manifest import Manifest
 from ckptmgr.types import Leaf
@@ -76,6 +77,40 @@ def plan_whole(manifest: Manifest) -> Plan:
     """Everything, to the same offsets: the way into a slot of the same layout."""
     nbytes = manifest.chunks[-1].end if manifest.chunks else 0
     return plan_moves(manifest, [Move(0, 0, nbytes)] if nbytes else [], nbytes)
+
+
+def chunks_of(manifest: Manifest, ranges: Sequence[tuple[int, int]]) -> list[int]:
+    """Indices of the chunks that hold bytes `start` to `stop` of the data region, for each range.
+
+    Raises:
+        UsageError: a range that is not inside the data region.
+    """
+    end = manifest.chunks[-1].end if manifest.chunks else 0
+    check_ranges(ranges, end, subject=f"step {manifest.id}")
+    starts = [chunk.raw_offset for chunk in manifest.chunks]
+    found: set[int] = set()
+    for start, stop in ranges:
+        if start < stop:
+            found.update(range(bisect_right(starts, start) - 1, bisect_right(starts, stop - 1)))
+    return sorted(found)
+
+
+def check_ranges(ranges: Iterable[tuple[int, int]], data_bytes: int, *, subject: str) -> None:
+    """Refuse byte ranges (start, stop) that are not inside a data region.
+
+    Raises:
+        UsageError: one of them is not.
+    """
+    for start, stop in ranges:
+        if not 0 <= start <= stop <= data_bytes:
+            raise UsageError(f"has no bytes {start} to {stop}", subject=subject)
+
+
+def plan_chunks(manifest: Manifest, indices: Iterable[int]) -> Plan:
+    """Whole chunks, to the same offsets."""
+    wanted = [manifest.chunks[index] for index in indices]
+    moves = [Move(chunk.raw_offset, chunk.raw_offset, chunk.raw_bytes) for chunk in wanted]
+    return plan_moves(manifest, moves, max((chunk.end for chunk in wanted), default=0))
 
 
 def plan_leaves(manifest: Manifest, leaves: Iterable[Leaf]) -> Plan:

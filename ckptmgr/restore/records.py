@@ -7,7 +7,13 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from ckptmgr.errors import DamageError, ObjectNotFoundError, StoreError, StoreUnreachableError
+from ckptmgr.errors import (
+    DamageError,
+    ObjectNotFoundError,
+    ObjectUnreadableError,
+    StoreError,
+    StoreUnreachableError,
+)
 from ckptmgr.repository import keys
 from ckptmgr.repository.catalog import Hold, Retired, Verified
 from ckptmgr.repository.commit import (
@@ -136,4 +142,6 @@ async def verify_presence(
             await store.get(key, 0, 0)  # it may have been put since the listing
         except ObjectNotFoundError:
             missing.append(Damage(key, 0, "is gone"))
+        except ObjectUnreadableError as error:
+            missing.append(Damage(key, 0, error.message))
     return missing

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import xxhash
@@ -10,7 +10,7 @@ import xxhash
 from ckptmgr.repository.budget import BufferPool, in_thread
 from ckptmgr.repository.manifest import Manifest
 from ckptmgr.restore.fetch import fetch
-from ckptmgr.restore.plan import plan_whole
+from ckptmgr.restore.plan import Plan, plan_chunks, plan_whole
 from ckptmgr.staging.bufferfile import Capacity
 from ckptmgr.staging.hostbuffer import TAGS_BYTES_MAX, HostBuffer, round_up, table_bytes_needed
 from ckptmgr.store.base import Store
@@ -30,8 +30,11 @@ async def fetch_into_slot(
     slot: int,
     pool: BufferPool,
     progress: Callable[[int], None] = lambda _: None,
+    chunks: Iterable[int] | None = None,
 ) -> Snapshot:
     """Fetch and verify a step, and seal it in `slot` as what it is: committed.
+
+    With `chunks` only those are fetched, and the caller knows that the others are not there.
 
     Raises:
         DamageError: it does not hold; the slot stays unsealed.
@@ -41,9 +44,8 @@ async def fetch_into_slot(
     """
     await in_thread(buffer.populate_table, slot)
     writer = buffer.begin(slot)
-    populate = partial(buffer.populate_data, slot)
-    with writer.data as data:
-        await fetch(store, plan_whole(manifest), data, pool, progress, populate)
+    plan = plan_whole(manifest) if chunks is None else plan_chunks(manifest, chunks)
+    await _fill(store, plan, buffer, slot, pool, progress)
     buffer.settle(slot, writer.generation, Outcome.COMMITTED)
     return writer.seal(
         attempt=manifest.attempt,
@@ -59,3 +61,28 @@ async def fetch_into_slot(
         stall_seconds=0.0,
         sealed_at=manifest.sealed_at,
     )
+
+
+async def fetch_more(
+    store: Store,
+    manifest: Manifest,
+    buffer: HostBuffer,
+    slot: int,
+    pool: BufferPool,
+    chunks: Iterable[int],
+) -> None:
+    """Fetch and verify chunks that `fetch_into_slot` left out; errors as there."""
+    await _fill(store, plan_chunks(manifest, chunks), buffer, slot, pool, lambda _: None)
+
+
+async def _fill(
+    store: Store,
+    plan: Plan,
+    buffer: HostBuffer,
+    slot: int,
+    pool: BufferPool,
+    progress: Callable[[int], None],
+) -> None:
+    populate = partial(buffer.populate_data, slot)
+    with buffer.data(slot) as data:
+        await fetch(store, plan, data, pool, progress, populate)

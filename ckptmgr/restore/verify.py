@@ -10,6 +10,7 @@ from ckptmgr.errors import (
     DamageError,
     MissingObjectError,
     ObjectNotFoundError,
+    ObjectUnreadableError,
     StoreError,
     StoreUnreachableError,
 )
@@ -119,7 +120,7 @@ async def verify_end(store: Store, key: str, nbytes: int) -> list[Damage]:
     """Whether an object ends where it was written to end."""
     try:
         await store.get(key, nbytes, length=1)
-    except StoreUnreachableError:
+    except (StoreUnreachableError, ObjectUnreadableError):
         raise
     except StoreError:
         return []

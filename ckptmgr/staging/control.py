@@ -37,7 +37,8 @@ class Attach(Message, frozen=True):
     """Take part in a job: claim an attempt (rank 0) and get a host buffer.
 
     `attempt` and `nonce` are given when the attempt was claimed before: by rank 0, or by the
-    same trainer through a daemon that died meanwhile, which then also names its `buffer`.
+    same trainer through a daemon that died meanwhile, which then also names its `buffer`. When it
+    is answered, what this host's memory holds of the job is published for the attempt.
     """
 
     url: str
@@ -65,43 +66,89 @@ class Attached(Message, frozen=True):
 
 
 class Restore(Message, frozen=True):
-    """Put the agreed step (or, with `step`, a chosen one) where the rank can copy it from.
+    """Decide which step the attempt resumes from: the newest usable one, or a chosen `step`.
 
-    `rejected` lists steps that this rank found unusable; they are not offered again.
+    It is the attempt's `k`-th such decision; those from `first_k` on were made by this same restore
+    and proved unusable, so their steps are not offered again.
     """
 
     step: int | None = None
     of_attempt: int | None = None
-    rejected: tuple[tuple[int, int], ...] = ()
+    k: int = 0
+    first_k: int = 0
 
 
 class Load(Message, frozen=True):
-    """As Restore, for reading only: nothing is claimed, the memory is freed on Release."""
+    """As Restore, for reading only: nothing is claimed or decided, only commits are offered.
+
+    `rejected` lists (attempt, step) that proved unusable.
+    """
 
     url: str
-    rank: int = 0
     step: int | None = None
     of_attempt: int | None = None
+    rejected: tuple[tuple[int, int], ...] = ()
     protocol: int = PROTOCOL
 
 
 class Restored(Message, frozen=True):
-    """Where the restored snapshot is; `attempt` 0 means that the job has no step yet.
+    """The step that was decided on; `attempt` 0 means that the job has no step yet.
 
-    `skipped` names newer steps that could not be used, and why.
+    `world` ranks wrote it, and part `own` of it is this rank's. `tables` is a file (see
+    staging/tables.py) with the table of that part; where it does not hold, `damage` says why, and
+    the next k must be asked for. `skipped` names newer steps that could not be used, and why.
     """
 
     attempt: int
     step: int
-    source: str = ""
-    path: str = ""
-    slot: int = 0
-    generation: int = 0
+    world: int = 0
+    own: int = 0
+    tables: str = ""
+    damage: str = ""
     skipped: tuple[tuple[str, str], ...] = ()
 
 
+class Describe(Message, frozen=True):
+    """Ask for the tables of all ranks of the step that was decided on."""
+
+
+class Described(Message, frozen=True):
+    """`tables` is a file with the table of every rank."""
+
+    tables: str
+
+
+Ranges = tuple[tuple[int, int], ...]
+"""Runs of bytes (start, stop) of a snapshot's data region."""
+
+
+class Fetch(Message, frozen=True):
+    """Bring bytes of the step into this host's memory: (saved rank, ranges) for each part."""
+
+    wanted: tuple[tuple[int, Ranges], ...]
+
+
+class Lent(msgspec.Struct, frozen=True):
+    """Where the bytes of a part are; only those that were asked for may be read.
+
+    `source` is "memory" where the snapshot was still on this host, else "store".
+    """
+
+    rank: int
+    source: str
+    path: str
+    slot: int
+    generation: int
+
+
+class Fetched(Message, frozen=True):
+    """Every wanted byte is verified and in place, until Release."""
+
+    parts: tuple[Lent, ...]
+
+
 class Release(Message, frozen=True):
-    """The rank has copied what it restored or loaded; its memory may be reused."""
+    """The rank has copied what it fetched; tables and lent memory may go."""
 
 
 class Wait(Message, frozen=True):
@@ -159,8 +206,10 @@ class Failed(Message, frozen=True):
     hint: str
 
 
-Request = Attach | Restore | Load | Release | Wait | Detach | Drain | Status | Stop
-Reply = Attached | Restored | Waited | Done | Stated | Failed
+Request = (
+    Attach | Restore | Load | Describe | Fetch | Release | Wait | Detach | Drain | Status | Stop
+)
+Reply = Attached | Restored | Described | Fetched | Waited | Done | Stated | Failed
 
 _encode = msgspec.msgpack.Encoder().encode
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)

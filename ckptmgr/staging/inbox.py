@@ -19,6 +19,7 @@ INBOX = "inbox"
 SOCKET = "control.sock"
 LOCK = "daemon.lock"
 LOG = "daemon.log"
+OLD_LOG = "daemon.log.1"
 
 _SOCKET_PATH_BYTES_MAX = 107  # sun_path of unix(7), without its final zero
 

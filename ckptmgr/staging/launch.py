@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -12,9 +13,14 @@ from pathlib import Path
 from ckptmgr.config import START_SECONDS_MAX
 from ckptmgr.errors import DaemonUnreachableError, HostMemoryError
 from ckptmgr.staging.control import Client
-from ckptmgr.staging.inbox import LOG, SOCKET, prepare
+from ckptmgr.staging.inbox import LOG, OLD_LOG, SOCKET, prepare
 
 _LOOK_SECONDS = 0.02  # how often a starting daemon's socket is tried; it needs about 0.3 s
+
+LOG_BYTES_MAX = 8 << 20
+"""A log larger than this is put aside when a daemon is started, in place of the one before: some
+40,000 events, and at most twice this in the memory that the runtime directory is on, unless one
+daemon writes more in its life."""
 
 
 def connect(runtime: Path) -> Client:
@@ -61,13 +67,7 @@ def _start(runtime: Path) -> subprocess.Popen[bytes]:
     package_root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
     environ = {**os.environ, "PYTHONPATH": path, "CKPTMGR_RUNTIME_DIR": str(runtime)}
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        log = os.open(runtime / LOG, flags, 0o600)
-    except OSError as error:
-        raise HostMemoryError(
-            f"log can not be opened: {error.strerror}", subject=str(runtime / LOG)
-        ) from error
+    log = open_log(runtime)
     try:
         # A session of its own: Ctrl-C and a scheduler's signals to the job do not reach it.
         started = subprocess.Popen(
@@ -84,6 +84,44 @@ def _start(runtime: Path) -> subprocess.Popen[bytes]:
     # Somebody must reap it if it ends before this process does.
     threading.Thread(target=started.wait, name="ckptmgr reaper", daemon=True).start()
     return started
+
+
+def open_log(runtime: Path) -> int:
+    """A descriptor to append to the daemon's log; one larger than LOG_BYTES_MAX is put aside.
+
+    Raises:
+        HostMemoryError: it can not be opened.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+    while True:
+        try:
+            log = os.open(runtime / LOG, flags, 0o600)
+        except OSError as error:
+            raise HostMemoryError(
+                f"log can not be opened: {error.strerror}", subject=str(runtime / LOG)
+            ) from error
+        if not _put_aside(log, runtime):
+            return log
+        os.close(log)
+
+
+def _put_aside(log: int, runtime: Path) -> bool:
+    """Give the open log another name if it is too large; False if it is to be written on."""
+    if os.fstat(log).st_size <= LOG_BYTES_MAX:
+        return False
+    fcntl.flock(log, fcntl.LOCK_EX)
+    try:
+        # Somebody else may have been faster: the name is of a new log then, which stays.
+        if os.path.samestat(os.fstat(log), os.lstat(runtime / LOG)):
+            os.rename(runtime / LOG, runtime / OLD_LOG)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False  # no log is worth a daemon that does not start
+    finally:
+        # The lock belongs to the open file, which a daemon may inherit.
+        fcntl.flock(log, fcntl.LOCK_UN)
+    return True
 
 
 def _end_of_log(runtime: Path) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 
 from ckptmgr.errors import RecordDamagedError, StateError
 from ckptmgr.staging import values as v
+from ckptmgr.staging.extent import too_much
 
 LeafReader = Callable[[int, int], Any]
 """Gives the object for the leaf with this index and these flags."""
@@ -54,7 +55,7 @@ def decode_tree(
 ) -> Any:
     """The nested state, with `leaf(index, flags)` in the place of each tensor.
 
-    Memory is bounded by a small multiple of the encoded length.
+    Memory is bounded by extent.py, and by a small multiple of the encoded length.
 
     Raises:
         RecordDamagedError: the bytes are not a tree that fits `values`.
@@ -74,6 +75,9 @@ class _Reader:
         raise RecordDamagedError(why, subject=self.subject)
 
     def unpack(self, encoded: bytes | memoryview) -> Any:
+        why = too_much(encoded)
+        if why:
+            self.damaged(why)
         try:
             return _decode(encoded)
         except (msgspec.MsgspecError, RecursionError, ValueError) as error:

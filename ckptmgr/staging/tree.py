@@ -239,11 +239,15 @@ def _external_parts(template: Branch, item: Any, seams: Seams) -> Iterator[Any]:
 
 
 def encode_tree(flat: Flat, leaf_items: list[tuple[int, int]], externalize: v.Externalize) -> bytes:
-    """The tree of a flattened state; `leaf_items` has (index, flags) of each leaf in order."""
+    """The tree of a flattened state; `leaf_items` has (index, flags) of each leaf in order.
+
+    Raises:
+        UnsupportedLeafError: it is more than may be restored.
+    """
     former = v.Former(externalize, careful=True)
     leaves = iter([v.LEAF, index, flags] for index, flags in leaf_items)
     values = iter([v.VALUE, index] for index in range(len(flat.values)))
-    return _encode(_form(flat.template, None, former, leaves, values))
+    return v.within_bounds(_encode(_form(flat.template, None, former, leaves, values)))
 
 
 def _form(

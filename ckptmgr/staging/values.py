@@ -52,6 +52,7 @@ import msgspec
 import numpy as np
 
 from ckptmgr.errors import UnsupportedLeafError
+from ckptmgr.staging.extent import too_much
 from ckptmgr.staging.paths import Trail, render, segment
 
 DEPTH_MAX = 100
@@ -165,16 +166,31 @@ def encode_values(values: Sequence[tuple[Any, Trail]], externalize: Externalize)
         externalize: takes apart what this module does not know.
 
     Raises:
-        UnsupportedLeafError: an object that has no exact encoding.
+        UnsupportedLeafError: an object that has no exact encoding, or more than may be restored.
         LeafInValueError: one of the values holds a tensor.
     """
     try:
         # Nearly all values fit MessagePack as they are; the C encoder finds those that do not.
         quick = Former(externalize, careful=False)
-        return _encode([quick.form(value, trail) for value, trail in values])
+        encoded = _encode([quick.form(value, trail) for value, trail in values])
     except (OverflowError, UnicodeEncodeError):
         exact = Former(externalize, careful=True)
-        return _encode([exact.form(value, trail) for value, trail in values])
+        encoded = _encode([exact.form(value, trail) for value, trail in values])
+    return within_bounds(encoded)
+
+
+def within_bounds(encoded: bytes) -> bytes:
+    """The encoding, if it may be decoded again.
+
+    Raises:
+        UnsupportedLeafError: it holds more than a reader takes.
+    """
+    why = too_much(encoded)
+    if why:
+        raise UnsupportedLeafError(
+            why, subject="state", hint="Keep what is large in tensors or NumPy arrays."
+        )
+    return encoded
 
 
 class Former:

@@ -24,7 +24,8 @@ class PutResult(Enum):
     CONFLICT = "conflict"
 
 
-_SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_SEGMENT = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+_KEY = re.compile(rf"{_SEGMENT}(/{_SEGMENT})*")
 
 
 def check_key(key: str) -> str:
@@ -33,7 +34,7 @@ def check_key(key: str) -> str:
     Raises:
         UsageError: an empty segment, '..', a leading dot, another character, or too long.
     """
-    if len(key) > 512 or not all(_SEGMENT.fullmatch(part) for part in key.split("/")):
+    if len(key) > 512 or not _KEY.fullmatch(key):
         raise UsageError("is not a valid key", subject=repr(key))
     return key
 
@@ -76,11 +77,11 @@ def range_length(
 class Store(ABC):
     """Named, immutable objects.
 
-    Errors of every method: `StoreUnreachableError` (or a subclass) where a retry may help,
-    `StoreError` where it will not; `UsageError` for a bad key or prefix. Cancelling a call leaves
-    its outcome unknown, but once a call has ended in any way `into` is not written any more, and
-    bytes that `buffers` get afterwards never become part of an object. A call that returned
-    keeps no view of `buffers` or `into`.
+    Errors of every method: `StoreUnreachableError` (or a subclass) where a retry may help, of which
+    `MediumError` may be a fault of this one object; `StoreError` where it will not; `UsageError`
+    for a bad key or prefix. Cancelling a call leaves its outcome unknown, but once a call has ended
+    in any way `into` is not written any more, and bytes that `buffers` get afterwards never become
+    part of an object. A call that returned keeps no view of `buffers` or `into`.
     """
 
     durable_on_return: bool = True

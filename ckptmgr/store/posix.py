@@ -13,6 +13,7 @@ import numpy as np
 
 from ckptmgr.config import MIB
 from ckptmgr.errors import (
+    MediumError,
     StoreError,
     StoreFullError,
     StorePermissionError,
@@ -40,7 +41,6 @@ _MAY_PASS = {
     errno.EHOSTDOWN,
     errno.EHOSTUNREACH,
     errno.EINTR,
-    errno.EIO,
     errno.EMFILE,
     errno.ENETDOWN,
     errno.ENETUNREACH,
@@ -57,7 +57,7 @@ _MAY_PASS = {
     errno.ESTALE,
     errno.ETIMEDOUT,
 }
-"""Faults of the medium, the network or a resource. ENOENT is among them because keys that do not
+"""Faults of the network or of a resource. ENOENT is among them because keys that do not
 exist are told apart before: what is left is a directory or temporary file that vanished."""
 
 
@@ -67,6 +67,7 @@ def store_error(error: OSError, subject: str) -> StoreError:
     kinds: list[tuple[set[int], type[StoreError]]] = [
         (_FULL, StoreFullError),
         (_REFUSED, StorePermissionError),
+        ({errno.EIO}, MediumError),
         (_MAY_PASS, StoreUnreachableError),
     ]
     for numbers, kind in kinds:

@@ -10,6 +10,8 @@ from typing import TypeVar
 
 from ckptmgr.config import MIB, STORE_TIMEOUT_SECONDS
 from ckptmgr.errors import (
+    MediumError,
+    ObjectUnreadableError,
     StoreError,
     StoreFullError,
     StorePermissionError,
@@ -24,6 +26,10 @@ long enough that 10,000 daemons together ask a broken store 2,000 times a second
 
 BYTES_PER_SECOND_MIN = 1 * MIB
 """A try gets one second more for each of these, so that a slow link is not taken for a dead one."""
+
+UNREADABLE_TRIES = 6
+"""Tries to read an object over which the medium fails, before another object is read to tell
+whether it is this one only: 3 s at most. Bad sectors stay bad, and a step before is waiting."""
 
 COMPARE_BYTES = 4 * MIB
 """Most that is read at once when an object is compared with what was to be written."""
@@ -64,6 +70,9 @@ class RetryingStore(Store):
     follow each other with exponential backoff and full jitter until `deadline_seconds` are over,
     then the last error is raised. Only `StoreUnreachableError` and timeouts are retried, and not
     its subclasses for a full store or refused access. `jitter()` gives numbers in [0, 1).
+
+    `landmark` is the key of an object that every such store holds. Where it can be read, and
+    another object has failed UNREADABLE_TRIES times by `MediumError`, that object is damaged.
     """
 
     def __init__(
@@ -73,6 +82,7 @@ class RetryingStore(Store):
         timeout_seconds: float = STORE_TIMEOUT_SECONDS,
         deadline_seconds: float = 4 * STORE_TIMEOUT_SECONDS,
         jitter: Callable[[], float] = random.random,
+        landmark: str = "",
         on_failure: OnFailure = _ignore,
     ) -> None:
         self.durable_on_return = inner.durable_on_return
@@ -81,6 +91,7 @@ class RetryingStore(Store):
         self._timeout_seconds = timeout_seconds
         self._deadline_seconds = deadline_seconds
         self._jitter = jitter
+        self._landmark = landmark
         self._on_failure = on_failure
 
     @property
@@ -108,12 +119,35 @@ class RetryingStore(Store):
         length: int | None = None,
         into: memoryview | None = None,
     ) -> memoryview:
-        """As `Store.get`."""
+        """As `Store.get`.
+
+        Raises:
+            ObjectUnreadableError: this object stays unreadable, and the landmark can be read.
+        """
         count = len(into) if into is not None else (length or 0)
-        found, _ = await self._tries(
-            "get", key, lambda: self._inner.get(key, offset, length, into), count
-        )
+        unreadable = 0
+
+        async def read() -> memoryview:
+            nonlocal unreadable
+            try:
+                return await self._inner.get(key, offset, length, into)
+            except MediumError as error:
+                unreadable += 1
+                if unreadable >= UNREADABLE_TRIES and await self._others_can_be_read(key):
+                    raise ObjectUnreadableError(error.message, subject=key) from error
+                raise
+
+        found, _ = await self._tries("get", key, read, count)
         return found
+
+    async def _others_can_be_read(self, key: str) -> bool:
+        if self._landmark in ("", key):
+            return False
+        try:
+            await self._inner.get(self._landmark)
+        except StoreError:
+            return False
+        return True
 
     async def list(self, prefix: str) -> list[str]:
         """As `Store.list`."""
@@ -177,7 +211,9 @@ class RetryingStore(Store):
     async def _bytes_at(self, key: str, offset: int, length: int) -> bytes | None:
         """None where the object ends before, or is not there."""
         try:
-            return bytes(await self.get(key, offset, length))
+            # Not `get`: an object that can not be read is not known to be another's.
+            found, _ = await self._tries("get", key, lambda: self._inner.get(key, offset, length))
+            return bytes(found)
         except StoreUnreachableError:
             raise
         except StoreError:

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 
 from ckptmgr.errors import StoreError, StoreUnreachableError, UsageError
 from ckptmgr.store.base import check_key
-from ckptmgr.store.posix import DIRECTORY_FLAGS, is_link, opened
+from ckptmgr.store.posix import DIRECTORY_FLAGS, is_link, opened, store_error
 
 Identity = tuple[int, int]
 """(device, inode)."""
@@ -45,7 +45,7 @@ class Tree:
         Raises:
             FileNotFoundError: it does not exist.
             NotADirectoryError: a component is an object.
-            StoreError: a component is a link.
+            StoreError: a component is a link, or the root can not be made.
             StoreUnreachableError: the root is not what it was.
         """
         with ExitStack() as stack:
@@ -87,8 +87,26 @@ class Tree:
         except FileNotFoundError:
             if not make or self._is_unmounted():
                 raise
-        os.makedirs(self.root, mode=0o700, exist_ok=True)
+        try:
+            os.makedirs(self.root, mode=0o700, exist_ok=True)
+        except OSError as error:
+            if self._root_identity is None:
+                raise self._never_made(error) from error
+            raise
         return os.open(self.root, flags)
+
+    def _never_made(self, error: OSError) -> StoreError:
+        """What to tell of a root that was never there. Of one that was, ENOENT may be the time
+        between two mounts; here it is a place where nothing can be made (/proc), and to try again
+        only keeps the user waiting for his answer.
+        """
+        found = store_error(error, self.root)
+        passes = error.errno not in (errno.ENOENT, errno.ENODEV, errno.ENXIO)
+        return (type(found) if passes else StoreError)(
+            f"the directory of the store can not be made: {found.message}",
+            subject=self.root,
+            hint="Give a URL where this user can make a directory, or mount its file system first.",
+        )
 
     def _is_unmounted(self) -> bool:
         """Whether a root that was there is missing with its file system, not just deleted."""

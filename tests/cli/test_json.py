@@ -76,6 +76,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, li
 
     try:
         daemon_side(runtime, place, note)
+        ranks_side(runtime, place, note)
         store_side(make_store(place, runtime), place, note)
         yield found
     finally:
@@ -100,6 +101,24 @@ def daemon_side(runtime: Path, place: Path, note: Any) -> None:
             until(lambda: note("status")["jobs"][0]["buffers"][0]["writing"], "it is written")
             rig.obey()
             note("drain")
+            (runtime / "host2").mkdir(mode=0o700)
+            with Daemon(runtime / "host2", environment=rig.environment()):
+                with Rank(runtime / "host2", rig.url) as newer:
+                    newer.save(1)
+                    assert newer.wait(1).outcome == Outcome.COMMITTED
+                rank.save(3)
+                assert rank.wait(3).outcome == Outcome.ABORTED
+                note("status")
+                note("drain", status=6)
+
+
+def ranks_side(runtime: Path, place: Path, note: Any) -> None:
+    """A step of two ranks, of which one has not come yet."""
+    url = f"file://{place}/ranks"
+    with Daemon(runtime), Rank(runtime, url, world=2) as rank:
+        rank.save(1)
+        until(lambda: any(s["ranks_missing"] == [1] for s in note("ls", url)), "it waits")
+        note("show", url, "1")
 
 
 def store_side(store: Path, place: Path, note: Any) -> None:
@@ -109,6 +128,7 @@ def store_side(store: Path, place: Path, note: Any) -> None:
     note("verify", store, "--all")
     held = note("hold", store, "1.1")["hold"]
     note("ls", store)
+    note("show", store, "1.1")
     note("release", store, "1.1", held)
     manifest = store / "man/00000003/000000000001/000000"
     manifest.parent.mkdir(parents=True)

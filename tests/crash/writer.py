@@ -19,8 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
+from asking import Came, bring
 from ckptmgr.rank.link import Link, Wanted
-from ckptmgr.staging.control import Done, Release, Restore, Restored, Wait, Waited
+from ckptmgr.staging.control import Done, Release, Restore, Wait, Waited
 from ckptmgr.staging.hostbuffer import (
     TAGS_BYTES_MAX,
     HostBuffer,
@@ -61,7 +62,7 @@ class Trainer:
     def restore(self) -> int:
         """Take back what the daemon offers; returns its step."""
         self.tell("restore")
-        reply = self.link.ask(Restore(), Restored, ASK_SECONDS)
+        reply, _ = bring(self.link.ask, Restore(), 0, ASK_SECONDS)
         fault = self.fault_of(reply) if reply.attempt else ""
         self.link.ask(Release(), Done)
         self.tell(
@@ -73,14 +74,14 @@ class Trainer:
         )
         return reply.step
 
-    def fault_of(self, reply: Restored) -> str:
+    def fault_of(self, reply: Came) -> str:
         own = self.link.buffer
         if Path(reply.path) == own.path:
             return self.fault_in_slot(own, reply)
         with HostBuffer.open(Path(reply.path)) as other:
             return self.fault_in_slot(other, reply)
 
-    def fault_in_slot(self, buffer: HostBuffer, reply: Restored) -> str:
+    def fault_in_slot(self, buffer: HostBuffer, reply: Came) -> str:
         snapshot = buffer.snapshot(reply.slot)
         if snapshot is None or snapshot.generation != reply.generation:
             return f"slot {reply.slot} does not hold generation {reply.generation}"
@@ -189,7 +190,7 @@ class Trainer:
         self.link.close(clean=False)
 
 
-def snapshot_id(reply: Restored) -> tuple[int, int]:
+def snapshot_id(reply: Came) -> tuple[int, int]:
     return reply.attempt, reply.step
 
 

@@ -13,7 +13,9 @@ import pytest
 
 from ckptmgr.errors import HostMemoryFullError
 from ckptmgr.metrics import Metrics
+from ckptmgr.staging.control import Load, Restored
 from ckptmgr.staging.inbox import BUFFERS, SOCKET
+from ckptmgr.staging.launch import connect
 from ckptmgr.types import Outcome
 from crash.peek import slots_below
 from driven import Daemon, Rank, Trainer, until
@@ -233,6 +235,43 @@ def test_a_larger_buffer_that_can_not_be_had_leaves_the_old_one(runtime: Path, r
         rank.save(2)
         assert rank.wait(2).outcome == Outcome.COMMITTED
         assert daemon.status()["trainers"] == 1
+
+
+def jobs(daemon: Daemon) -> list[str]:
+    return [job["url"] for job in daemon.status()["jobs"]]
+
+
+def save_and_leave(runtime: Path, rig: Rig, step: int) -> None:
+    rank = Rank(runtime, rig.url)
+    rank.save(step)
+    assert rank.wait(step).outcome == Outcome.COMMITTED
+    rank.close(clean=True)
+
+
+def test_a_store_that_nobody_uses_any_more_is_closed(runtime: Path, rig: Rig) -> None:
+    """A daemon of many jobs does not keep the threads and connections of all of them."""
+    with Daemon(runtime) as daemon:
+        with Trainer.of(runtime, rig, steps=1) as trainer:
+            trainer.await_event("finished")
+        daemon.await_event("committed")
+        time.sleep(3.0)  # longer than the daemon's look
+        assert jobs(daemon) == [rig.url], "the buffer of the dead trainer is still there"
+        assert not rig.asked("aclose", "")
+        save_and_leave(runtime, rig, 2)  # takes that buffer
+        until(lambda: not jobs(daemon), "the job is closed")
+        assert rig.asked("aclose", "") == 1
+        save_and_leave(runtime, rig, 3)
+
+
+def test_a_reader_keeps_its_store_open_as_long_as_it_is_there(runtime: Path, rig: Rig) -> None:
+    with Daemon(runtime) as daemon:
+        save_and_leave(runtime, rig, 1)
+        until(lambda: not jobs(daemon), "the job is closed")
+        with connect(runtime) as client:
+            assert client.ask(Load(url=rig.url), Restored).step == 1
+            time.sleep(3.0)
+            assert jobs(daemon) == [rig.url]
+        until(lambda: not jobs(daemon), "the job is closed again")
 
 
 # ---- metrics ----------------------------------------------------------------

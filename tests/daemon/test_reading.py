@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import time
 from collections.abc import Iterator
@@ -11,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import asking
+from asking import Came
 from ckptmgr.errors import (
     DaemonUnreachableError,
     DamageError,
@@ -62,7 +63,7 @@ def spoil(rig: Rig, step: int, kind: str = "data") -> None:
 
 
 def fetched(runtime: Path) -> list[str]:
-    return os.listdir(runtime / "fetched")
+    return [path.name for path in (runtime / "fetched").glob("*.buf")]
 
 
 # ---- attaching sessions -----------------------------------------------------
@@ -107,8 +108,23 @@ def test_a_release_ends_the_prefetch_before_the_trainer_writes(
         sealed = {s.step: s for s in rank.buffer.snapshots()}
         for step in (10, 11):
             at = sealed[step]
-            check_slot(rank.buffer, Restored(2, step, slot=at.slot, generation=at.generation))
+            check_slot(rank.buffer, Came(2, step, slot=at.slot, generation=at.generation))
         assert not daemon.events("prefetched")
+
+
+@pytest.mark.parametrize("kind", ["data", "man", "commit"])
+def test_an_object_that_can_not_be_read_costs_one_step(
+    runtime: Path, saved: Rig, daemon: Daemon, kind: str
+) -> None:
+    """EIO of one object, for as long as anybody tries; everything else can be read."""
+    saved.obey(("get", f"{kind}/00000001/000000000003", "unreadable"))
+    with Rank(runtime, saved.url) as rank:
+        reply = rank.restore()
+    assert (reply.attempt, reply.step, reply.source) == (1, 2, "store")
+    ((skipped, why),) = reply.skipped
+    assert skipped == "1.3"
+    assert f"{kind}/00000001/000000000003" in why
+    assert "can not be read by the test's will" in why
 
 
 def test_a_prefetch_that_fails_loses_only_a_head_start(
@@ -166,29 +182,36 @@ def test_a_chosen_step_that_is_not_there_is_an_error(
         rank.restore(request_)
 
 
-def test_what_the_trainer_rejects_is_not_offered_again(
+def test_what_proved_unusable_is_not_offered_again(
     runtime: Path, saved: Rig, daemon: Daemon
 ) -> None:
     with Rank(runtime, saved.url) as rank:
-        assert rank.restore().step == 3
-        reply = rank.restore(Restore(rejected=((1, 3),)))
-        assert (reply.step, reply.skipped) == (2, (("1.3", "rejected by the trainer"),))
+        assert decided(rank, 0).step == 3
+        assert decided(rank, 1).step == 2
+        assert decided(rank, 2).step == 1
+        with pytest.raises(DamageError, match=r"1\.3: proved unusable"):
+            decided(rank, 3)
 
 
-def test_a_rejection_outlives_the_daemon(runtime: Path, saved: Rig) -> None:
-    """The next daemon meets the register of the first decision, and goes one further."""
+def test_a_decision_outlives_the_daemon(runtime: Path, saved: Rig) -> None:
+    """The next daemon meets the registers of the first, obeys them, and goes one further."""
     with Daemon(runtime) as daemon:
         rank = Rank(runtime, saved.url)
-        assert rank.restore().step == 3
+        assert decided(rank, 0).step == 3
         daemon.process.kill()
         daemon.process.wait()
-        assert rank.restore(Restore(rejected=((1, 3),))).step == 2
+        assert decided(rank, 0).step == 3
+        assert decided(rank, 1).step == 2
         rank.close()
+
+
+def decided(rank: Rank, k: int) -> Restored:
+    return rank.link.ask(Restore(k=k), Restored, PATIENCE_SECONDS)
 
 
 def test_an_empty_store_gives_nothing_and_says_so(runtime: Path, rig: Rig) -> None:
     with Daemon(runtime), Rank(runtime, rig.url) as rank:
-        assert rank.restore() == Restored(0, 0)
+        assert rank.restore() == Came(0, 0)
 
 
 # ---- trainers that die meanwhile --------------------------------------------
@@ -215,10 +238,10 @@ def test_a_dead_trainers_restore_does_not_go_on_beside_the_next(
 # ---- sessions that only read ------------------------------------------------
 
 
-def load(runtime: Path, request: Load) -> tuple[Client, Restored]:
+def load(runtime: Path, request: Load) -> tuple[Client, Came]:
     client = Client(runtime / SOCKET)
     try:
-        return client, client.ask(request, Restored, PATIENCE_SECONDS)
+        return client, asking.load(client, request, PATIENCE_SECONDS)
     except BaseException:
         client.close()
         raise
@@ -250,7 +273,7 @@ def test_a_second_load_on_a_connection_frees_the_first(
 ) -> None:
     client, first = load(runtime, Load(saved.url, step=1))
     with client:
-        second = client.ask(Load(saved.url, step=2), Restored, PATIENCE_SECONDS)
+        second = asking.load(client, Load(saved.url, step=2), PATIENCE_SECONDS)
         assert fetched(runtime) == [Path(second.path).name] != [Path(first.path).name]
     until(lambda: not fetched(runtime), "both are freed")
 
@@ -315,16 +338,18 @@ def test_readers_hold_what_they_read(runtime: Path, saved: Rig, daemon: Daemon) 
         assert list((saved.path / "data/00000001/000000000001").rglob("*.pack"))
         saved.obey()
         until(lambda: daemon.events("restored"), "the load comes through")
+        assert list((saved.path / "holds").rglob("reader*"))
+        reading.close()
         until(lambda: not list((saved.path / "holds").rglob("reader*")), "the hold is released")
 
 
 def ask_in_background(client: Client, request: Load) -> None:
-    """Send a request and do not wait for its reply."""
+    """Load a step and do not wait until its bytes come."""
     try:
-        client.ask(request, Restored, timeout_seconds=0.2)
+        asking.load(client, request, seconds=1.0)
     except DaemonUnreachableError:
         return
-    raise AssertionError("the reply came though the read was held")
+    raise AssertionError("the bytes came though the read was held")
 
 
 def test_a_wait_is_bounded_and_tells_what_holds_it_up(runtime: Path, rig: Rig) -> None:
@@ -351,7 +376,7 @@ def test_a_full_tmpfs_stops_no_load(tmp_path: Path, saved: Rig) -> None:
     needs_root()
     place = tmp_path / "small"
     place.mkdir()
-    options = "size=3m,mode=0700"
+    options = "size=3300k,mode=0700"
     subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], check=True)
     try:
         with Daemon(place) as daemon, ExitStack() as clients:

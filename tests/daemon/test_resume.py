@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import secrets
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -12,23 +13,35 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptmgr.daemon.resume import (
+    ActiveMarks,
     Standing,
+    candidates,
     claim_attempt,
     decide_resume,
     newest_active,
     parent_of,
     publish_have,
     put_active,
-    rank_candidates,
     resumed_from,
     standing_of,
     usable_in_memory,
 )
-from ckptmgr.errors import StoreUnreachableError
+from ckptmgr.errors import RegisterConflictError, StoreUnreachableError
 from ckptmgr.repository import keys
 from ckptmgr.repository.catalog import Catalog
-from ckptmgr.repository.commit import FROM_SCRATCH, Decision, Have, abort_step, decide, get_record
+from ckptmgr.repository.commit import (
+    FROM_SCRATCH,
+    Active,
+    Decision,
+    Have,
+    abort_step,
+    decide,
+    get_record,
+    put_record,
+)
+from ckptmgr.repository.hold import host_name
 from ckptmgr.repository.record import Kind
+from ckptmgr.store.base import Store
 from ckptmgr.store.memory import MemoryStore
 from ckptmgr.store.registry import open_store
 from ckptmgr.testing import Fault, FaultyStore
@@ -52,12 +65,13 @@ def snapshot(attempt: int, step: int, nonce: str = "00" * 16) -> Snapshot:
 def test_candidates_are_all_that_is_there_newest_attempt_first(
     memory: list[StepId], standing: list[StepId], rejected: frozenset[StepId]
 ) -> None:
-    found = rank_candidates(memory, standing, rejected)
-    ids = [one.id for one in found]
-    assert ids == sorted(set(ids), reverse=True)
-    assert set(ids) == (set(memory) | set(standing)) - rejected
-    for one in found:
-        assert (one.in_memory, one.in_store) == (one.id in memory, one.id in standing)
+    found = candidates(standing, memory, rejected, None, None)
+    assert found == sorted(set(found), reverse=True)
+    assert set(found) == (set(memory) | set(standing)) - rejected
+    for step in found:
+        of_number = candidates(standing, memory, rejected, step.step, None)
+        assert of_number == [one for one in found if one.step == step.step]
+        assert candidates(standing, memory, rejected, step.step, step.attempt) == [step]
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.sampled_from(Outcome))))
@@ -112,8 +126,8 @@ def test_a_claim_whose_answer_is_lost_is_not_used_by_two() -> None:
 def test_what_memory_holds_is_published_once() -> None:
     async def main() -> None:
         store = memory_store()
-        await publish_have(store, 1, [snapshot(1, 5), snapshot(1, 6)])
-        await publish_have(store, 1, [])
+        await publish_have(store, 1, host_name(), [snapshot(1, 5), snapshot(1, 6)])
+        await publish_have(store, 1, host_name(), [])
         (key,) = await store.list("attempts/")
         have = await get_record(store, Kind.HAVE, key, Have)
         assert have.snapshots == ((1, 5, 0), (1, 6, 0))
@@ -145,14 +159,155 @@ def test_a_store_that_can_not_be_read_contradicts_nothing() -> None:
     asyncio.run(main())
 
 
+# ---- who is active ----------------------------------------------------------
+
+
+async def claimed(store: Store, count: int) -> list[str]:
+    """Nonces of attempts 1 to `count`."""
+    return [(await claim_attempt(store, 1, ""))[1] for _ in range(count)]
+
+
+async def put_mark(store: Store, attempt: int, nonce: str) -> None:
+    await put_record(store, Kind.ACTIVE, keys.active(attempt), Active(attempt, nonce))
+
+
 def test_an_older_attempt_sees_the_newer_active_one() -> None:
     async def main() -> None:
         store = memory_store()
-        assert await newest_active(store) == 0
-        assert await put_active(store, 2, "b" * 32) == 2
-        assert await put_active(store, 1, "a" * 32) == 2
-        assert await put_active(store, 3, "c" * 32) == 3
+        one, two, three = await claimed(store, 3)
+        assert await newest_active(store, ActiveMarks()) == 0
+        assert await put_active(store, 2, two) == 2
+        assert await put_active(store, 1, one) == 2
+        assert await put_active(store, 3, three) == 3
         assert not [k for k in await store.list("attempts/00000001/") if k.endswith("active")]
+
+    asyncio.run(main())
+
+
+async def rubbish(store: Store) -> None:
+    await store.put_new(keys.active(3), [memoryview(b"rubbish")])
+
+
+async def copied(store: Store) -> None:
+    await put_mark(store, 2, "b" * 32)
+    await store.put_new(keys.active(3), [await store.get(keys.active(2))])
+    await store.delete(keys.active(2))
+
+
+async def of_nobody(store: Store) -> None:
+    await put_mark(store, 3, "c" * 32)
+
+
+async def of_another_nonce(store: Store) -> None:
+    await claimed(store, 2)
+    await put_mark(store, 3, "c" * 32)
+
+
+async def of_another_attempt(store: Store) -> None:
+    nonce = (await claimed(store, 2))[1]
+    await put_record(store, Kind.ACTIVE, keys.active(3), Active(4, nonce))
+
+
+async def of_a_damaged_claim(store: Store) -> None:
+    await store.put_new(keys.claim(3), [memoryview(b"rubbish")])
+    await put_mark(store, 3, "c" * 32)
+
+
+async def of_a_host_with_that_name(store: Store) -> None:
+    await store.put_new(keys.have(3, "active"), [memoryview(b"any host name is a key")])
+
+
+@pytest.mark.parametrize(
+    "stray",
+    [
+        rubbish,
+        copied,
+        of_nobody,
+        of_another_nonce,
+        of_another_attempt,
+        of_a_damaged_claim,
+        of_a_host_with_that_name,
+    ],
+)
+def test_a_mark_that_does_not_hold_ends_nobody(
+    stray: Callable[[Store], Awaitable[None]], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        store, marks = memory_store(), ActiveMarks()
+        (nonce,) = await claimed(store, 1)
+        await stray(store)
+        for _ in range(3):
+            assert await put_active(store, 1, nonce, marks) == 1
+
+    with caplog.at_level("WARNING", logger="ckptmgr"):
+        asyncio.run(main())
+    told = [record.message for record in caplog.records]
+    assert told == (["active_ignored"] if stray is not of_a_host_with_that_name else [])
+
+
+def test_below_a_mark_that_does_not_hold_the_next_one_counts() -> None:
+    async def main() -> None:
+        store = memory_store()
+        nonces = await claimed(store, 2)
+        await put_active(store, 2, nonces[1])
+        await rubbish(store)
+        assert await put_active(store, 1, nonces[0]) == 2
+
+    asyncio.run(main())
+
+
+def test_a_mark_that_was_found_to_hold_is_not_read_again() -> None:
+    async def main() -> None:
+        store, marks = FaultyStore(memory_store()), ActiveMarks()
+        nonces = await claimed(store, 3)
+        assert await put_active(store, 1, nonces[0], marks) == 1
+        await put_mark(store, 2, nonces[1])
+        assert await put_active(store, 1, nonces[0], marks) == 2
+        store.operations.clear()
+        assert await put_active(store, 1, nonces[0], marks) == 2
+        assert store.operations == [("list", "attempts/")]
+        await put_mark(store, 3, nonces[2])
+        assert await put_active(store, 1, nonces[0], marks) == 3
+
+    asyncio.run(main())
+
+
+def test_a_mark_in_a_store_that_was_emptied_is_read_anew() -> None:
+    async def main() -> None:
+        store, marks = memory_store(), ActiveMarks()
+        (nonce,) = await claimed(store, 1)
+        await put_active(store, 1, nonce, marks)
+        for key in await store.list(""):
+            await store.delete(key)
+        (other,) = await claimed(store, 1)
+        assert await newest_active(store, marks) == 0
+        await put_mark(store, 1, nonce)
+        assert await newest_active(store, marks) == 0
+        with pytest.raises(RegisterConflictError):
+            await put_active(store, 1, other, marks)
+
+    asyncio.run(main())
+
+
+def test_ones_own_damaged_mark_is_put_again() -> None:
+    async def main() -> None:
+        store = memory_store()
+        (nonce,) = await claimed(store, 1)
+        await store.put_new(keys.active(1), [memoryview(b"rubbish")])
+        assert await put_active(store, 1, nonce) == 1
+        assert await newest_active(store, ActiveMarks()) == 1
+
+    asyncio.run(main())
+
+
+def test_a_store_that_can_not_be_read_tells_nothing_of_a_mark() -> None:
+    async def main() -> None:
+        store = FaultyStore(memory_store())
+        nonces = await claimed(store, 2)
+        await put_active(store, 2, nonces[1])
+        store.plan([Fault(StoreUnreachableError("gone"), operation="get", and_later=True)])
+        with pytest.raises(StoreUnreachableError):
+            await put_active(store, 1, nonces[0])
 
     asyncio.run(main())
 

@@ -26,6 +26,7 @@ from ckptmgr.repository.hold import held_step, host_name, put_hold
 from ckptmgr.repository.pack import pack_header
 from ckptmgr.repository.record import Kind
 from ckptmgr.restore.check import verify_store
+from ckptmgr.staging.bufferfile import SLOTS_MAX
 from ckptmgr.store.base import Store
 from ckptmgr.store.local import LocalStore
 from ckptmgr.testing import Fault, FaultyStore
@@ -59,7 +60,7 @@ def test_victims_leave_what_must_stand(
 
 
 @given(decided=steps_of, with_manifest=steps_of, stored=steps_of, commits=steps_of)
-def test_garbage_is_undecided_and_older_than_the_newest_commit(
+def test_garbage_is_undecided_and_in_nobodys_memory(
     decided: list[StepId],
     with_manifest: list[StepId],
     stored: list[StepId],
@@ -68,15 +69,16 @@ def test_garbage_is_undecided_and_older_than_the_newest_commit(
     listing = Listing(
         frozenset(decided), frozenset(), frozenset(), {}, dict.fromkeys(with_manifest, 1)
     )
-    live = max(commits, default=None)
-    found = garbage(listing, frozenset(stored), live)
+    newest = max(commits, default=None)
+    found = garbage(listing, frozenset(stored), set(commits))
     assert found == sorted(set(found))
     for step in found:
-        assert live is not None
-        assert step < live
+        assert newest is not None
+        newer = [commit for commit in set(commits) if commit > step]
+        assert step.attempt < newest.attempt or len(newer) > SLOTS_MAX
         assert step not in decided
         assert step in stored or step in with_manifest
-    if live is None:
+    if newest is None:
         assert not found
 
 
@@ -250,6 +252,26 @@ def test_a_mark_of_verification_of_another_register_is_not_believed() -> None:
     run(main())
 
 
+def test_a_mark_of_verification_that_does_not_hold_is_put_again() -> None:
+    """Else each collection reads the newest step back again."""
+
+    async def main() -> None:
+        store = FaultyStore(memory_store({}))
+        saved = await save_steps(store, (10, 20, 30, 40))
+        await put_hold(store, saved[1].id, "person", "")
+        key = keys.verified(saved[3].id)
+        await store.put_new(key, [memoryview(b"rubbish")])
+        assert await gather(store) == [("1.10", "retire")]
+        await store.delete(keys.hold(saved[1].id, "person"))
+        start = len(store.operations)
+        assert await gather(store) == [("1.20", "retire")]
+        read = [key for name, key in store.operations[start:] if name == "get"]
+        assert not [key for key in read if key.startswith("data/")], "it was read back again"
+        assert await damage_in(store) == []
+
+    run(main())
+
+
 def test_what_takes_the_place_of_a_retired_step_is_made_durable_first() -> None:
     """Visible is not durable: a power cut must not take the new step after the old one went."""
 
@@ -272,7 +294,8 @@ def test_what_takes_the_place_of_a_retired_step_is_made_durable_first() -> None:
 def test_leftovers_are_aborted_first_and_deleted_then(make: Make) -> None:
     async def main() -> None:
         store = make({})
-        saved = await save_steps(store, (10, 30))
+        _, old = await claim_attempt(store, 1, "")
+        await save_steps(store, (10, 30))
         attempt, nonce = await claim_attempt(store, 1, "")
         cut_short, in_flight = StepId(1, 20), StepId(attempt, 40)
         for step in (cut_short, in_flight):
@@ -283,10 +306,27 @@ def test_leftovers_are_aborted_first_and_deleted_then(make: Make) -> None:
         await store.put_new(key, [memoryview(pack_header(key, given_up, 0, nonce))])
         await abort_step(store, given_up, "test")
         assert await gather(store) == [("1.20", "abort"), ("1.25", "delete")]
-        assert await data_of(store) == {"1.10", "1.30", "2.40"}, "a step in flight was touched"
+        assert await data_of(store) == {"2.10", "2.30", "3.40"}, "a step in flight was touched"
         assert not (await Catalog(store).decision(cut_short)).committed
-        late = await save_step(store, 1, saved[0].decision.nonce, 20, small_state(20))
+        late = await save_step(store, 1, old, 20, small_state(20))
         assert not late.decision.committed, "an aborted step was committed after all"
+        await store.aclose()
+
+    run(main())
+
+
+def test_what_a_rank_may_still_hold_is_left_alone(make: Make) -> None:
+    """An undecided step of the running attempt, until every slot must hold a newer one."""
+
+    async def main() -> None:
+        store = make({})
+        saved = await save_steps(store, (20, 30, 40))
+        late = StepId(1, 10)
+        key = keys.new_pack(late, 0)
+        await store.put_new(key, [memoryview(pack_header(key, late, 0, "00" * 16))])
+        assert ("1.10", "abort") not in await gather(store)
+        await save_step(store, 1, saved[0].decision.nonce, 50, small_state(50))
+        assert ("1.10", "abort") in await gather(store)
         await store.aclose()
 
     run(main())
@@ -325,6 +365,20 @@ def test_holds_of_dead_readers_are_dropped() -> None:
         saved = await save_steps(store, (10, 20, 30))
         dead = f"reader.{host_name()}.4194999.0123456789abcdef"
         await put_hold(store, saved[0].id, dead, "killed")
+        assert await gather(store) == [("1.10", "retire")]
+        assert await store.list("holds/") == []
+
+    run(main())
+
+
+def test_a_hold_that_could_not_be_released_is_released_by_the_next_collection() -> None:
+    async def main() -> None:
+        store = FaultyStore(memory_store({}))
+        saved = await save_steps(store, (10, 20, 30))
+        store.plan([Fault(StoreUnreachableError("no"), operation="delete", key="holds/")])
+        async with held_step(store, saved[0].id):
+            assert await gather(store) == []
+        assert len(await store.list("holds/")) == 1
         assert await gather(store) == [("1.10", "retire")]
         assert await store.list("holds/") == []
 

@@ -108,6 +108,42 @@ def test_a_store_that_fails_and_comes_back_gets_everything(
     assert set(states(rig)) == {"1.1", "1.2"}
 
 
+def test_a_snapshot_over_which_the_writer_faults_again_is_left_alone(
+    runtime: Path, rig: Rig
+) -> None:
+    """The daemon goes on with the others, and ends when idle; the snapshot stays in memory."""
+    rig.obey(("put_new", f"data/{TWO}", "fault"))
+    with Daemon(runtime, "--idle-seconds=2") as daemon:
+        rank = Rank(runtime, rig.url)
+        rank.save(1)
+        assert rank.wait(1).outcome == Outcome.COMMITTED
+        rank.save(2)
+        waited = rank.wait(2)
+        assert waited.outcome == Outcome.ABORTED
+        assert "ZeroDivisionError" in waited.why
+        rank.save(3)
+        assert rank.wait(3).outcome == Outcome.COMMITTED
+        assert [e["step"] for e in daemon.events("fault")] == ["1.2", "1.2"]
+        assert [(e["step"], e["kind"]) for e in daemon.events("given_up")] == [
+            ("1.2", "ZeroDivisionError")
+        ]
+        rank.close(clean=True)
+        assert daemon.process.wait(60) == 0
+    assert [s.id for s in slots_below(runtime) if s.undecided] == [(1, 2)]
+    rig.obey()
+    with Daemon(runtime) as daemon:
+        until((rig.path / f"commit/{TWO}").exists, "the next daemon tries again")
+
+
+def test_a_snapshot_over_which_the_writer_faults_once_is_committed(runtime: Path, rig: Rig) -> None:
+    rig.obey(("put_new", f"man/{ONE}", "fault once"))
+    with Daemon(runtime) as daemon, Rank(runtime, rig.url) as rank:
+        rank.save(1)
+        assert rank.wait(1).outcome == Outcome.COMMITTED
+        assert len(daemon.events("fault")) == 1
+        assert not daemon.events("given_up")
+
+
 def test_a_manifest_that_a_killed_daemon_left_is_taken_over(runtime: Path, rig: Rig) -> None:
     """No byte is written twice: its packs were durable before it was put."""
     rig.obey(("put_new", f"commit/{ONE}", "hold"))

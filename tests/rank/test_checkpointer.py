@@ -27,6 +27,7 @@ from ckptmgr.errors import (
     StateError,
     StateMismatchError,
     StepOrderError,
+    StoreError,
     SupersededError,
     UnsupportedLeafError,
     UsageError,
@@ -132,6 +133,8 @@ def test_outside_the_block_it_says_so(store_url: str) -> None:
         {"url": ""},
         {"url": None},
         {"url": b"bytes"},
+        {"replicated": "model/*"},
+        {"replicated": [1]},
     ],
     ids=str,
 )
@@ -154,10 +157,22 @@ def test_a_handle_tells_its_outcome_after_the_block(runtime: Path, tmp_path: Pat
         ckpt.__enter__()
 
 
-def test_many_ranks_are_refused(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_processes_without_a_process_group_are_refused(
+    store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="2 ranks"):
+    with pytest.raises(UsageError, match="init_process_group"):
         ckptmgr.Checkpointer(store_url, {"x": torch.ones(3)})
+
+
+def test_a_request_is_heard_at_the_next_step(runtime: Path, store_url: str) -> None:
+    with ckptmgr.Checkpointer(store_url, {"x": torch.ones(3)}, every=100) as ckpt:
+        assert ckpt.step(1) is None
+        ckpt.request()
+        handle = ckpt.step(2)
+        assert handle is not None
+        assert handle.committed(30)
+        assert ckpt.step(3) is None
 
 
 def test_a_leaf_that_can_not_be_stored_is_named_on_entering(runtime: Path, store_url: str) -> None:
@@ -251,6 +266,15 @@ def test_an_older_attempt_ends_itself(runtime: Path, store_url: str) -> None:
             old.step(51)
         new.__exit__(None, None, None)
     assert committed(store_url) == ["2.1"]
+
+
+@pytest.mark.timeout(60)
+def test_a_store_that_can_never_be_made_is_said_at_once(runtime: Path) -> None:
+    with (
+        pytest.raises(StoreError, match="/proc/nope: the directory of the store can not be made"),
+        ckptmgr.Checkpointer("/proc/nope", {"x": torch.ones(4)}),
+    ):
+        pass
 
 
 def test_training_goes_on_without_the_store(runtime: Path, tmp_path: Path) -> None:

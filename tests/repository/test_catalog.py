@@ -50,7 +50,7 @@ async def test_states_of_all_steps(store: MemoryStore, catalog: Catalog) -> None
         (S20, StepState.COMMITTED),
         (S10, StepState.RETIRED),
     ]
-    assert [entry.ranks_present for entry in entries] == [1, 1, 0, 1, 0]
+    assert [len(entry.ranks) for entry in entries] == [1, 1, 0, 1, 0]
     assert entries[3].holds == ("test",)
     assert entries[3].decision == SAVED[0].decision
     assert not any(entry.damage for entry in entries)

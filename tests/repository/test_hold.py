@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import subprocess
 import sys
@@ -96,6 +97,37 @@ def test_a_hold_that_may_have_been_put_is_not_left_behind(at: int, when: Any) ->
             async with held_step(store, STEP):
                 pytest.fail("entered")
         assert await inner.list("") == []
+
+    asyncio.run(main())
+
+
+def hold_id_of(key: str) -> str:
+    return key.rsplit("/", 1)[1]
+
+
+@pytest.mark.parametrize("failure", [StoreUnreachableError("no"), asyncio.CancelledError()])
+def test_a_hold_that_could_not_be_released_is_known_as_left_behind(failure: Any) -> None:
+    """Its process lives on, and nobody else may tell that it does not read any more."""
+
+    async def main() -> None:
+        inner = memory_store({})
+        refused = Fault(failure, operation="delete", key="holds/", and_later=True)
+        with contextlib.suppress(asyncio.CancelledError):
+            async with held_step(FaultyStore(inner, [refused]), STEP):
+                (key,) = await inner.list("holds/")
+                assert not left_behind(hold_id_of(key))
+        assert await inner.list("holds/") == [key]
+        assert left_behind(hold_id_of(key))
+
+    asyncio.run(main())
+
+
+def test_a_hold_that_can_not_be_released_hides_no_damage() -> None:
+    async def main() -> None:
+        gone = Fault(StoreUnreachableError("no"), operation="delete", and_later=True)
+        with pytest.raises(DamageError, match="found by the test"):
+            async with held_step(FaultyStore(memory_store({}), [gone]), STEP):
+                raise DamageError("found by the test")
 
     asyncio.run(main())
 

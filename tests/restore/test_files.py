@@ -214,5 +214,8 @@ def test_a_full_disk_is_an_error_and_no_crash(small_disk: Path) -> None:
     """The file is written through a mapping: a page that can not be had would be SIGBUS."""
     store = memory_store(OBJECTS)
     manifest: Any = manifest_in(store)
-    with pytest.raises(CkptmgrError, match="can not be written"):
-        write(store, manifest, small_disk)
+    with (
+        pytest.raises(CkptmgrError, match="can not be written"),
+        new_directory(small_disk / "out") as directory,
+    ):
+        write(store, manifest, directory)

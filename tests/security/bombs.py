@@ -160,6 +160,23 @@ def array32(count: int) -> bytes:
     return b"\xdd" + struct.pack(">I", count)
 
 
+def swarms() -> dict[str, Callable[[], Any]]:
+    """Values of a byte or two each that become objects of 64."""
+    return {
+        "20 million empty arrays": lambda: decode_values(array32(20 << 20) + b"\x90" * (20 << 20)),
+        "20 million empty lists": lambda: decode_values(
+            array32(20 << 20) + b"\x91\x05" * (20 << 20)
+        ),
+        "20 million empty maps": lambda: decode_values(array32(20 << 20) + b"\x80" * (20 << 20)),
+        "20 million extensions": lambda: decode_values(
+            array32(20 << 20) + b"\xd4\x05\x00" * (20 << 20)
+        ),
+        "a tree of 20 million tuples": lambda: decode_tree(
+            array32(20 << 20) + b"\x04" + b"\x91\x04" * ((20 << 20) - 1), [], lambda *_: None
+        ),
+    }
+
+
 def bombs(root: Path) -> dict[str, Callable[[], Any]]:
     zeros = streamed(GIB)
     tiny_pack = b"\x92\xa0\x00"
@@ -226,7 +243,7 @@ def address_space() -> int:
 def main(root: Path, room: int) -> None:
     """Set each bomb off with `room` bytes to spare, and print what came of it."""
     results = {}
-    for name, go in bombs(root).items():
+    for name, go in (bombs(root) | swarms()).items():
         limit = address_space() + room
         resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
         try:

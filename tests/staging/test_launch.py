@@ -7,14 +7,17 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ckptmgr.errors import DaemonUnreachableError, HostMemoryError
+from ckptmgr.staging import launch
 from ckptmgr.staging.control import Stated, Status
-from ckptmgr.staging.inbox import LOG, SOCKET, prepare
+from ckptmgr.staging.inbox import LOG, OLD_LOG, SOCKET, prepare
 from ckptmgr.staging.launch import connect, connect_or_start
 from driven import PYTHON_PATH, events_of, until
 from processes import owners_of
@@ -73,7 +76,10 @@ def test_a_daemon_that_was_killed_is_replaced(runtime: Path) -> None:
 
 STARTER = """
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from ckptmgr.staging import launch
 from ckptmgr.staging.control import Stated, Status
 from ckptmgr.staging.launch import connect_or_start
 sys.stdin.readline()
@@ -121,6 +127,65 @@ def test_a_foreign_runtime_directory_starts_nothing(runtime: Path) -> None:
     with pytest.raises(HostMemoryError):
         connect_or_start(runtime)
     assert not list(runtime.iterdir())
+
+
+@pytest.fixture
+def small_log(monkeypatch: pytest.MonkeyPatch) -> int:
+    """A bound of few bytes, so that no test writes megabytes."""
+    monkeypatch.setattr(launch, "LOG_BYTES_MAX", 1000)
+    return 1000
+
+
+def test_a_log_that_has_grown_too_large_is_put_aside(runtime: Path, small_log: int) -> None:
+    prepare(runtime)
+    (runtime / OLD_LOG).write_text("the one before")
+    (runtime / LOG).write_text("x" * small_log)
+    os.close(launch.open_log(runtime))
+    assert (runtime / OLD_LOG).read_text() == "the one before", "it is not larger than the bound"
+    with (runtime / LOG).open("a") as log:
+        log.write("\n")
+    connect_or_start(runtime).close()
+    assert (runtime / OLD_LOG).read_text().startswith("x" * small_log)
+    assert [e["event"] for e in events_of(runtime / LOG)] == ["started"]
+    assert (runtime / LOG).stat().st_mode & 0o777 == 0o600
+
+
+def test_links_in_place_of_logs_lead_nowhere(runtime: Path, tmp_path: Path, small_log: int) -> None:
+    prepare(runtime)
+    victim = tmp_path / "victim"
+    victim.write_text("v" * 2 * small_log)
+    (runtime / OLD_LOG).symlink_to(victim)
+    (runtime / LOG).write_text("x" * 2 * small_log)
+    connect_or_start(runtime).close()
+    assert (runtime / OLD_LOG).read_text() == "x" * 2 * small_log
+    assert not (runtime / OLD_LOG).is_symlink()
+    assert victim.read_text() == "v" * 2 * small_log
+
+
+def test_of_many_who_start_at_once_one_puts_the_log_aside(runtime: Path, small_log: int) -> None:
+    """Who comes later must not put aside the new log, and so lose the old one."""
+    prepare(runtime)
+    (runtime / LOG).write_text("x" * 2 * small_log)
+    barrier = threading.Barrier(8)
+
+    def opened(_: int) -> int:
+        barrier.wait()
+        return launch.open_log(runtime)
+
+    with ThreadPoolExecutor(8) as threads:
+        logs = list(threads.map(opened, range(8)))
+    for log in logs:
+        os.close(log)
+    assert (runtime / OLD_LOG).read_text() == "x" * 2 * small_log
+    assert (runtime / LOG).read_text() == ""
+
+
+def test_a_log_that_can_not_be_put_aside_is_written_on(runtime: Path, small_log: int) -> None:
+    prepare(runtime)
+    (runtime / OLD_LOG).mkdir()
+    (runtime / LOG).write_text("x" * 2 * small_log + "\n")
+    connect_or_start(runtime).close()
+    assert [e["event"] for e in events_of(runtime / LOG)] == ["started"]
 
 
 def test_a_log_that_is_a_link_is_not_followed(runtime: Path, tmp_path: Path) -> None:

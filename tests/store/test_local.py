@@ -24,6 +24,7 @@ from ckptmgr.errors import (
 from ckptmgr.store import local, posix
 from ckptmgr.store.base import PutResult, Store
 from ckptmgr.store.local import LocalStore
+from ckptmgr.store.retry import RetryingStore
 from ckptmgr.testing import StoreSuite
 from processes import needs_root
 
@@ -453,3 +454,27 @@ async def test_leftovers_of_dead_writers_go_with_the_first_put(tmp_path: Path) -
         await store.aclose()
     assert not old.exists()
     assert young.exists()
+
+
+@pytest.mark.parametrize("place", ["/proc/nope", "/proc/nope/deeper", "/sys/nope"])
+async def test_a_root_that_can_not_be_made_is_said_at_once(place: str) -> None:
+    """Through the retries, which would go on for four minutes."""
+    store = RetryingStore(LocalStore(place))
+    with pytest.raises(StoreError, match="can not be made") as raised:
+        await store.put_new("a", [memoryview(b"x")])
+    assert raised.value.subject == place
+    assert "Give a URL" in raised.value.hint
+    await store.aclose()
+
+
+async def test_a_root_that_was_there_is_waited_for(root: Path, store: LocalStore) -> None:
+    """Its mount point may be a place where nothing can be made, until it is mounted again."""
+    await store.put_new("a", [memoryview(b"x")])
+    root.rename(root.with_name("moved"))
+    tree = store._tree
+    tree.root = "/proc/nope"
+    with pytest.raises(StoreUnreachableError):
+        await store.put_new("b", [memoryview(b"x")])
+    tree.root = str(root)
+    root.with_name("moved").rename(root)
+    assert await store.put_new("b", [memoryview(b"x")]) is PutResult.OK

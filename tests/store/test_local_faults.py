@@ -17,6 +17,7 @@ from killed_writer import content_of
 
 from ckptmgr.config import MIB
 from ckptmgr.errors import (
+    MediumError,
     StoreError,
     StoreFullError,
     StorePermissionError,
@@ -66,7 +67,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         (errno.EACCES, StorePermissionError),
         (errno.EPERM, StorePermissionError),
         (errno.EROFS, StorePermissionError),
-        (errno.EIO, StoreUnreachableError),
+        (errno.EIO, MediumError),
         (errno.ESTALE, StoreUnreachableError),
         (errno.ETIMEDOUT, StoreUnreachableError),
         (errno.ENOTCONN, StoreUnreachableError),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from typing import Any
 
 import pytest
 
 from ckptmgr.errors import (
+    MediumError,
     ObjectNotFoundError,
+    ObjectUnreadableError,
     StoreError,
     StoreFullError,
     StorePermissionError,
@@ -151,6 +154,76 @@ async def test_a_silent_try_is_followed_by_another() -> None:
     never = asyncio.Event()
     store, _ = stores(Fault(gate=never), timeout_seconds=0.01)
     assert await store.put_new("key", views(b"x")) is PutResult.OK
+
+
+BROKEN = MediumError("input/output error")
+
+
+async def broken(*plan: Fault, landmark: str = "mark", **options: Any) -> Any:
+    """A store with a landmark and an object, and what stands before it."""
+    inner = MemoryStore(secrets.token_hex(8))
+    await inner.put_new("mark", views(b"landmark"))
+    await inner.put_new("a/key", views(b"ours"))
+    faulty = FaultyStore(inner, plan)
+    settings = {"timeout_seconds": 30.0, "deadline_seconds": 60.0, **options}
+    return RetryingStore(faulty, jitter=no_pause, landmark=landmark, **settings), faulty
+
+
+async def test_an_object_that_stays_unreadable_is_told_from_a_dead_store() -> None:
+    store, faulty = await broken(Fault(BROKEN, operation="get", key="a/", and_later=True))
+    with pytest.raises(ObjectUnreadableError, match="input/output error") as caught:
+        await store.get("a/key")
+    assert caught.value.subject == "a/key"
+    assert not isinstance(caught.value, StoreUnreachableError)
+    tried = [key for _, key in faulty.operations]
+    assert tried == ["a/key"] * retry.UNREADABLE_TRIES + ["mark"]
+
+
+async def test_an_object_that_is_unreadable_for_a_moment_is_read() -> None:
+    plan = [
+        Fault(BROKEN, operation="get", key="a/", at=at) for at in range(1, retry.UNREADABLE_TRIES)
+    ]
+    store, _ = await broken(*plan)
+    assert bytes(await store.get("a/key")) == b"ours"
+
+
+async def test_where_nothing_can_be_read_the_store_is_unreachable() -> None:
+    store, faulty = await broken(
+        Fault(BROKEN, operation="get", and_later=True), deadline_seconds=0.05
+    )
+    with pytest.raises(StoreUnreachableError) as caught:
+        await store.get("a/key")
+    assert caught.value is BROKEN
+    assert len(faulty.operations) > 2 * retry.UNREADABLE_TRIES
+
+
+async def test_a_store_that_comes_back_while_it_is_asked_is_no_damage() -> None:
+    """The landmark is readable again, and so is the object at the next try."""
+    plan = [Fault(BROKEN, operation="get", at=at) for at in range(1, 2 * retry.UNREADABLE_TRIES)]
+    store, _ = await broken(*plan)
+    assert bytes(await store.get("a/key")) == b"ours"
+
+
+@pytest.mark.parametrize("landmark", ["", "a/key", "not/there"])
+async def test_without_another_object_to_read_nothing_is_called_unreadable(landmark: str) -> None:
+    store, _ = await broken(
+        Fault(BROKEN, operation="get", key="a/", and_later=True),
+        landmark=landmark,
+        deadline_seconds=0.05,
+    )
+    with pytest.raises(MediumError):
+        await store.get("a/key")
+
+
+async def test_an_unreadable_object_is_not_taken_for_that_of_another() -> None:
+    """After an ambiguous put: whose it is can not be told, and that is not a conflict."""
+    store, _ = await broken(
+        Fault(LOST, operation="put_new", when="after"),
+        Fault(BROKEN, operation="get", key="b/", and_later=True),
+        deadline_seconds=0.05,
+    )
+    with pytest.raises(MediumError):
+        await store.put_new("b/key", views(b"ours"))
 
 
 async def test_cancelling_is_not_a_failure_to_retry() -> None:

@@ -1,0 +1,227 @@
+"""One step becomes a commit when every rank's manifest is there, or is given up; nobody is asked.
+
+Every daemon of the attempt watches the step. The one of rank `step mod world` looks for the
+manifests and puts COMMIT; the others look for the register, and for the manifests only when it is
+late. All would put the same bytes, and a register has one winner.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from ckptmgr.daemon.log import warning
+from ckptmgr.daemon.resume import parent_of
+from ckptmgr.errors import ObjectNotFoundError, RegisterConflictError, StoreError
+from ckptmgr.repository import keys
+from ckptmgr.repository.catalog import Catalog
+from ckptmgr.repository.commit import (
+    Decision,
+    abort_step,
+    commit_step,
+    put_witness,
+    read_record,
+)
+from ckptmgr.repository.manifest import SealedManifest, read_manifest, uncovered
+from ckptmgr.repository.rules import TURN_SECONDS, goes_first, missing_ranks
+from ckptmgr.types import StepId
+
+LOOK_SECONDS_MIN, LOOK_SECONDS_MAX = 0.01, 1.0
+"""Pause between two looks: short while a commit is likely, long while a rank is late."""
+
+READS_AT_ONCE = 32
+"""Manifests read at a time by the daemon that commits: it reads all of them once."""
+
+RETRY_SECONDS_MIN, RETRY_SECONDS_MAX = 1.0, 30.0
+"""Pause after a store that failed: doubled each time, so that a dead store costs nothing."""
+
+WITNESS_SECONDS_MAX = 5.0
+"""Longest delay of the word "committed" for the copy of the commit; a put takes milliseconds."""
+
+
+@dataclass(slots=True, eq=False)
+class Watch:
+    """A step that waits for its decision, and what this host has put for it."""
+
+    id: StepId
+    nonce: str
+    world: int
+    manifests: dict[int, SealedManifest] = field(default_factory=dict)
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+    since: float = field(default_factory=time.monotonic)
+    present: tuple[int, ...] = ()
+    packs: frozenset[str] = frozenset()
+    news_at: float = field(default_factory=time.monotonic)
+
+
+class Committer:
+    """Decides the steps of one job; one task for each, shared by all ranks of this host.
+
+    `tell` hears of every commit once, when it is durable.
+    """
+
+    def __init__(
+        self, catalog: Catalog, tell: Callable[[Decision], None], stuck_seconds: float
+    ) -> None:
+        self._catalog = catalog
+        self._store = catalog.store
+        self._tell = tell
+        self._stuck_seconds = stuck_seconds
+        self._watches: dict[StepId, Watch] = {}
+        self._tasks: dict[StepId, asyncio.Task[Decision]] = {}
+        # Only of the newest incarnation: a store may be emptied under a daemon that still runs.
+        self._parents: dict[str, StepId] = {}
+
+    async def decision(self, nonce: str, manifest: SealedManifest) -> Decision:
+        """What becomes of the step of a manifest that this daemon has put; waits for it.
+
+        Raises:
+            RegisterConflictError: something of the step belongs to another incarnation.
+            DamageError: a manifest or the register does not hold.
+        """
+        step, world = manifest.manifest.id, manifest.manifest.world
+        watch = self._watches.get(step)
+        if watch is None:
+            watch = self._watches[step] = Watch(step, nonce, world)
+            task = asyncio.create_task(self._decide(watch), name=f"commit {step}")
+            task.add_done_callback(lambda _: self._forget(step))
+            self._tasks[step] = task
+        watch.manifests[manifest.manifest.rank] = manifest
+        watch.news.set()
+        # Shielded: the ranks of a host wait for one task, and one that leaves ends only its wait.
+        return await asyncio.shield(self._tasks[step])
+
+    def _forget(self, step: StepId) -> None:
+        task = self._tasks.pop(step)
+        del self._watches[step]
+        if not task.cancelled():
+            task.exception()  # looked at, so that it is not reported when nobody waits any more
+
+    async def aclose(self) -> None:
+        """End all waits; what is undecided stays so for the next daemon."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _decide(self, watch: Watch) -> Decision:
+        pause, retry = LOOK_SECONDS_MIN, RETRY_SECONDS_MIN
+        while True:
+            watch.news.clear()
+            try:
+                decision = await self._look(watch)
+                retry = RETRY_SECONDS_MIN
+            except StoreError as error:
+                warning("write_failed", step=str(watch.id), why=str(error), retry_in=retry)
+                await asyncio.sleep(retry)
+                retry = min(2 * retry, RETRY_SECONDS_MAX)
+                continue
+            if decision is not None:
+                if decision.committed:
+                    await self._committed(watch, decision)
+                return decision
+            try:
+                await asyncio.wait_for(watch.news.wait(), pause)
+                pause = LOOK_SECONDS_MIN
+            except TimeoutError:
+                pause = min(2 * pause, LOOK_SECONDS_MAX)
+
+    async def _committed(self, watch: Watch, decision: Decision) -> None:
+        """Before it is told: after that the user may move the store, or end the machine."""
+        if self._parents.get(watch.nonce, decision.id) <= decision.id:
+            self._parents = {watch.nonce: decision.id}
+        if goes_first(watch.id.step, watch.world, watch.manifests):
+            await self._witness(decision)
+        self._tell(decision)
+
+    async def _witness(self, decision: Decision) -> None:
+        """Put the copy of a commit, if that is quick: the step is committed without it."""
+        try:
+            async with asyncio.timeout(WITNESS_SECONDS_MAX):
+                await put_witness(self._store, decision)
+        except (StoreError, TimeoutError) as error:
+            warning("witness_failed", step=str(decision.id), why=str(error))
+
+    async def _look(self, watch: Watch) -> Decision | None:
+        """One look at the store: the decision if it is made now, or was made by somebody else."""
+        step = watch.id
+        if len(watch.manifests) < watch.world:
+            registered = await self._registered(step)
+            if registered is not None:
+                return registered
+            late = time.monotonic() - watch.since >= TURN_SECONDS
+            if not late and not goes_first(step.step, watch.world, watch.manifests):
+                return None
+        present = await self._present(watch)
+        missing = missing_ranks(watch.world, watch.nonce, dict.fromkeys(present, watch.nonce))
+        if missing:
+            return await self._wait_or_give_up(watch, present, missing)
+        manifests = await self._all_manifests(watch)
+        gap = uncovered([one.manifest for one in manifests]) if watch.world > 1 else ""
+        if gap:
+            return await abort_step(self._store, step, gap)
+        parent = self._parents.get(watch.nonce) or await parent_of(self._catalog, step)
+        return await commit_step(self._store, manifests, parent)
+
+    async def _registered(self, step: StepId) -> Decision | None:
+        try:
+            await self._store.make_durable(keys.commit(step))
+            return await self._catalog.decision(step)
+        except ObjectNotFoundError:
+            return None
+
+    async def _present(self, watch: Watch) -> tuple[int, ...]:
+        """Ranks whose manifest is in the store. Their nonces are looked at when all are there."""
+        if len(watch.manifests) == watch.world:
+            return tuple(range(watch.world))
+        found = (keys.parse_rank(key) for key in await self._store.list(keys.manifests(watch.id)))
+        return tuple(rank for rank in found if rank is not None)
+
+    async def _wait_or_give_up(
+        self, watch: Watch, present: tuple[int, ...], missing: tuple[int, ...]
+    ) -> Decision | None:
+        """Give the step up when nothing of it has come for so long that its ranks must be dead."""
+        now = time.monotonic()
+        if present != watch.present:
+            watch.present, watch.news_at = present, now
+        if now - watch.news_at < self._stuck_seconds:
+            return None
+        packs = frozenset(await self._store.list(keys.packs(watch.id)))
+        if packs != watch.packs:  # a rank with much to write, or a slow store
+            watch.packs, watch.news_at = packs, now
+            return None
+        why = f"no manifest of {_ranks(missing)} of {watch.world} in {self._stuck_seconds:g} s"
+        return await abort_step(self._store, watch.id, why)
+
+    async def _all_manifests(self, watch: Watch) -> list[SealedManifest]:
+        """All manifests of a step, those of others checked and made durable."""
+        gate = asyncio.Semaphore(READS_AT_ONCE)
+
+        async def one(rank: int) -> SealedManifest:
+            own = watch.manifests.get(rank)
+            if own is not None:
+                return own
+            key = keys.manifest(watch.id, rank)
+            async with gate:
+                await self._store.make_durable(key)
+                return read_manifest(watch.id, rank, await read_record(self._store, key))
+
+        found = await asyncio.gather(*map(one, range(watch.world)))
+        nonces = {one.manifest.rank: one.manifest.nonce for one in found}
+        foreign = missing_ranks(watch.world, watch.nonce, nonces)
+        if foreign:
+            raise RegisterConflictError(
+                f"{_ranks(foreign)} belong to another incarnation",
+                subject=keys.manifests(watch.id),
+            )
+        return list(found)
+
+
+def _ranks(ranks: Iterable[int]) -> str:
+    """Ranks for people: at most ten of them."""
+    listed = list(ranks)
+    shown = ", ".join(map(str, listed[:10]))
+    more = f" and {len(listed) - 10} more" if len(listed) > 10 else ""
+    return f"rank{'s' if len(listed) > 1 else ''} {shown}{more}"

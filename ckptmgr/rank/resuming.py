@@ -1,0 +1,113 @@
+"""The way back of all ranks together: one step, put back everywhere or nowhere."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+from ckptmgr.config import RESTORE_SECONDS_MAX
+from ckptmgr.errors import DamageError, NothingToRestoreError
+from ckptmgr.rank.arguments import parse_step
+from ckptmgr.rank.group import AGREE_SECONDS_MAX, Ranks, together
+from ckptmgr.rank.handle import RestoredStep
+from ckptmgr.rank.link import Link
+from ckptmgr.rank.taking import Taken, taken
+from ckptmgr.staging.control import Restore, Restored
+from ckptmgr.types import StepId
+
+
+class Resuming:
+    """The restores of one block. `release` lets the daemon have back what it lent."""
+
+    def __init__(
+        self,
+        link: Link,
+        ranks: Ranks,
+        state: MutableMapping[str, Any],
+        release: Callable[[], None],
+        *,
+        rng: bool,
+        url: str,
+    ) -> None:
+        self._link, self._ranks, self._state = link, ranks, state
+        self._release = release
+        self._rng = rng
+        self._url = url
+        self._decisions = 0
+
+    def restore(self, step: int | str | None, *, required: bool) -> RestoredStep | None:
+        """The newest step that every rank can use, or `step`; None where the job has none.
+
+        All ranks call it. Nothing is changed on any rank before all know that all can use the
+        step, and it returns only when all have it.
+        """
+        attempt, number = together(
+            self._ranks, "restore", AGREE_SECONDS_MAX, lambda: parse_step(step)
+        )
+        first, skipped = self._decisions, dict[str, str]()
+        found = None
+        while found is None:
+            request = Restore(step=number, of_attempt=attempt, k=self._decisions, first_k=first)
+            found = self._decided(request, skipped)
+        if found.attempt:
+            _tell_skipped(f"fell back to step {found.step}", found)
+            return found
+        _tell_skipped("nothing to restore", found)
+        if required:
+            raise NothingToRestoreError("the job has no committed step", subject=self._url)
+        return None
+
+    def _decided(self, request: Restore, skipped: dict[str, str]) -> RestoredStep | None:
+        """One decision, obeyed; None where its step proved unusable on some rank."""
+        reply = together(
+            self._ranks,
+            "decided",
+            RESTORE_SECONDS_MAX,
+            lambda: self._link.ask(request, Restored, RESTORE_SECONDS_MAX),
+        )
+        self._decisions += 1
+        with contextlib.ExitStack() as lent:
+            lent.callback(self._release)
+            if not reply.attempt:
+                return RestoredStep(0, 0, "", reply.skipped)
+            skipped.update(reply.skipped)
+            try:
+                part = together(
+                    self._ranks,
+                    "fetched",
+                    RESTORE_SECONDS_MAX,
+                    lambda: self._checked(lent, reply),
+                )
+            except DamageError as error:
+                one = str(StepId(reply.attempt, reply.step))
+                skipped[one] = str(error).partition("\n")[0]
+                return None
+            # Another rank may still be reading what this one will write next.
+            together(
+                self._ranks,
+                "applied",
+                AGREE_SECONDS_MAX,
+                part.apply,
+            )
+            reasons = tuple(skipped.items())
+            return RestoredStep(reply.step, reply.attempt, part.source, reasons)
+
+    def _checked(self, lent: contextlib.ExitStack, reply: Restored) -> Taken:
+        part = taken(
+            self._link.ask,
+            reply,
+            self._state,
+            self._link.buffer,
+            rank=self._ranks.rank,
+            rng=self._rng,
+            alone=self._ranks.world == 1,
+        )
+        return lent.enter_context(part)
+
+
+def _tell_skipped(result: str, found: RestoredStep) -> None:
+    if found.skipped:
+        reasons = "; ".join(f"{one}: {why}" for one, why in found.skipped)
+        warnings.warn(f"ckptmgr: {result}; skipped {reasons}", RuntimeWarning, stacklevel=4)

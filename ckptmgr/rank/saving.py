@@ -1,0 +1,261 @@
+"""One snapshot after another: a slot, a copy, a seal, and what becomes of it."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+from ckptmgr.errors import (
+    CkptmgrError,
+    DaemonUnreachableError,
+    HostMemoryError,
+    SupersededError,
+)
+from ckptmgr.rank.arguments import plain_tags
+from ckptmgr.rank.capture import Capture, Prepared
+from ckptmgr.rank.group import Ranks
+from ckptmgr.rank.handle import SaveHandle, Stats
+from ckptmgr.rank.link import Link
+from ckptmgr.rank.pace import Look, Pace
+from ckptmgr.staging.control import Done, Release, Wait, Waited
+from ckptmgr.staging.hostbuffer import (
+    TAGS_BYTES_MAX,
+    SlotWriter,
+    round_up,
+    table_bytes_needed,
+)
+from ckptmgr.types import PAGE_BYTES, Outcome, Snapshot, StepId, Tags
+
+HANDLES_MAX = 256
+"""Save handles that are told their outcome when the block is left."""
+
+_WAIT_SECONDS = 0.2
+"""How long one question to the daemon waits for a slot; then the slots are looked at again."""
+
+
+class Saving:
+    """The snapshots of one block."""
+
+    def __init__(
+        self, capture: Capture, link: Link, pace: Pace, ranks: Ranks, stats: Stats, url: str
+    ) -> None:
+        self._capture, self._link, self._pace, self._ranks = capture, link, pace, ranks
+        self._stats = stats
+        self._url = url
+        self._handle: SaveHandle | None = None
+        self._handles: deque[SaveHandle] = deque(maxlen=HANDLES_MAX)
+        self._fetching = ranks.world == 1  # only then the daemon may be filling a slot
+        self.busy = False
+
+    def step(self, step: int, tags: Mapping[str, Any] | None) -> SaveHandle | None:
+        """Snapshot if one is due and a slot is free."""
+        self._check_superseded()
+        if not self._pace.due(step, self._look):
+            return None
+        self._finish_copy()
+        slot = self._pace.slot(step, self._look_to_write)
+        if slot is None:
+            self._stats.delayed += 1
+            return None
+        try:
+            handle = self._snapshot(step, tags, slot)
+        except (HostMemoryError, DaemonUnreachableError) as error:
+            self.failed(str(error))
+            return None
+        self._pace.taken()
+        return handle
+
+    def save(self, step: int, tags: Mapping[str, Any] | None) -> SaveHandle:
+        """Snapshot now."""
+        self._check_superseded()
+        self._finish_copy()
+        slot = self._pace.slot_soon(step, self._look_to_write, self._wait_for)
+        handle = self._snapshot(step, tags, slot)
+        self._pace.taken()
+        return handle
+
+    def request(self) -> None:
+        """Snapshot soon."""
+        self._pace.request()
+
+    def resumed_from(self, step: StepId) -> None:
+        """What this attempt goes on from."""
+        self._pace.resumed_from(step)
+
+    def _check_superseded(self) -> None:
+        newer = self._link.buffer.superseded_by
+        if newer > self._link.attempt:
+            raise SupersededError(
+                f"attempt {newer} is active",
+                subject=f"attempt {self._link.attempt} of {self._url}",
+            )
+
+    # -- one snapshot -------------------------------------------------------------------------
+
+    def _snapshot(self, step: int, tags: Mapping[str, Any] | None, slot: int) -> SaveHandle:
+        start = time.perf_counter()
+        plain = plain_tags(tags) if self._ranks.rank == 0 else {}
+        self.busy = True
+        try:
+            return self._copy_and_seal(step, plain, slot, start)
+        finally:
+            self.busy = False
+
+    def _copy_and_seal(self, step: int, plain: Tags, slot: int, start: float) -> SaveHandle:
+        prepared = self._capture.prepare()
+        self._end_prefetch()
+        if self._make_room(prepared):
+            slot = self._pace.slot_anew(step, self._look, self._wait_for)
+        self._link.wait_populated(slot)
+        handle = SaveHandle(self, step)
+        writer = self._link.buffer.begin(slot)
+
+        def done(error: BaseException | None) -> None:
+            try:
+                if error is not None:
+                    raise error
+                stall = self._stalled(start, handle)
+                handle.snapshot = self._seal(writer, step, prepared, plain, stall)
+                self._link.sealed()
+            except CkptmgrError as failure:
+                handle.failure = failure
+                self.failed(str(failure))
+
+        self._handle = handle
+        self._handles.append(handle)
+        handle.copy = self._capture.copy(prepared, writer.data, done)
+        self._stalled(start, handle)
+        self._stats.snapshots += 1
+        self._stats.stall_seconds += self._stats.last_stall_seconds
+        if handle.failure is not None:
+            raise handle.failure
+        return handle
+
+    def _stalled(self, start: float, handle: SaveHandle) -> float:
+        """Measure the stall: up to the seal, or up to the return of an overlapped copy."""
+        if handle.copy is None:
+            self._stats.last_stall_seconds = time.perf_counter() - start
+        return self._stats.last_stall_seconds
+
+    def _seal(
+        self, writer: SlotWriter, step: int, prepared: Prepared, tags: Tags, stall_seconds: float
+    ) -> Snapshot:
+        return writer.seal(
+            attempt=self._link.attempt,
+            nonce=self._link.nonce,
+            rank=self._ranks.rank,
+            world=self._ranks.world,
+            step=step,
+            layout=prepared.layout_bytes,
+            layout_hash=prepared.layout_hash,
+            values=prepared.values,
+            tags=tags,
+            data_bytes=prepared.data_bytes,
+            stall_seconds=stall_seconds,
+        )
+
+    def _finish_copy(self) -> None:
+        """The copy before must be sealed before its sources or its slot are looked at again."""
+        if self._handle is not None and self._handle.copy is not None:
+            self._handle.copy.wait()
+
+    def _make_room(self, prepared: Prepared) -> bool:
+        """Change to another buffer if this snapshot does not fit, or if somebody removed ours;
+        True if it was changed.
+        """
+        table_bytes = table_bytes_needed(
+            len(prepared.layout_bytes), len(prepared.values) + TAGS_BYTES_MAX
+        )
+        fits = self._link.buffer.capacity.holds(table_bytes, prepared.data_bytes)
+        if fits and not self._link.lost:
+            return False
+        self._capture.forget_slots()
+        self._link.grow(table_bytes, round_up(prepared.data_bytes, PAGE_BYTES))
+        return True
+
+    def failed(self, why: str) -> None:
+        """Count and tell a failure that does not stop training."""
+        self._stats.failures += 1
+        self._stats.last_failure = why
+        warnings.warn(f"ckptmgr: {why}", RuntimeWarning, stacklevel=4)
+
+    # -- slots --------------------------------------------------------------------------------
+
+    def _look(self) -> Look:
+        buffer, handle = self._link.buffer, self._handle
+        sealed = [(snapshot, buffer.outcome(snapshot)) for snapshot in buffer.snapshots()]
+        unfinished = handle is not None and handle.snapshot is None and handle.failure is None
+        copying = handle.step if handle is not None and unfinished else None
+        return Look(sealed, copying, buffer.progress_bytes)
+
+    def _look_to_write(self) -> Look:
+        """Look for a slot to write: no slot is the daemon's from now on."""
+        self._end_prefetch()
+        return self._look()
+
+    def _end_prefetch(self) -> None:
+        """Before the first slot is written, stop the daemon from filling one."""
+        if self._fetching:
+            self.release()
+
+    def release(self) -> None:
+        """Let the daemon have back what it lent."""
+        self._fetching = False
+        try:
+            self._link.ask(Release(), Done)
+        except DaemonUnreachableError as error:
+            self.failed(str(error))  # a dead daemon fetches nothing and lends nothing
+
+    # -- what became of it --------------------------------------------------------------------
+
+    def outcome_of(self, handle: SaveHandle, timeout_seconds: float) -> tuple[Outcome, str]:
+        """What became of a snapshot, waiting at most `timeout_seconds` for a decision."""
+        buffer, snapshot = self._link.buffer, handle.snapshot
+        if snapshot is not None and buffer.unchanged(snapshot):
+            outcome = buffer.outcome(snapshot)
+            if outcome is Outcome.COMMITTED:
+                return outcome, ""
+        return self._wait(handle.step, timeout_seconds)
+
+    def _wait(self, step: int, timeout_seconds: float) -> tuple[Outcome, str]:
+        try:
+            waited = self._link.ask(Wait(step, timeout_seconds), Waited)
+        except DaemonUnreachableError as error:
+            return Outcome.UNDECIDED, str(error)
+        return Outcome(waited.outcome), waited.why
+
+    def _wait_for(self, snapshot: Snapshot) -> None:
+        if snapshot.attempt == self._link.attempt:
+            self._wait(snapshot.step, _WAIT_SECONDS)
+
+    def drain(self, timeout_seconds: float) -> None:
+        """Wait for the last commit. What is not committed in time is left to the daemon."""
+        handle = self._handle
+        if handle is None:
+            return
+        try:
+            if handle.committed(timeout_seconds):
+                return
+            left = f"step {handle.step} is sealed but not committed after {timeout_seconds} s"
+        except CkptmgrError as failure:
+            left = str(failure)
+        self.failed(f"{left}; the daemon keeps it in host memory and goes on trying")
+
+    def tell_handles(self) -> None:
+        """Let those who kept a handle ask it after the block, when nobody can be asked any more."""
+        for handle in self._handles:
+            handle.last_word = Outcome.UNDECIDED, "the block was left before it was decided"
+            with contextlib.suppress(CkptmgrError):
+                handle.last_word = self.outcome_of(handle, 0.0)
+
+    def close(self, *, clean: bool) -> None:
+        """Leave the job."""
+        with contextlib.ExitStack() as leaving:
+            # A second Ctrl-C must not keep the daemon from hearing that we left.
+            leaving.callback(self._link.close, clean=clean)
+            leaving.callback(self._pace.close)
+            leaving.callback(self._capture.close)

@@ -1,0 +1,257 @@
+"""Every crash of the real repository, commit, resume and retention code, and a second one while
+recovering from it: whatever became of the change that was under way, the invariants hold.
+
+A change that was under way is lost; visible but not durable; made; made, and once more after the
+recovery; or made only after it. A power cut follows each recovery. A point is one such history.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import secrets
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ckptmgr.daemon import resume, retain
+from ckptmgr.errors import CkptmgrError
+from ckptmgr.repository import commit, keys
+from ckptmgr.repository.budget import BufferPool
+from ckptmgr.repository.catalog import Retired
+from ckptmgr.repository.commit import Decision, put_record
+from ckptmgr.repository.record import Kind
+from ckptmgr.restore import verify
+from ckptmgr.store.base import PutResult, Store
+from ckptmgr.store.retry import RetryingStore
+from ckptmgr.types import StepId
+from crash import crash_job
+from crash.crash_job import SCRIPTS, Job, Script, check, last_recovery, recovery
+from crash.crash_store import Change, CrashStore, State, ViolatedError
+
+pytestmark = pytest.mark.reliability
+
+POINTS_MIN = {"first run": 20_000, "second run": 35_000, "reading": 30_000, "zombie": 70_000}
+
+FATES = ("lost", "visible", "made", "made twice", "late")
+
+
+def left_behind(instant: State, change: Change, fate: str) -> tuple[State, Change | None]:
+    """What a crash leaves: the store, and the change that is still to come."""
+    if fate == "lost":
+        return instant, None
+    if fate == "late":
+        return instant, change
+    after = instant.after(change, durable=fate != "visible")
+    return after, change if fate == "made twice" else None
+
+
+_FIRST_NUMBER = {recovery: 10_000, last_recovery: 20_000}
+
+
+@contextmanager
+def repeatable(script: Script) -> Iterator[None]:
+    """Names and nonces are numbers, other ones in each script; time stands still."""
+    with pytest.MonkeyPatch.context() as patch:
+        numbers = itertools.count(_FIRST_NUMBER.get(script, 1))
+        patch.setattr(secrets, "token_hex", lambda n: f"{next(numbers):0{2 * n}x}")
+        patch.setattr(resume, "time", SimpleNamespace(time=float, monotonic=float))
+        patch.setattr(verify, "in_thread", _here)
+        patch.setattr(keys, "parse_step", _parse_step)
+        patch.setattr(retain, "event", lambda *_, **__: None)
+        yield
+
+
+_parse_step = cache(keys.parse_step)
+"""Parsed a million times."""
+
+
+async def _here(work: Callable[..., Any], *arguments: Any) -> Any:
+    return work(*arguments)
+
+
+async def run(script: Script, state: State, world: int, pool: BufferPool) -> CrashStore:
+    with repeatable(script):
+        store = CrashStore(state)
+        await script(Job(store, store, world, pool))
+        return store
+
+
+async def run_ambiguous(script: Script, at: int, world: int, pool: BufferPool) -> CrashStore:
+    """A run in which the answer to one change is lost, so that it is made twice."""
+    with repeatable(script):
+        inner = CrashStore(State(), ambiguous=at)
+        store = RetryingStore(inner, jitter=lambda: 0.0)
+        await script(Job(inner, store, world, pool))
+        return inner
+
+
+class Enumeration:
+    """All crashes of one script, and of the recoveries from them."""
+
+    def __init__(self, world: int) -> None:
+        self._world = world
+        self._pool = BufferPool(1 << 27)
+        self.points = 0
+        self.runs = 0
+        self._recovered: dict[tuple[int, object], CrashStore] = {}
+        self._checked: set[object] = set()
+
+    async def explore(self, script: Script) -> None:
+        whole = await run(script, State(), self._world, self._pool)
+        check(whole.now)
+        for instant, change in whole.instants:
+            for fate in FATES:
+                await self._first(instant, change, fate)
+        for at in range(len(whole.instants)):
+            again = await run_ambiguous(script, at, self._world, self._pool)
+            self.points += 1
+            self._check(again.now)
+
+    async def _first(self, instant: State, change: Change, fate: str) -> None:
+        start, late = left_behind(instant, change, fate)
+        self._check(start)
+        self.points += 1
+        done = await self._recover(recovery, start)
+        self._finally(done.now, late)
+        for second, other in done.instants:
+            for then in FATES:
+                await self._second(second, other, then, late)
+
+    async def _second(self, instant: State, change: Change, fate: str, late: Change | None) -> None:
+        start, later = left_behind(instant, change, fate)
+        self._check(start)
+        self.points += 1
+        done = await self._recover(last_recovery, start)
+        for one in (late, later):
+            self._finally(done.now, one)
+
+    async def _recover(self, script: Script, start: State) -> CrashStore:
+        name = (id(script), start.name())
+        if name not in self._recovered:
+            self._check(start.cut())
+            self.runs += 1
+            self._recovered[name] = await run(script, start, self._world, self._pool)
+        return self._recovered[name]
+
+    def _finally(self, state: State, late: Change | None) -> None:
+        if late is not None:
+            state = state.after(late, durable=True)
+        self._check(state)
+        self._check(state.cut())
+
+    def _check(self, state: State) -> None:
+        name = state.name()
+        if name not in self._checked:
+            check(state)
+            self._checked.add(name)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_no_crash_breaks_anything(name: str) -> None:
+    world, script = SCRIPTS[name]
+    enumeration = Enumeration(world)
+    asyncio.run(enumeration.explore(script))
+    print(f"{name}: {enumeration.points:,} points, {enumeration.runs:,} recoveries")
+    assert enumeration.points >= POINTS_MIN[name]
+
+
+def test_there_are_enough_points() -> None:
+    assert sum(POINTS_MIN.values()) >= 100_000
+
+
+# -- seeded bugs ----------------------------------------------------------------------------------
+
+
+async def _delete_first(store: Store, step: StepId, why: str) -> bool:
+    await retain._delete(store, step)
+    mark = Retired(step.attempt, step.step, why)
+    await put_record(store, Kind.RETIRED, keys.retired(step), mark)
+    return True
+
+
+async def _delete_blindly(store: Store, step: StepId) -> bool:
+    await store.make_durable(keys.retired(step))
+    await retain._delete(store, step)
+    return True
+
+
+async def _delete_on_sight(store: Store, step: StepId) -> bool:
+    if await store.list(keys.holds(step)):
+        return False
+    await retain._delete(store, step)
+    return True
+
+
+async def _no_abort(_store: Store, step: StepId, why: str) -> Decision:
+    return Decision("ABORT", step.attempt, step.step, why=why)
+
+
+async def _believe(store: Store, kind: Kind, key: str, payload: Any) -> Any:
+    if await put_record(store, kind, key, payload) is PutResult.OK:
+        return payload
+    return await commit.get_record(store, kind, key, type(payload))
+
+
+async def _choose_alone(_store: Store, _attempt: int, _k: int, choice: StepId) -> StepId:
+    return choice
+
+
+def _never_durable(prefix: str) -> Callable[[CrashStore, str], Awaitable[None]]:
+    honest = CrashStore.make_durable
+
+    async def make_durable(self: CrashStore, key: str) -> None:
+        if not key.startswith(prefix):
+            await honest(self, key)
+
+    return make_durable
+
+
+BUGS: dict[str, tuple[str, Any, str, Any]] = {
+    "data goes before the mark": ("first run", retain, "retire", _delete_first),
+    "holds are not looked at": ("reading", retain, "_delete_retired", _delete_blindly),
+    "a mark of others is believed": ("first run", retain, "_delete_retired", _delete_on_sight),
+    "garbage goes without ABORT": ("second run", retain, "abort_step", _no_abort),
+    "a register of others is believed": ("first run", commit, "decide", _believe),
+    "each rank chooses for itself": ("first run", crash_job, "decide_resume", _choose_alone),
+    "manifests of others are believed": (
+        "first run",
+        CrashStore,
+        "make_durable",
+        _never_durable("man/"),
+    ),
+    "commits of others are believed": (
+        "first run",
+        CrashStore,
+        "make_durable",
+        _never_durable("commit/"),
+    ),
+    "one newer commit is enough": (
+        "first run",
+        retain,
+        "victims",
+        lambda commits, _held, _keep: sorted(commits)[:-1],
+    ),
+    "retention forgets what is held": (
+        "reading",
+        retain,
+        "victims",
+        lambda commits, _held, keep: retain_victims(commits, frozenset(), keep),
+    ),
+}
+retain_victims = retain.victims
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_seeded_bug_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    where, module, attribute, change = BUGS[name]
+    monkeypatch.setattr(module, attribute, change)
+    world, script = SCRIPTS[where]
+    enumeration = Enumeration(world)
+    with pytest.raises((ViolatedError, CkptmgrError)) as found:
+        asyncio.run(enumeration.explore(script))
+    print(f"{name}: after {enumeration.points:,} points: {found.value}")

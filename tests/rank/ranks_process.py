@@ -1,0 +1,169 @@
+"""One of several ranks, started by test_ranks.py or by torchrun; prints JSON lines.
+
+`python ranks_process.py SCENARIO URL RENDEZVOUS`: RENDEZVOUS is "env" or a file for a FileStore.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import ckptmgr
+from ckptmgr.rank.registers import StoreRegisters
+from ckptmgr.staging.control import Client
+
+RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def say(**what: object) -> None:
+    """One line to the test."""
+    sys.stdout.write(json.dumps({"rank": RANK, **what}) + "\n")
+    sys.stdout.flush()
+
+
+class Net:
+    """DDP training whose state differs by rank in its own counter and generator."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(5)
+        self.net = DistributedDataParallel(nn.Linear(8, 8))
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-2)
+        self.own = {"rank": RANK, "seen": 0}
+        torch.manual_seed(100 + RANK)
+        self.state: dict[str, Any] = {
+            "net": self.net,
+            "optimizer": self.optimizer,
+            "own": self.own,
+        }
+
+    def train(self) -> None:
+        """One step, with its collective."""
+        self.optimizer.zero_grad()
+        self.net(torch.randn(4, 8)).square().mean().backward()
+        self.optimizer.step()
+        self.own["seen"] += 1
+
+    def digest(self) -> list[float]:
+        """What must come back exactly."""
+        weights = [float(p.detach().double().sum()) for p in self.net.parameters()]
+        return [*weights, float(self.own["seen"]), float(torch.rand(1))]
+
+
+class Watch:
+    """Notes the forbidden calls that the training thread makes while `inside`."""
+
+    def __init__(self) -> None:
+        self.inside = False
+        self.calls: list[str] = []
+        self.elsewhere: set[str] = set()
+
+    def wrap(self, owner: Any, name: str) -> None:
+        """Replace a function by one that tells on its caller."""
+        real: Callable[..., Any] = getattr(owner, name)
+
+        def told(*arguments: Any, **options: Any) -> Any:
+            if threading.current_thread() is threading.main_thread():
+                if self.inside:
+                    self.calls.append(f"{owner.__name__}.{name}")
+            else:
+                self.elsewhere.add(name)
+            return real(*arguments, **options)
+
+        setattr(owner, name, told)
+
+    def wrap_all(self) -> None:
+        """Collectives, sockets, and the key-value store at every level."""
+        for name in ("broadcast", "all_reduce", "all_gather", "barrier", "gather", "scatter"):
+            self.wrap(dist, name)
+        for name in ("send", "sendall", "recv", "recv_into", "connect", "sendmsg", "recvmsg"):
+            self.wrap(socket.socket, name)
+        for name in ("decide", "read", "count", "forget", "twin"):
+            self.wrap(StoreRegisters, name)
+        for kind in (dist.Store, dist.PrefixStore, dist.TCPStore, dist.FileStore):
+            for name in ("get", "set", "add", "check", "wait", "compare_set", "delete_key"):
+                self.wrap(kind, name)
+        self.wrap(Client, "ask")
+
+
+def quiet(url: str) -> None:
+    """Save often; nothing may leave the training thread on the way."""
+    net, watch = Net(), Watch()
+    with ckptmgr.Checkpointer(url, net.state, every=5) as ckpt:
+        ckpt.restore()
+        watch.wrap_all()
+        taken = []
+        for step in range(1, 101):
+            net.train()
+            watch.inside = True
+            handle = ckpt.step(step, tags={"loss": 1.5} if RANK == 0 else {"bad": object()})
+            watch.inside = False
+            if handle is not None:
+                taken.append(step)
+    say(taken=taken, calls=watch.calls, elsewhere=sorted(watch.elsewhere))
+
+
+def train(url: str, until: int, *, crash: bool) -> None:
+    """Resume, and train on; end by SIGKILL amid everything if `crash`."""
+    net = Net()
+    with ckptmgr.Checkpointer(url, net.state, every=4) as ckpt:
+        start = ckpt.restore()
+        say(start=start, source=ckpt.restored.source if ckpt.restored else "")
+        for step in range(start + 1, until + 1):
+            net.train()
+            handle = ckpt.step(step)
+            if handle is not None:
+                handle.committed(60)
+        if crash:
+            dist.barrier()
+            os.kill(os.getpid(), signal.SIGKILL)
+    say(digest=net.digest())
+
+
+def differ(url: str) -> None:
+    """Give other arguments than rank 0."""
+    try:
+        ckptmgr.Checkpointer(url, {"x": torch.ones(2)}, every=5 + RANK).__enter__()
+    except ckptmgr.CkptmgrError as error:
+        say(error=type(error).__name__, message=str(error))
+
+
+def refuse(url: str) -> None:
+    """Hold something on rank 1 that can not be stored."""
+    state = {"x": torch.ones(2), "bad": (lambda: 0) if RANK == WORLD - 1 else 0}
+    try:
+        ckptmgr.Checkpointer(url, state).__enter__()
+    except ckptmgr.CkptmgrError as error:
+        say(error=type(error).__name__, message=str(error))
+
+
+def main() -> None:
+    """Join the others, act, leave."""
+    scenario, url, rendezvous = sys.argv[1:]
+    torch.set_num_threads(1)
+    where = "env://" if rendezvous == "env" else f"file://{rendezvous}"
+    dist.init_process_group("gloo", init_method=where, rank=RANK, world_size=WORLD)
+    {
+        "quiet": quiet,
+        "differ": differ,
+        "refuse": refuse,
+        "whole": lambda url: train(url, 20, crash=False),
+        "first": lambda url: train(url, 14, crash=True),
+        "second": lambda url: train(url, 20, crash=False),
+    }[scenario](url)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
