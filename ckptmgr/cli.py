@@ -294,7 +294,7 @@ def restore(
 
 async def _export(buffer: Path, form: str, directory: Path) -> None:
     """Only a process of its own imports torch: this one must work without it."""
-    arguments = ("-m", "ckptmgr.rank.export", str(buffer), form, str(directory))
+    arguments = ("-m", "ckptmgr.rank.export", form, str(directory), str(buffer))
     process = await asyncio.create_subprocess_exec(
         sys.executable, *arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )

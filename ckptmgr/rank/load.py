@@ -9,9 +9,8 @@ from typing import Any
 from ckptmgr.config import RESTORE_SECONDS_MAX, runtime_dir
 from ckptmgr.errors import DamageError, NothingToRestoreError
 from ckptmgr.rank.arguments import absolute_url, parse_step
-from ckptmgr.rank.place import plan_building, plan_placing
-from ckptmgr.rank.taking import planned, taken
-from ckptmgr.staging.control import Client, Done, Load, Release, Restored
+from ckptmgr.rank.taking import built, taken
+from ckptmgr.staging.control import Done, Load, Release, Restored
 from ckptmgr.staging.launch import connect_or_start
 
 
@@ -25,7 +24,9 @@ def load(
 
     With `into` (as `state` of a Checkpointer; random states are left alone) the saved state is
     put into the live objects, and its step number is returned. Entries that `into` leaves out
-    are left out. Without `into`, returns the saved state as nested containers of new tensors.
+    are left out. Without `into`, returns the saved state as nested containers of new tensors: whole
+    ones, whoever of the ranks held them; optimizers as torch's state_dicts. Loaders, plain Python
+    and whatever else each rank has for itself are those of rank 0.
 
     Raises:
         NothingToRestoreError: there is no such step.
@@ -42,30 +43,12 @@ def load(
             if reply.attempt == 0:
                 raise NothingToRestoreError("the job has no committed step", subject=os.fspath(url))
             try:
-                return _built(client, reply) if into is None else _placed(client, reply, into)
+                if into is None:
+                    return built(client.ask, reply)
+                with taken(client.ask, reply, into, rng=False, partial=True) as found:
+                    found.apply()
+                    return reply.step
             except DamageError:
                 rejected.append((reply.attempt, reply.step))
             finally:
                 client.ask(Release(), Done)
-
-
-def _built(client: Client, reply: Restored) -> Any:
-    """The state of all ranks together, as new objects."""
-    plan = planned(client.ask, reply, plan_building, everything=True)
-    with taken(client.ask, plan.needs) as found:
-        state = plan.build(found.data)
-        found.check_unchanged()
-        return state
-
-
-def _placed(client: Client, reply: Restored, into: MutableMapping[str, Any]) -> int:
-    plan = planned(
-        client.ask,
-        reply,
-        lambda tables: plan_placing(into, tables, saved_world=reply.world, rng=False, partial=True),
-    )
-    with taken(client.ask, plan.needs) as found:
-        plan.verify(found.data)
-        plan.apply()
-        found.check_unchanged()
-    return reply.step

@@ -226,7 +226,6 @@ class Building:
 
     saved: Any
     needs: dict[int, Ranges]
-    complete: bool = True
 
     def build(self, data: Mapping[int, memoryview]) -> Any:
         """The state as new objects in host memory; state_dicts stand for modules and others.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, MutableMapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, MutableMapping
+from typing import Any
 
 from ckptmgr.config import RESTORE_SECONDS_MAX
 from ckptmgr.errors import DamageError, NothingToRestoreError, StateMismatchError
@@ -13,14 +13,10 @@ from ckptmgr.rank.arguments import parse_step
 from ckptmgr.rank.group import AGREE_SECONDS_MAX, Ranks, together
 from ckptmgr.rank.handle import RestoredStep
 from ckptmgr.rank.link import Link
-from ckptmgr.rank.place import Placing, plan_placing
-from ckptmgr.rank.sources import Table
-from ckptmgr.rank.taking import Taken, planned, taken
+from ckptmgr.rank.taking import Taken, taken
 from ckptmgr.rank.wants import shown
 from ckptmgr.staging.control import Restore, Restored
 from ckptmgr.types import StepId
-
-T = TypeVar("T")
 
 
 class Resuming:
@@ -79,55 +75,43 @@ class Resuming:
                 return RestoredStep(0, 0, "", reply.skipped)
             skipped.update(reply.skipped)
             try:
-                plan = self._all("planned", lambda: self._planned(reply))
-                self._refuse_untaken(plan)
-                part = self._all("fetched", lambda: self._fetched(lent, plan))
+                part = together(
+                    self._ranks,
+                    "fetched",
+                    RESTORE_SECONDS_MAX,
+                    lambda: self._checked(lent, reply),
+                )
             except DamageError as error:
                 one = str(StepId(reply.attempt, reply.step))
                 skipped[one] = str(error).partition("\n")[0]
                 return None
+            self._refuse_untaken(part)
             # Another rank may still be reading what this one will write next.
-            together(self._ranks, "applied", AGREE_SECONDS_MAX, lambda: _apply(plan, part))
-            for note in plan.notes:
+            together(self._ranks, "applied", AGREE_SECONDS_MAX, part.apply)
+            for note in part.placing.notes:
                 warnings.warn(f"ckptmgr: {note}", RuntimeWarning, stacklevel=5)
             reasons = tuple(skipped.items())
             return RestoredStep(reply.step, reply.attempt, part.source, reasons)
 
-    def _all(self, topic: str, act: Callable[[], T]) -> T:
-        return together(self._ranks, topic, RESTORE_SECONDS_MAX, act)
+    def _checked(self, lent: contextlib.ExitStack, reply: Restored) -> Taken:
+        part = taken(
+            self._link.ask,
+            reply,
+            self._state,
+            self._link.buffer,
+            rank=self._ranks.rank,
+            rng=self._rng,
+            alone=self._ranks.world == 1,
+        )
+        return lent.enter_context(part)
 
-    def _planned(self, reply: Restored) -> Placing:
-        """What this rank wants of the step."""
-        ranks = self._ranks
-
-        def plan(tables: Sequence[Table]) -> Placing:
-            return plan_placing(
-                self._state,
-                tables,
-                rank=ranks.rank,
-                saved_world=reply.world,
-                rng=self._rng,
-                alone=ranks.world == 1,
-            )
-
-        return planned(self._link.ask, reply, plan)
-
-    def _refuse_untaken(self, plan: Placing) -> None:
+    def _refuse_untaken(self, part: Taken) -> None:
         """Stages of a pipeline take only some of what was saved; together they must take it all."""
-        untaken = self._ranks.common("untaken", plan.surplus, AGREE_SECONDS_MAX)
+        surplus = part.placing.surplus
+        untaken = self._ranks.common("untaken", surplus, AGREE_SECONDS_MAX)
         if untaken:
             lines = [f"{path}: was saved, but is not in the live state" for path in untaken]
             raise StateMismatchError(shown(lines))
-
-    def _fetched(self, lent: contextlib.ExitStack, plan: Placing) -> Taken:
-        part = lent.enter_context(taken(self._link.ask, plan.needs, self._link.buffer))
-        plan.verify(part.data)
-        return part
-
-
-def _apply(plan: Placing, part: Taken) -> None:
-    plan.apply()
-    part.check_unchanged()
 
 
 def _tell_skipped(result: str, found: RestoredStep) -> None:

@@ -1,15 +1,16 @@
-"""The step that was decided on: planned from its tables, fetched, and looked at."""
+"""The step that was decided on: its tables read, its bytes fetched, and put into live objects."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from ckptmgr.config import RESTORE_SECONDS_MAX
 from ckptmgr.errors import RecordDamagedError, StateMismatchError, TornSnapshotError
+from ckptmgr.rank.place import Placing, plan_building, plan_placing
 from ckptmgr.rank.sources import Ranges, Table
 from ckptmgr.staging.control import Describe, Described, Fetch, Fetched, Lent, Restored
 from ckptmgr.staging.hostbuffer import HostBuffer
@@ -17,114 +18,137 @@ from ckptmgr.staging.layout import decode_layout
 from ckptmgr.staging.tables import read_tables
 from ckptmgr.types import Snapshot, StepId
 
-Ask = Callable[[Any, type[Any], float], Any]
-"""A request to the daemon: `ask` of a Link or of a Client."""
+Ask = Callable[..., Any]
+"""A request to the daemon, the type of its answer, and seconds: `ask` of a Link or of a Client."""
 
 
-class Plan(Protocol):
-    """What a reader will do with a step, and the bytes of each saved rank that it needs for it."""
+@dataclass(frozen=True, slots=True)
+class Here:
+    """The wanted bytes of saved ranks in this process's memory; `source` is "memory" or "store"."""
+
+    source: str
+    data: dict[int, memoryview]
+    _slots: list[tuple[HostBuffer, Snapshot]]
+
+    def check_unchanged(self) -> None:
+        """Look whether what was copied was still what was lent.
+
+        Raises:
+            TornSnapshotError: a slot was reused meanwhile.
+        """
+        for buffer, snapshot in self._slots:
+            if not buffer.unchanged(snapshot):
+                raise TornSnapshotError("slot was reused during restore", subject=str(buffer.path))
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A step that fits the live state, and whose bytes are here."""
+
+    here: Here
+    placing: Placing
 
     @property
-    def needs(self) -> Mapping[int, Ranges]:
-        """Byte ranges of each saved rank."""
+    def source(self) -> str:
+        """Where the bytes were: "memory" or "store"."""
+        return self.here.source
 
-    @property
-    def complete(self) -> bool:
-        """Whether no other saved rank can have more of what is wanted."""
+    def apply(self) -> None:
+        """Put it into the live objects; as `Placing.apply`.
+
+        Raises:
+            TornSnapshotError: a slot was reused meanwhile.
+        """
+        self.placing.apply()
+        self.here.check_unchanged()
 
 
-P = TypeVar("P", bound=Plan)
+@contextlib.contextmanager
+def taken(
+    ask: Ask,
+    reply: Restored,
+    state: MutableMapping[str, Any],
+    own: HostBuffer | None = None,
+    **options: Any,
+) -> Iterator[Taken]:
+    """Fetch what the live state takes of a step; it is checked when this returns, and unchanged.
 
-
-def all_tables(ask: Ask) -> list[Table]:
-    """What all ranks say of the step.
+    Args:
+        ask: puts requests to the daemon.
+        reply: the step that was decided on.
+        state: the live state.
+        own: the buffer that this process writes, in which some of it may be.
+        options: `rank`, `rng`, `partial` and `alone` of plan_placing.
 
     Raises:
-        DamageError: one of them does not hold.
+        StateMismatchError: it does not fit.
+        DamageError: it can not be read; another step may do.
     """
-    described = ask(Describe(), Described, RESTORE_SECONDS_MAX)
-    return _read(described.tables)
+
+    def plan(tables: list[Table]) -> Placing:
+        return plan_placing(state, tables, saved_world=reply.world, **options)
+
+    placing = _planned(ask, reply, plan)
+    with _fetched(ask, placing.needs, own) as here:
+        placing.verify(here.data)
+        yield Taken(here, placing)
 
 
-def _read(path: str) -> list[Table]:
+def built(ask: Ask, reply: Restored) -> Any:
+    """The state of all ranks of a step as new objects; private parts are those of rank 0.
+
+    Raises:
+        DamageError: it can not be read; another step may do.
+    """
+    plan = plan_building(_tables(ask, reply, everything=True), own=reply.own)
+    with _fetched(ask, plan.needs, None) as here:
+        made = plan.build(here.data)
+        here.check_unchanged()
+        return made
+
+
+def _planned(ask: Ask, reply: Restored, plan: Callable[[list[Table]], Placing]) -> Placing:
+    """The plan by the own rank's table alone, if that has everything, else by those of all."""
+    if reply.world > 1:
+        with contextlib.suppress(StateMismatchError):
+            placing = plan(_tables(ask, reply, everything=False))
+            if placing.complete:
+                return placing
+    return plan(_tables(ask, reply, everything=True))
+
+
+def _tables(ask: Ask, reply: Restored, *, everything: bool) -> list[Table]:
+    if reply.damage:
+        raise RecordDamagedError(reply.damage, subject=f"step {StepId(reply.attempt, reply.step)}")
+    path = reply.tables
+    if everything and reply.world > 1:
+        path = ask(Describe(), Described, RESTORE_SECONDS_MAX).tables
     return [
         Table(one.rank, decode_layout(one.layout, subject=path), one.values)
         for one in read_tables(Path(path)).ranks
     ]
 
 
-def planned(
-    ask: Ask,
-    reply: Restored,
-    plan: Callable[[Sequence[Table]], P],
-    *,
-    everything: bool = False,
-) -> P:
-    """A plan by the table of the own part, if that is enough; else, or for `everything` that was
-    saved, by those of all ranks.
-
-    Raises:
-        DamageError: a table does not hold; another step may.
-        StateMismatchError: what was saved does not fit.
-    """
-    if reply.damage:
-        raise RecordDamagedError(reply.damage, subject=f"step {StepId(reply.attempt, reply.step)}")
-    own = _read(reply.tables)
-    if reply.world == len(own):
-        return plan(own)
-    if not everything:
-        with contextlib.suppress(StateMismatchError):
-            found = plan(own)
-            if found.complete:
-                return found
-    return plan(all_tables(ask))
-
-
-@dataclass(frozen=True, slots=True)
-class Taken:
-    """Bytes of a step that are here: the data region of each saved rank; only what was asked for
-    may be read. `source` is "memory" or "store".
-    """
-
-    source: str
-    data: dict[int, memoryview]
-    _lent: tuple[tuple[HostBuffer, Snapshot], ...]
-
-    def check_unchanged(self) -> None:
-        """Call it after the last read.
-
-        Raises:
-            TornSnapshotError: a slot was reused meanwhile.
-        """
-        for buffer, snapshot in self._lent:
-            if not buffer.unchanged(snapshot):
-                raise TornSnapshotError("slot was reused during restore", subject=str(buffer.path))
-
-
 @contextlib.contextmanager
-def taken(ask: Ask, needs: Mapping[int, Ranges], own: HostBuffer | None = None) -> Iterator[Taken]:
-    """Fetch bytes of a step; some may be in the buffer that this process writes, `own`.
-
-    Raises:
-        DamageError: they can not be read; another step may do.
-    """
-    wanted = Fetch(tuple(sorted(needs.items())))
-    lents = ask(wanted, Fetched, RESTORE_SECONDS_MAX).parts
+def _fetched(ask: Ask, needs: dict[int, Ranges], own: HostBuffer | None) -> Iterator[Here]:
+    wanted = Fetch(tuple(needs.items()))
+    parts = ask(wanted, Fetched, RESTORE_SECONDS_MAX).parts
     with contextlib.ExitStack() as opened:
-        found = [_open(opened, lent, own) for lent in lents]
-        data = {snapshot.rank: buffer.data(snapshot.slot) for buffer, snapshot in found}
-        from_memory = all(lent.source == "memory" for lent in lents)
-        yield Taken("memory" if from_memory else "store", data, tuple(found))
+        slots, data = [], {}
+        for lent in parts:
+            if own is not None and Path(lent.path) == own.path:
+                buffer = own  # closing a second descriptor would drop the writer's lock
+            else:
+                buffer = opened.enter_context(HostBuffer.open(Path(lent.path)))
+            snapshot = _lent_snapshot(buffer, lent)
+            slots.append((buffer, snapshot))
+            data[lent.rank] = buffer.data(lent.slot)
+        sources = {lent.source for lent in parts}
+        yield Here("memory" if sources <= {"memory"} else "store", data, slots)
 
 
-def _open(
-    opened: contextlib.ExitStack, lent: Lent, own: HostBuffer | None
-) -> tuple[HostBuffer, Snapshot]:
-    if own is not None and Path(lent.path) == own.path:
-        buffer = own  # closing a second descriptor would drop the writer's lock
-    else:
-        buffer = opened.enter_context(HostBuffer.open(Path(lent.path)))
+def _lent_snapshot(buffer: HostBuffer, lent: Lent) -> Snapshot:
     snapshot = buffer.snapshot(lent.slot)
-    if snapshot is None or (snapshot.generation, snapshot.rank) != (lent.generation, lent.rank):
+    if snapshot is None or snapshot.generation != lent.generation:
         raise TornSnapshotError("slot was reused before restore", subject=str(buffer.path))
-    return buffer, snapshot
+    return snapshot

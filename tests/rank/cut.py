@@ -11,7 +11,7 @@ from ckptmgr.rank.regions import Regions
 from ckptmgr.rank.saved import Saved
 from ckptmgr.rank.tensors import carried
 from ckptmgr.staging.boxes import Box, whole
-from ckptmgr.types import PAGE_BYTES, Layout, Leaf
+from ckptmgr.types import PAGE_BYTES, Group, Layout, Leaf
 
 Cut = Callable[[Leaf], Sequence[Sequence[Box]] | None]
 """The boxes of each rank of a tensor; None for one that every rank has for itself."""
@@ -43,7 +43,8 @@ def cut(saved: Saved, world: int, boxes_of: Cut) -> list[Saved]:
                 )
         data = b"".join(parts)
         data += bytes(-len(data) % PAGE_BYTES)
-        layout = Layout((*first, *more), (), len(data), saved.layout.tree)
+        groups = (Group(0, len(data), 1, False),) if data else ()
+        layout = Layout((*first, *more), groups, len(data), saved.layout.tree)
         made.append(Saved(layout, saved.values, memoryview(bytearray(data)), rank))
     return made
 

@@ -253,7 +253,7 @@ def _compare(found: dict[str, Tensor], truth: dict[str, Tensor], layout: str, st
         assert set(found) == set(truth), (layout, sorted(set(found) ^ set(truth)))
     for name, item in found.items():
         assert item.dtype == truth[name].dtype, (layout, name)
-        assert torch.equal(item, truth[name]), (layout, name, item, truth[name])
+        assert torch.equal(item, truth[name]), (layout, name)
     (group,) = state["optimizer"].param_groups
     assert group["lr"] == 0.01, layout
 
@@ -332,8 +332,8 @@ def _follow(place: Path, before: str, layout: str, truth: dict[str, Tensor]) -> 
 
 
 def chain(place: Path) -> list[str]:
-    """Go through the layouts that stand in the file `chain.json` beside the directory."""
-    home = place.parent
+    """Go through the layouts that stand in the file `chain.json`, two directories up."""
+    home = place.parent.parent
     names: list[str] = json.loads((home / "chain.json").read_text())
     truth = torch.load(home / "truth.pt", weights_only=True)
     for before, layout in itertools.pairwise(names):

@@ -31,8 +31,8 @@ def sharded(boxes: Cut) -> Cut:
     """Parameters and their moments only: buffers and step counts are each rank's own."""
 
     def chosen(leaf: Leaf) -> Any:
-        private = "running" in leaf.path or "num_batches" in leaf.path or leaf.path.endswith("step")
-        return None if private or not leaf.shape else boxes(leaf)
+        words = ("running", "num_batches", "step", "rng/")
+        return None if any(word in leaf.path for word in words) else boxes(leaf)
 
     return chosen
 

@@ -20,7 +20,9 @@ CHAINS = {
 
 def _go(directory: Path, before: str, world: int, layouts: list[str]) -> str:
     (directory / "chain.json").write_text(json.dumps([before, *layouts]))
-    assert run_ranks("rank.relayout", "chain", world, directory) == [layouts] * world
+    place = directory / f"after-{before}"
+    place.mkdir()
+    assert run_ranks("rank.relayout", "chain", world, place) == [layouts] * world
     return layouts[-1]
 
 

@@ -357,7 +357,8 @@ def _patterns(place: Path) -> None:
         "tables": {"a": table, "b": table.clone() + 1, "scalar": torch.tensor(2.0)},
         "own": own,
     }
-    full = {f"tables/{name}": item for name, item in state["tables"].items()}  # type: ignore[attr-defined]
+    tables: Any = state["tables"]
+    full = {f"tables/{name}": item for name, item in tables.items()}
     capture("patterns", place, state, lambda: full, replicated=["tables/*"])
 
 
