@@ -136,7 +136,7 @@ class Capture:
         self._written_by_hand: set[str] = set()
         self._views = ViewCache()
         self._thread = CopyThread()
-        self._seams = replace(SEAMS, expand=self._expand)
+        self._seams = replace(SEAMS, expand=self._expand_again)
 
     # -- prepare ------------------------------------------------------------------------------
 
@@ -168,6 +168,11 @@ class Capture:
             self._optimizers.append(item)
         return self._objects.state_of(item)
 
+    def _expand_again(self, item: Any) -> Any:
+        if isinstance(item, Optimizer):
+            self._optimizers.append(item)
+        return self._objects.state_again(item)
+
     def _again(self, live: dict[str, Any]) -> tuple[Sources, bytes] | None:
         if self._frame is None:
             return None
@@ -181,7 +186,7 @@ class Capture:
     def _anew(self, live: dict[str, Any]) -> tuple[Sources, bytes]:
         self._optimizers.clear()
         self._objects = find_objects(live)
-        seams = replace(self._seams, leaf_types=leaf_types())
+        seams = replace(self._seams, leaf_types=leaf_types(), expand=self._expand)
         flat = flatten(live, seams)
         values = encode_flat_values(flat)
         frame = make_frame(flat, seams, look_around(self._objects, self._replicated))

@@ -155,6 +155,7 @@ def capture(
 ) -> None:
     """Capture twice (the second time along the fast path) and write everything down."""
     _check_that_a_collective_is_noticed()
+    early = more.pop("early", None)
     captured = Capture(state, rng=False, overlap=True, **more)
     behind: list[str] = []
     with _no_collective():
@@ -175,13 +176,21 @@ def capture(
         leaves = [leaf.path for leaf in prepared.layout.leaves if leaf.nbytes]
         assert len(behind) > 0.8 * len(leaves), (set(leaves) - set(behind), len(leaves))
     # FSDP1 keeps no state of what is not in its shard; the forecast allows for some.
-    assert prepared.data_bytes <= predicted[1] <= prepared.data_bytes + 2 * PAGE_BYTES
+    for forecast in (predicted, early or predicted):
+        assert prepared.data_bytes <= forecast[1] <= prepared.data_bytes + 2 * PAGE_BYTES
+        assert prepared.table_bytes <= forecast[0]
     rank = dist.get_rank()
     (place / f"{case}.{rank}.layout").write_bytes(prepared.layout_bytes)
     (place / f"{case}.{rank}.values").write_bytes(prepared.values)
     (place / f"{case}.{rank}.bin").write_bytes(data)
     whole = {path: item.detach().numpy() for path, item in full().items()}
     np.savez(place / f"{case}.{rank}.npz", **{p.replace("/", "|"): a for p, a in whole.items()})
+
+
+def _forecast(state: dict[str, Any]) -> tuple[int, int]:
+    """What a snapshot will need, asked before the first step."""
+    with _no_collective():
+        return Capture(state, rng=False).predict()
 
 
 def _full(name: str, item: Any) -> dict[str, Tensor]:
@@ -260,8 +269,9 @@ def _fsdp1(
         device_id=torch.device("cpu"),
     )
     optimizer = torch.optim.AdamW(model.parameters())
-    _train(model, optimizer, seed=dist.get_rank())
     state = {"model": model, "optimizer": optimizer}
+    early = _forecast(state)
+    _train(model, optimizer, seed=dist.get_rank())
 
     def full() -> dict[str, Tensor]:
         """torch gathers parameters; so what the optimizer keeps is made parameters, too.
@@ -276,7 +286,7 @@ def _fsdp1(
             found |= _gathered("optimizer/state", f"/{kept}", model)
         return found
 
-    capture(case, place, state, full)
+    capture(case, place, state, full, early=early)
 
 
 def _gathered(path: str, end: str, model: nn.Module) -> dict[str, Tensor]:
@@ -291,11 +301,14 @@ def _sharded(case: str, place: Path, mesh: Any) -> None:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters())
-    _train(model, optimizer, seed=dist.get_rank())
     state = {"model": model, "optimizer": optimizer}
-    capture(
-        case, place, state, lambda: _params(model, _bare) | _full_state(optimizer, model, _bare)
-    )
+    early = _forecast(state)
+    _train(model, optimizer, seed=dist.get_rank())
+
+    def full() -> dict[str, Tensor]:
+        return _params(model, _bare) | _full_state(optimizer, model, _bare)
+
+    capture(case, place, state, full, early=early)
 
 
 PLAN: dict[str, Any] = {
@@ -344,8 +357,9 @@ def _pipeline(place: Path) -> None:
 def _zero(place: Path) -> None:
     model = DistributedDataParallel(_net())
     optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=0.01)
-    _train(model, optimizer, seed=dist.get_rank())
     state = {"model": model, "optimizer": optimizer}
+    early = _forecast(state)
+    _train(model, optimizer, seed=dist.get_rank())
 
     def full() -> dict[str, Tensor]:
         optimizer.consolidate_state_dict(to=0)
@@ -356,7 +370,7 @@ def _zero(place: Path) -> None:
                 found |= _without_steps(f"optimizer/state/{names[at]}", items)
         return found
 
-    capture("zero", place, state, full)
+    capture("zero", place, state, full, early=early)
 
 
 def _patterns(place: Path) -> None:
