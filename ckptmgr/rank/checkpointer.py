@@ -94,9 +94,8 @@ class Checkpointer:
         self._rng = rng
         self._run_id = run_id or os.environ.get("TORCHELASTIC_RUN_ID", "")
         self._ranks = ranks_of(group)
-        self._capture = Capture(
-            state, rng=rng, overlap=overlap, replicated=checked_patterns(replicated)
-        )
+        alike = checked_patterns(replicated)
+        self._capture = Capture(state, rng=rng, overlap=overlap, replicated=alike, group=group)
         self._link: Link | None = None
         self._last_step = -1
         self._used = False
