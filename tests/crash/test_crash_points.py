@@ -34,7 +34,7 @@ from crash import crash_job
 from crash.crash_job import SCRIPTS, Job, Script, check, last_recovery, recovery
 from crash.crash_store import Change, CrashStore, State, ViolatedError
 
-pytestmark = pytest.mark.reliability
+pytestmark = [pytest.mark.reliability, pytest.mark.timeout(1800)]
 
 POINTS_MIN = {"first run": 20_000, "second run": 30_000, "reading": 25_000, "zombie": 50_000}
 
