@@ -275,8 +275,8 @@ class Intake:
         return sum(held.undecided() for held in self.held.values())
 
     def busy(self) -> bool:
-        """Whether there is a snapshot that is written, or will be."""
-        return any(held.next() is not None for held in self.held.values())
+        """Whether there is a snapshot that is on its way, or will be."""
+        return any(held.busy or held.next() is not None for held in self.held.values())
 
     def release(self, held: Held) -> None:
         """Free a buffer's memory."""

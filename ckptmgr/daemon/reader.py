@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import Collection, Iterable
 from contextlib import AsyncExitStack
@@ -45,7 +44,7 @@ from ckptmgr.repository.rules import complete_steps
 from ckptmgr.restore.plan import check_ranges
 from ckptmgr.staging.control import Fetched, Lent, Load, Ranges, Restore, Restored
 from ckptmgr.staging.hostbuffer import Table
-from ckptmgr.staging.tables import RankTable, Tables, write_tables
+from ckptmgr.staging.tables import RankTable, Tables, TablesFile
 from ckptmgr.types import Snapshot, StepId
 
 PART_SECONDS_MAX = 60.0
@@ -80,7 +79,7 @@ class Session:
     nonce: str = ""
     held: Held | None = None
     chosen: Chosen | None = None
-    files: list[Path] = field(default_factory=list)
+    files: list[TablesFile] = field(default_factory=list)
     fetched: set[int] = field(default_factory=set)
     ghosts: dict[StepId, str] = field(default_factory=dict)
     prefetch: asyncio.Task[None] | None = None
@@ -114,8 +113,8 @@ class Session:
         await asyncio.gather(*tasks, return_exceptions=True)
         if self.lending is not None:
             self.lending.release(self)
-        for path in self.files:
-            path.unlink(missing_ok=True)
+        for file in self.files:
+            file.remove()
         self.files.clear()
         self.kept.clear()
         await self.holds.aclose()
@@ -126,7 +125,6 @@ class Reader:
 
     def __init__(self, intake: Intake, fetched: Path) -> None:
         self._intake = intake
-        self._fetched = fetched
         self._lending = Lending(fetched)
 
     # -- prefetch -----------------------------------------------------------------------------
@@ -362,10 +360,9 @@ class Reader:
                 return RankTable(rank, found.layout, found.values, found.tags)
 
         tables = tuple(await asyncio.gather(*map(one, ranks)))
-        path = self._fetched / f"{secrets.token_hex(8)}.tables"
-        session.files.append(path)
-        write_tables(path, Tables(chosen.id.attempt, chosen.id.step, chosen.world, tables))
-        return path
+        file = TablesFile(Tables(chosen.id.attempt, chosen.id.step, chosen.world, tables))
+        session.files.append(file)
+        return file.path
 
     async def _manifest(self, session: Session, rank: int) -> Manifest:
         """One rank's manifest of the chosen step.

@@ -55,8 +55,8 @@ def garbage(
     listing: Listing, stored: frozenset[StepId], commits: Collection[StepId]
 ) -> list[StepId]:
     """Undecided steps that nobody will finish: of an attempt before that of the newest commit, or
-    of the same one and with more newer commits than a host buffer has slots, so that no rank can
-    have it in memory any more.
+    of the same one where more steps after it are decided than a host buffer has slots, so that no
+    rank can have it in memory any more.
     """
     undecided = (stored | frozenset(listing.manifests)) - listing.decided
     newest = max(commits, default=None)
@@ -64,8 +64,13 @@ def garbage(
         step
         for step in undecided
         if newest is not None
-        and (step.attempt < newest.attempt or sum(c > step for c in commits) > SLOTS_MAX)
+        and step < newest
+        and (step.attempt < newest.attempt or _decided_after(listing, step) > SLOTS_MAX)
     )
+
+
+def _decided_after(listing: Listing, step: StepId) -> int:
+    return sum(one > step for one in listing.decided if one.attempt == step.attempt)
 
 
 async def collect(

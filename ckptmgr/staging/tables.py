@@ -33,20 +33,30 @@ _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Tables).decode
 
 
-def write_tables(path: Path, tables: Tables) -> None:
-    """Make the file, readable by this user only.
+class TablesFile:
+    """Tables that other processes of this user can read at `path` until `remove`.
+
+    The file has no name and is on no mount: where /dev/shm is full, a step can still be read.
 
     Raises:
         HostMemoryError: it can not be written.
     """
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        fd = os.open(path, flags, 0o600)
-        with os.fdopen(fd, "wb") as file:
-            file.write(_encode(tables))
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        raise HostMemoryError(f"can not be written: {error.strerror}", subject=str(path)) from error
+
+    def __init__(self, tables: Tables) -> None:
+        self._fd = os.memfd_create("ckptmgr-tables", os.MFD_CLOEXEC)
+        self.path = Path(f"/proc/{os.getpid()}/fd/{self._fd}")
+        try:
+            with os.fdopen(os.dup(self._fd), "wb") as file:
+                file.write(_encode(tables))
+        except OSError as error:
+            self.remove()
+            raise HostMemoryError(
+                f"can not be written: {error.strerror}", subject=str(self.path)
+            ) from error
+
+    def remove(self) -> None:
+        """Free its memory."""
+        os.close(self._fd)
 
 
 def read_tables(path: Path) -> Tables:

@@ -74,8 +74,9 @@ def test_garbage_is_undecided_and_in_nobodys_memory(
     assert found == sorted(set(found))
     for step in found:
         assert newest is not None
-        newer = [commit for commit in set(commits) if commit > step]
-        assert step.attempt < newest.attempt or len(newer) > SLOTS_MAX
+        after = {one for one in decided if one.attempt == step.attempt and one > step}
+        assert step < newest
+        assert step.attempt < newest.attempt or len(after) > SLOTS_MAX
         assert step not in decided
         assert step in stored or step in with_manifest
     if newest is None:

@@ -81,7 +81,7 @@ class Collector:
             retired=marks,
             verified=frozenset(c for c in ids if w["verified", c]),
             holds={c: ("reader",) for c in ids if self._is_held(w, c)},
-            manifests={c: 1 for c in ids if any(w["man", c, r] for r in range(RANKS))},
+            manifests={c: frozenset({0}) for c in ids if any(w["man", c, r] for r in range(RANKS))},
         )
         commits = [c for c in listing.standing() if committed(w["commit", c])]
         victims = self._rules.victims(commits, frozenset(listing.holds), self._setup.keep)
