@@ -170,7 +170,8 @@ def test_a_forked_child_is_told_that_its_copy_is_not_coming() -> None:
     heard: list[BaseException | None] = []
     copy = Copy(heard.append, thread.settle)
     held = threading.Event()
-    job = Job([torch.zeros(1)], [torch.ones(1)], ["x"], lambda _: held.wait(60), lambda _: None)
+    ones = [torch.ones(1)]
+    job = Job([torch.zeros(1)], ones, ones, ["x"], lambda _: held.wait(60), lambda _: None)
     copy.turn = thread.start(job)
     child = os.fork()
     if child == 0:
