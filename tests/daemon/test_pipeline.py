@@ -75,7 +75,7 @@ def test_what_was_sealed_comes_back(codec: str) -> None:
 
 
 @CODECS
-@pytest.mark.parametrize("operation", ["get", "put_new"])
+@pytest.mark.parametrize("operation", ["make_durable", "put_new"])
 def test_a_slot_that_is_reused_meanwhile_leaves_no_manifest(codec: str, operation: Any) -> None:
     """The trainer writes the next step over it while the store is slow: nothing mixed gets out."""
 
