@@ -189,7 +189,8 @@ class Reader:
             choice = await self._choose(
                 session, request.step, request.of_attempt, rejected, skipped
             )
-            if session.chosen is not None and session.chosen.decision is not None:
+            chosen = session.chosen
+            if chosen is not None and chosen.id == choice and chosen.decision is not None:
                 # Visible is not durable: what training goes on from must survive a power cut.
                 await job.store.make_durable(keys.commit(choice))
             decided = await decide_resume(job.store, session.attempt, k, choice)

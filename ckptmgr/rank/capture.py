@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -22,7 +23,7 @@ from ckptmgr.rank.frame import Frame, Sources, make_frame, sources_again, source
 from ckptmgr.rank.objects import Objects, find_objects
 from ckptmgr.rank.optimizers import by_name, held_state
 from ckptmgr.rank.overlap import LOOK_SECONDS_MAX, CopyThread, Job, Latch, Turn
-from ckptmgr.rank.parallel import look_around
+from ckptmgr.rank.parallel import Parallel, look_around, ranks_of_job
 from ckptmgr.rank.parts import PLAIN_TYPES, leaf_types, local_tensor
 from ckptmgr.rank.randomness import RNG_KEY, Generators
 from ckptmgr.rank.tensors import is_leaf
@@ -111,6 +112,7 @@ class Capture:
         replicated: patterns (`*` for anything) of paths of tensors that every rank has alike; each
             rank saves a share of them. Parameters of DistributedDataParallel modules, with what
             optimizers keep of them, and DTensors are known and need none.
+        group: the ranks that save together; None is all of the process group, if there is one.
 
     `prepare`, `copy`, `close` and the optimizers' steps belong to one thread, the one that trains.
     """
@@ -122,6 +124,7 @@ class Capture:
         rng: bool = True,
         overlap: bool | None = None,
         replicated: Sequence[str] = (),
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         if rng and RNG_KEY in state:
             raise UsageError("is reserved for the generators of the process", subject=RNG_KEY)
@@ -129,6 +132,7 @@ class Capture:
         self._rng = rng
         self._overlap = overlap
         self._replicated = tuple(replicated)
+        self._group = group
         self._frame: Frame | None = None
         self._objects = Objects()
         self._optimizers: list[Optimizer] = []
@@ -136,7 +140,7 @@ class Capture:
         self._written_by_hand: set[str] = set()
         self._views = ViewCache()
         self._thread = CopyThread()
-        self._seams = replace(SEAMS, expand=self._expand)
+        self._seams = replace(SEAMS, expand=self._expand_again)
 
     # -- prepare ------------------------------------------------------------------------------
 
@@ -168,6 +172,11 @@ class Capture:
             self._optimizers.append(item)
         return self._objects.state_of(item)
 
+    def _expand_again(self, item: Any) -> Any:
+        if isinstance(item, Optimizer):
+            self._optimizers.append(item)
+        return self._objects.state_again(item)
+
     def _again(self, live: dict[str, Any]) -> tuple[Sources, bytes] | None:
         if self._frame is None:
             return None
@@ -181,13 +190,16 @@ class Capture:
     def _anew(self, live: dict[str, Any]) -> tuple[Sources, bytes]:
         self._optimizers.clear()
         self._objects = find_objects(live)
-        seams = replace(self._seams, leaf_types=leaf_types())
+        seams = replace(self._seams, leaf_types=leaf_types(), expand=self._expand)
         flat = flatten(live, seams)
         values = encode_flat_values(flat)
-        frame = make_frame(flat, seams, look_around(self._objects, self._replicated))
+        frame = make_frame(flat, seams, self._look_around(self._objects))
         self._frame = frame
         tensors = list(map(local_tensor, flat.leaves))
         return sources_of(frame, flat.leaves, tensors, frame.pointers), values
+
+    def _look_around(self, objects: Objects) -> Parallel:
+        return look_around(objects, self._replicated, ranks_of_job(self._group))
 
     def predict(self) -> tuple[int, int]:
         """Bytes of the table and of the data of a snapshot after the first optimizer step.
@@ -204,8 +216,7 @@ class Capture:
         seams = replace(SEAMS, leaf_types=leaf_types(), expand=expand)
         flat = flatten(live, seams)
         values = encode_flat_values(flat)
-        around = look_around(objects, self._replicated)
-        frame = make_frame(flat, seams, around, with_meta=True)
+        frame = make_frame(flat, seams, self._look_around(objects), with_meta=True)
         table_bytes = table_bytes_needed(len(frame.layout_bytes), len(values) * 2 + PAGE_BYTES)
         return table_bytes, frame.layout.data_bytes
 

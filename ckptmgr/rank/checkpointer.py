@@ -93,9 +93,9 @@ class Checkpointer:
         self._drain_timeout = drain_timeout
         self._rng = rng
         self._run_id = run_id or os.environ.get("TORCHELASTIC_RUN_ID", "")
-        self._replicated = checked_patterns(replicated)
         self._ranks = ranks_of(group)
-        self._capture = Capture(state, rng=rng, overlap=overlap)
+        alike = checked_patterns(replicated)
+        self._capture = Capture(state, rng=rng, overlap=overlap, replicated=alike, group=group)
         self._link: Link | None = None
         self._last_step = -1
         self._used = False

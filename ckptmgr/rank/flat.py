@@ -94,7 +94,11 @@ def _original(name: str, flat: Any, at: int, ranks: tuple[int, ...]) -> Original
 
 
 def flat_state(module: nn.Module) -> OrderedDict[str, Any]:
-    """What `module.state_dict()` would give, with a FlatRun for each flattened parameter."""
+    """What `module.state_dict()` would give, with a FlatRun for each flattened parameter.
+
+    Raises:
+        UnsupportedLeafError: two tensors have one name, or as for `originals`.
+    """
     found: OrderedDict[str, Any] = OrderedDict()
     versions: OrderedDict[str, Any] = OrderedDict()
     found._metadata = versions  # type: ignore[attr-defined]
@@ -106,13 +110,20 @@ def flat_state(module: nn.Module) -> OrderedDict[str, Any]:
         part._save_to_state_dict(here, "", keep_vars=True)
         for key, item in here.items():
             if id(item) not in shards:
-                plain = item.detach() if isinstance(item, Tensor) else item
-                found[_joined(name, key)] = plain
+                full = _joined(name, key)
+                _refuse_twice(found, full)
+                found[full] = item.detach() if isinstance(item, Tensor) else item
     for entry in originals(module):
+        _refuse_twice(found, entry.name)
         found[entry.name] = entry.run
     for alias, name in _aliases(module):
         found[alias] = found[name]
     return found
+
+
+def _refuse_twice(found: OrderedDict[str, Any], name: str) -> None:
+    if name in found:
+        raise UnsupportedLeafError("is the name of two tensors without wrappers", subject=name)
 
 
 def _aliases(module: nn.Module) -> Iterator[tuple[str, str]]:

@@ -10,7 +10,8 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from hashlib import blake2b
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -114,6 +115,9 @@ class Ranks(Protocol):
             RendezvousError: the key-value store does not answer.
         """
 
+    def common(self, topic: str, items: Collection[str], timeout_seconds: float) -> list[str]:
+        """Those of this rank's `items` that every rank has named. Waits and errors as `agree`."""
+
     def registers(self) -> Registers:
         """Registers of the attempt for another thread; only where there are many ranks."""
 
@@ -136,6 +140,15 @@ class Alone:
     ) -> Verdict:
         """One rank always agrees with itself."""
         return verdict
+
+    def common(
+        self,
+        topic: str,  # noqa: ARG002
+        items: Collection[str],
+        timeout_seconds: float,  # noqa: ARG002
+    ) -> list[str]:
+        """All of them."""
+        return list(items)
 
     def registers(self) -> Registers:
         """Nobody to tell anything."""
@@ -183,6 +196,19 @@ class Group:
             pause.wait(_LOOK_SECONDS)
         work.wait()
         return bytes(sheet.cpu().numpy())
+
+    def common(self, topic: str, items: Collection[str], timeout_seconds: float) -> list[str]:
+        """As promised by Ranks: each item is a count of the ranks that have named it."""
+        registers = self._entered()
+        base = f"common/{self._agreements + 1}-{topic}"
+        digests = {item: blake2b(item.encode(), digest_size=12).hexdigest() for item in items}
+        keys = {item: f"{base}/{digest}" for item, digest in digests.items()}
+        for key in keys.values():
+            registers.count(key, 1)
+        agreed = self.agree(topic, Verdict(self.rank), timeout_seconds)
+        if not agreed.ok:
+            raise agreed.failure()
+        return [item for item, key in keys.items() if registers.count(key) == self.world]
 
     def registers(self) -> Registers:
         """As promised by Ranks."""

@@ -27,7 +27,7 @@ class Objects:
 
     modules: list[tuple[Trail, nn.Module]] = field(default_factory=list)
     optimizers: list[tuple[Trail, Optimizer]] = field(default_factory=list)
-    _flat: dict[int, nn.Module] = field(default_factory=dict)
+    _is_flat: dict[int, bool] = field(default_factory=dict)
     _homes: dict[int, list[Home]] = field(default_factory=dict)
     _named: dict[int, tuple[list[Tensor], Names]] = field(default_factory=dict)
 
@@ -36,8 +36,8 @@ class Objects:
         self.modules.append((trail, module))
         path = render(trail)
         homes: dict[int, list[Home]] = {}
-        if is_flat(module):
-            self._flat[id(module)] = module
+        self._is_flat[id(module)] = is_flat(module)
+        if self._is_flat[id(module)]:
             for entry in originals(module):
                 home = path, entry.name, _cut_of(entry)
                 homes.setdefault(id(entry.stepped), []).append(home)
@@ -83,15 +83,30 @@ class Objects:
             raise StructureChangedError
         return names
 
-    def state_of(self, item: Any) -> Any:
-        """The state of an object that keeps its own; no rank is asked for anything.
+    def state_again(self, item: Any) -> Any:
+        """As `state_of`, but only of modules and optimizers that were found in the state.
 
         Raises:
-            StructureChangedError: as for `names`.
+            StructureChangedError: it was not, or holds other parameters by now.
         """
         if isinstance(item, Optimizer):
             return by_name(state_dict_of(item), self.names(item))
-        return flat_state(item) if id(item) in self._flat else item.state_dict()
+        if isinstance(item, nn.Module):
+            if id(item) not in self._is_flat:
+                raise StructureChangedError
+            return flat_state(item) if self._is_flat[id(item)] else item.state_dict()
+        return item.state_dict()
+
+    def state_of(self, item: Any) -> Any:
+        """The state of an object that keeps its own; no rank is asked for anything.
+
+        An optimizer inside the state of something else keeps torch's form.
+        """
+        if isinstance(item, Optimizer) and id(item) not in self._named:
+            return state_dict_of(item)
+        if isinstance(item, nn.Module) and id(item) not in self._is_flat:
+            return flat_state(item) if is_flat(item) else item.state_dict()
+        return self.state_again(item)
 
 
 def _cut_of(entry: Original) -> Cut:

@@ -25,21 +25,23 @@ Ranks = tuple[int, ...]
 """Global ranks that hold the same bytes, in an order on which all of them agree."""
 
 
-def world_size() -> int:
-    """Ranks of the job; 1 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def ranks_of_job(group: dist.ProcessGroup | None) -> Ranks:
+    """The global ranks that save together: those of a group, of all, or none without any."""
+    if not dist.is_available() or not dist.is_initialized():
+        return ()
+    return tuple(dist.get_process_group_ranks(group))
 
 
 @dataclass(slots=True)
 class Parallel:
     """What the objects of a state tell of its leaves.
 
-    `rank` is this rank in a job of `world`. `_held` has the ranks that hold what lies at a place,
-    and the shape that a tensor there must have to be among it.
+    `rank` is this rank in a job of the ranks `job`, all of them global. `_held` has the ranks that
+    hold what lies at a place, and the shape that a tensor there must have to be among it.
     """
 
     rank: int
-    world: int
+    job: Ranks
     globs: tuple[str, ...]
     _module_trails: set[Trail] = field(default_factory=set)
     _held: dict[Trail, tuple[tuple[int, ...] | None, Ranks]] = field(default_factory=dict)
@@ -61,8 +63,12 @@ class Parallel:
 
     def holders(self, leaf: Any, trail: Trail, path: str) -> Ranks | None:
         """The ranks that hold the same boxes of a leaf; None if it belongs to this rank alone."""
-        if self.world == 1:
+        if len(self.job) <= 1:
             return None
+        ranks = self._holders(leaf, trail, path)
+        return None if ranks is None else tuple(rank for rank in ranks if rank in self.job)
+
+    def _holders(self, leaf: Any, trail: Trail, path: str) -> Ranks | None:
         if type(leaf) is FlatRun:
             return leaf.ranks
         if type(leaf) not in PLAIN_TYPES:
@@ -71,7 +77,7 @@ class Parallel:
         if ranks and shape in (None, tuple(leaf.shape)):
             return ranks
         if any(fnmatchcase(path, glob) for glob in self.globs):
-            return tuple(range(self.world))
+            return self.job
         return None
 
     def _held_below(self, trail: Trail) -> tuple[tuple[int, ...] | None, Ranks]:
@@ -82,13 +88,12 @@ class Parallel:
 _NOBODY: tuple[None, Ranks] = (None, ())
 
 
-def look_around(objects: Objects, globs: Sequence[str]) -> Parallel:
+def look_around(objects: Objects, globs: Sequence[str], job: Ranks) -> Parallel:
     """What the objects of a state, process groups and the user's patterns tell of its leaves."""
-    world = world_size()
-    rank = dist.get_rank() if world > 1 else 0
-    found = Parallel(rank, world, tuple(globs))
+    rank = dist.get_rank() if len(job) > 1 else 0
+    found = Parallel(rank, job, tuple(globs))
     found._module_trails.update(trail for trail, _ in objects.modules)
-    if world == 1:
+    if len(job) <= 1:
         return found
     replicas: dict[int, Ranks] = {}
     for trail, module in objects.modules:

@@ -8,12 +8,13 @@ from collections.abc import Callable, MutableMapping
 from typing import Any
 
 from ckptmgr.config import RESTORE_SECONDS_MAX
-from ckptmgr.errors import DamageError, NothingToRestoreError
+from ckptmgr.errors import DamageError, NothingToRestoreError, StateMismatchError
 from ckptmgr.rank.arguments import parse_step
 from ckptmgr.rank.group import AGREE_SECONDS_MAX, Ranks, together
 from ckptmgr.rank.handle import RestoredStep
 from ckptmgr.rank.link import Link
 from ckptmgr.rank.taking import Taken, taken
+from ckptmgr.rank.wants import shown
 from ckptmgr.staging.control import Restore, Restored
 from ckptmgr.types import StepId
 
@@ -84,13 +85,11 @@ class Resuming:
                 one = str(StepId(reply.attempt, reply.step))
                 skipped[one] = str(error).partition("\n")[0]
                 return None
+            self._refuse_untaken(part)
             # Another rank may still be reading what this one will write next.
-            together(
-                self._ranks,
-                "applied",
-                AGREE_SECONDS_MAX,
-                part.apply,
-            )
+            together(self._ranks, "applied", AGREE_SECONDS_MAX, part.apply)
+            for note in part.placing.notes:
+                warnings.warn(f"ckptmgr: {note}", RuntimeWarning, stacklevel=5)
             reasons = tuple(skipped.items())
             return RestoredStep(reply.step, reply.attempt, part.source, reasons)
 
@@ -105,6 +104,14 @@ class Resuming:
             alone=self._ranks.world == 1,
         )
         return lent.enter_context(part)
+
+    def _refuse_untaken(self, part: Taken) -> None:
+        """Stages of a pipeline take only some of what was saved; together they must take it all."""
+        surplus = part.placing.surplus
+        untaken = self._ranks.common("untaken", surplus, AGREE_SECONDS_MAX)
+        if untaken:
+            lines = [f"{path}: was saved, but is not in the live state" for path in untaken]
+            raise StateMismatchError(shown(lines))
 
 
 def _tell_skipped(result: str, found: RestoredStep) -> None:

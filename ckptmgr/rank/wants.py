@@ -122,7 +122,7 @@ class Wants:
             StateMismatchError: the problems, at most 20 of them named.
         """
         if self.problems:
-            raise StateMismatchError(_shown(self.problems))
+            raise StateMismatchError(shown(self.problems))
 
     def compare(self, regions: Regions) -> None:
         """Find what only the bytes can tell: more problems."""
@@ -137,7 +137,8 @@ class Wants:
                 self.problems.append(f"{write.path}: is expanded, but the saved elements differ")
 
 
-def _shown(problems: list[str]) -> str:
+def shown(problems: list[str]) -> str:
+    """A message with the first problems; the others are counted."""
     lines = problems[:PROBLEMS_SHOWN_MAX]
     more = len(problems) - len(lines)
     if more:

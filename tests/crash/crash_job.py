@@ -8,27 +8,30 @@ from collections.abc import Awaitable, Callable, Mapping
 from functools import cache
 from typing import Any
 
+from ckptmgr.daemon.committer import Committer, Watch
 from ckptmgr.daemon.pipeline import Source, _adopt_manifest
 from ckptmgr.daemon.resume import (
     Standing,
+    candidates,
     claim_attempt,
     decide_resume,
-    parent_of,
+    held_by_hosts,
+    publish_have,
     put_active,
     standing_of,
 )
 from ckptmgr.daemon.retain import collect, retire
 from ckptmgr.errors import ObjectNotFoundError
-from ckptmgr.repository import commit, keys
+from ckptmgr.repository import keys
 from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.catalog import Catalog, standing_steps
 from ckptmgr.repository.chunk import Chunk, hash_of
-from ckptmgr.repository.commit import FROM_SCRATCH, Decision, Have, abort_step, put_record
+from ckptmgr.repository.commit import FROM_SCRATCH, Decision, abort_step, put_witness
 from ckptmgr.repository.hold import held_step, put_hold, release_hold
 from ckptmgr.repository.manifest import Manifest, SealedManifest, read_manifest, seal_manifest
 from ckptmgr.repository.pack import pack_header
 from ckptmgr.repository.record import Kind, digest_of, unseal
-from ckptmgr.repository.rules import complete_steps, resume_order
+from ckptmgr.repository.rules import complete_steps
 from ckptmgr.staging.layout import encode_layout
 from ckptmgr.store.base import Store
 from ckptmgr.types import PAGE_BYTES, Group, Layout, Leaf, Snapshot, StepId
@@ -43,7 +46,7 @@ _LAYOUT = encode_layout(
         b"",
     )
 )
-_POOL_BYTES = 1 << 27
+STUCK_SECONDS = 120.0
 
 
 @cache
@@ -99,35 +102,30 @@ class Job:
     async def enter(self) -> None:
         """Claim an attempt, tell what memory holds, and agree on the step to go on from."""
         self.attempt, self.nonce = await claim_attempt(self.store, self.world, "")
-        held = tuple(self.inner.ledger.sealed)
+        held = self.inner.ledger.sealed
         for rank in range(self.world):
-            have = Have(f"host{rank}", tuple((s.attempt, s.step, rank) for s in held))
-            await put_record(self.store, Kind.HAVE, keys.have(self.attempt, have.host), have)
-        decided = {await self._choose({s.id for s in held}) for _ in range(self.world)}
+            found = [_snapshot(sealed, rank, self.world) for sealed in held]
+            await publish_have(self.store, self.attempt, f"host{rank}", found)
+        decided = {await self._choose() for _ in range(self.world)}
         if len(decided) > 1:
             raise ViolatedError(f"I6 ranks resume from {decided}")
         (self.base,) = decided
         self.inner.tell(resumed=(*self.inner.ledger.resumed, (self.attempt, self.base)))
 
-    async def _choose(self, in_memory: set[StepId]) -> StepId:
-        commits = []
-        for step in await standing_steps(self.store):
-            decision = await self._decision(step)
-            if decision is not None and decision.committed:
-                commits.append(step)
-        worlds = {step.attempt: self.world for step in in_memory}
-        complete = complete_steps({s: range(self.world) for s in in_memory}, worlds)
-        given_up = []
-        for step in complete:
-            decision = await self._decision(step)
+    async def _choose(self) -> StepId:
+        """As Reader does, whose other half is host buffers."""
+        held = await held_by_hosts(self.store, self.attempt)
+        complete = complete_steps(held.ranks, held.worlds)
+        standing = await standing_steps(self.store)
+        for choice in candidates(standing, complete, (), None, None):
+            decision = await self._decision(choice)
             if decision is not None and not decision.committed:
-                given_up.append(step)
-        order = resume_order(commits, complete, given_up, ())
-        choice = order[0] if order else FROM_SCRATCH
-        if choice in commits:
-            await self.store.make_durable(keys.commit(choice))
-            await self.read(choice)
-        return await decide_resume(self.store, self.attempt, 0, choice)
+                continue
+            if decision is not None:
+                await self.store.make_durable(keys.commit(choice))
+                await self.read(choice)
+            return await decide_resume(self.store, self.attempt, 0, choice)
+        return await decide_resume(self.store, self.attempt, 0, FROM_SCRATCH)
 
     async def _decision(self, step: StepId) -> Decision | None:
         try:
@@ -187,19 +185,16 @@ class Job:
         register = await self._decision(sealed.id)
         if register is not None and not register.committed:
             return
-        manifests = []
-        for other in range(self.world):
-            key = keys.manifest(sealed.id, other)
-            if other != rank:
-                await self.store.make_durable(key)
-            record = await self.store.get(key)
-            manifests.append(_read(sealed.id, other, bytes(record)))
-        parent = await parent_of(self.catalog, sealed.id)
-        decision = await commit.commit_step(self.store, manifests, parent)
+        key = keys.manifest(sealed.id, rank)
+        own = read_manifest(sealed.id, rank, await self.store.get(key))
+        watch = Watch(sealed.id, sealed.nonce, self.world, {rank: own})
+        committer = Committer(self.catalog, lambda _: None, STUCK_SECONDS)
+        decision = await committer._look(watch)
+        if decision is None:
+            raise ViolatedError(f"L1 {sealed.id} is whole, and rank {rank} does not commit it")
         if decision.committed:
-            acked = self.inner.ledger.acked | {sealed.id}
-            self.inner.tell(acked=acked)
-            await commit.put_witness(self.store, decision)
+            self.inner.tell(acked=self.inner.ledger.acked | {sealed.id})
+            await put_witness(self.store, decision)
 
     def settled(self, sealed: Sealed) -> None:
         left = tuple(one for one in self.inner.ledger.sealed if one != sealed)

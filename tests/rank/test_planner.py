@@ -171,6 +171,8 @@ def test_ranks_of_different_speed_snapshot_the_same_steps(
         for number in range(world)
     ]
 
+    met = threading.Barrier(world)
+
     def train(number: int, rank: Rank) -> None:
         own = random.Random(number)
         if number == 2:
@@ -180,6 +182,8 @@ def test_ranks_of_different_speed_snapshot_the_same_steps(
             if own.random() < 0.004:
                 time.sleep(0.15)
             rank.step(step)
+            if step % 20 == 0:  # as the collectives of a training make them meet
+                met.wait(JOIN_SECONDS)
 
     run(ranks, train)
     assert all(rank.taken == ranks[0].taken for rank in ranks)

@@ -131,7 +131,9 @@ def test_whoever_loses_makes_the_winner_durable_before_obeying() -> None:
         store.plan(())
         before = len(store.operations)
         assert not (await commit_step(store, [manifest_of(0, 1)], FROM_SCRATCH)).committed
-        assert store.operations[before:][-1] == ("make_durable", KEY)
+        put, durable, *reads = store.operations[before:]
+        assert (put, durable) == (("put_new", KEY), ("make_durable", KEY))
+        assert set(reads) == {("get", KEY)}, "what is obeyed is read when it is durable"
 
         store.plan([Fault(StoreUnreachableError("no"), operation="make_durable")])
         with pytest.raises(StoreUnreachableError):
