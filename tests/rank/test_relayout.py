@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import ckptmgr
 from ckptmgr.rank.place import place
 from rank.relayout import numbers, one_process, read, write
 from ranks import run_ranks
@@ -44,3 +45,18 @@ def test_one_two_four_two_one(tmp_path: Path) -> None:
         buffers = dict(truth["model"].named_buffers())
         if last != "pipeline":
             assert all(torch.equal(b, buffers[n]) for n, b in live["model"].named_buffers())
+
+
+def test_through_the_daemon(runtime: Path, tmp_path: Path) -> None:
+    assert run_ranks("rank.relayout", "saved_by_fsdp2", 2, tmp_path) == [True, True]
+    truth = torch.load(tmp_path / "truth.pt", weights_only=True)
+    live = one_process(5)
+    assert ckptmgr.load(tmp_path / "store", into=live) == 7
+    found = numbers(live)
+    assert found.keys() == truth.keys()
+    assert all(torch.equal(item, truth[name]) for name, item in found.items())
+    built = ckptmgr.load(tmp_path / "store")
+    assert torch.equal(built["model"]["embed.weight"], truth["embed.weight"])
+    moments = built["optimizer"]["state"][0]["exp_avg"]
+    assert torch.equal(moments, truth["embed.weight/exp_avg"])
+    assert run_ranks("rank.relayout", "restored_by_tensor_parallel", 2, tmp_path) == [7, 7]
