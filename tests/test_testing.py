@@ -111,7 +111,7 @@ class KeepsItsBuffers(MemoryStore):
         return await asyncio.shield(asyncio.ensure_future(self._later(key, buffers)))
 
     async def _later(self, key: str, buffers: Buffers) -> PutResult:
-        await asyncio.sleep(0.002)
+        await asyncio.sleep(0.02)
         return await super().put_new(key, buffers)
 
 
@@ -131,7 +131,7 @@ class WritesLate(MemoryStore):
     async def _later(
         self, key: str, offset: int, length: int | None, into: memoryview | None
     ) -> memoryview:
-        await asyncio.sleep(0.002)
+        await asyncio.sleep(0.02)
         return await super().get(key, offset, length, into)
 
 

@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
-from ckptmgr.config import DaemonSettings
+from ckptmgr.config import STUCK_SECONDS, DaemonSettings
 from ckptmgr.daemon.committer import Committer
 from ckptmgr.daemon.log import event, warning
 from ckptmgr.daemon.resume import ActiveMarks
@@ -42,7 +42,7 @@ class Job:
     label: str
     metrics: Metrics
     pool: BufferPool
-    stuck_seconds: float
+    stuck_seconds: float = STUCK_SECONDS
     last_commit: StepId | None = None
     resumed_from: dict[int, StepId] = field(default_factory=dict)
     active: ActiveMarks = field(default_factory=ActiveMarks)

@@ -298,7 +298,17 @@ def test_7_an_object_that_can_not_be_read(made: Path, tmp_path: Path) -> None:
 
 def test_ls_is_one_line_per_step_for_grep(made: Path) -> None:
     header, *rows = call("ls", made).out.splitlines()
-    assert header.split() == ["step", "state", "age", "raw", "stored", "ranks", "held", "tags"]
+    assert header.split() == [
+        "step",
+        "state",
+        "age",
+        "raw",
+        "stored",
+        "ranks",
+        "tier",
+        "held",
+        "tags",
+    ]
     assert [row.split()[0] for row in rows] == ["2.2", "1.3", "1.2", "1.1"]
     assert all("attempt=" in row and "step=" in row for row in rows)
     assert all(row == row.rstrip() or len(row) < 300 for row in rows)
@@ -316,7 +326,7 @@ def test_long_and_hostile_tags_stay_on_their_line(runtime: Path, tmp_path: Path)
     decision = Decision("COMMIT", 1, 1, world=1, tags=dict(tags))
     entry = StepEntry(StepId(1, 1), StepState.COMMITTED, decision)
     with present._console.capture() as capture:
-        present.entries([entry])
+        present.entries([entry], {})
     _, row = capture.get().splitlines()
     assert not ESCAPE.search(row)
     assert "a=[bold]x[/bold] [/] b=:smile: c=\\x1b]0;owned\\x07\\x0a2.2 verified" in row

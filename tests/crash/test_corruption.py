@@ -27,6 +27,7 @@ from ckptmgr.restore.check import restore_files, verify_store
 from ckptmgr.staging.hostbuffer import HostBuffer
 from ckptmgr.types import PAGE_BYTES, StepId
 from crash.damaged import KINDS, Rig, run_at_once
+from reading import bring
 from scale import FULL, scaled
 from small_step import (
     made_in_memory,
@@ -302,9 +303,7 @@ def test_the_daemon_falls_back_and_never_gives_other_bits(rig: Rig) -> None:
         job = Job(rig.store.url, rig.store, Catalog(rig.store), "test", Metrics(), pool)
         session = Session(job, 0)
         try:
-            answer = await Reader(Intake(directory), directory).restore(
-                session, None, None, frozenset()
-            )
+            answer = await bring(Reader(Intake(directory), directory), session)
             with HostBuffer.open(Path(answer.path)) as buffer:
                 (snapshot,) = buffer.snapshots()
                 with buffer.data(snapshot.slot) as data:

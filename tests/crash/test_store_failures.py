@@ -51,6 +51,7 @@ from ckptmgr.store.local import LocalStore
 from ckptmgr.store.retry import RetryingStore
 from ckptmgr.testing import Fault, FaultyStore, dead
 from ckptmgr.types import Outcome, StepId
+from reading import bring
 from scale import FULL, scaled
 from small_step import (
     Objects,
@@ -367,11 +368,9 @@ def test_any_failing_system_call_of_a_save_delays_it_and_no_more(
 async def restored(store: Store, directory: Path, attempt: int) -> tuple[str, list[str]]:
     """What a trainer's (or with attempt 0 a reader's) restore gives; its bits are compared."""
     job = Job(store.url, store, Catalog(store), "test", _metrics, BufferPool(1 << 27))
-    session = Session(job, 0, attempt, "00" * 16)
+    session = Session(job, 0, attempt=attempt, nonce="00" * 16)
     try:
-        answer = await Reader(Intake(directory), directory).restore(
-            session, None, None, frozenset()
-        )
+        answer = await bring(Reader(Intake(directory), directory), session)
         with HostBuffer.open(Path(answer.path)) as buffer:
             (snapshot,) = buffer.snapshots()
             with buffer.data(snapshot.slot) as data:
