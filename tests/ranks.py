@@ -2,16 +2,22 @@
 
 Each process imports the module, joins a gloo group and calls the function with the directory; what
 the function returns travels back as JSON. Everything else goes through files in the directory.
+
+`run_forked` does the same for many process groups, one after the other: torch is imported once, and
+each rank is a fork of that process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+import traceback
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -46,18 +52,53 @@ def run_ranks(
     return [json.loads((place / f"{rank}.json").read_text()) for rank in range(world)]
 
 
+def run_forked(
+    module: str, groups: list[tuple[str, int]], directory: Path, *, seconds_max: float
+) -> list[list[Any]]:
+    """`run_ranks` of each (function, world) in turn; a group begins when the one before has ended.
+
+    No process is left when it returns.
+    """
+    places = [directory / f"{function}-{world}" for function, world in groups]
+    for place in places:
+        place.mkdir()
+    log = directory / "forks.log"
+    # A session of its own: all its processes can be ended together.
+    process = _spawn(log, "--fork", module, json.dumps(groups), str(directory), session=True)
+    try:
+        process.wait(seconds_max)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    if process.returncode:
+        logs = sorted(path for place in places for path in place.glob("*.log"))
+        raise AssertionError("\n".join(f"-- {p}:\n{p.read_text()[-4000:]}" for p in [log, *logs]))
+    return [
+        [json.loads((place / f"{rank}.json").read_text()) for rank in range(world)]
+        for place, (_, world) in zip(places, groups, strict=True)
+    ]
+
+
 def _start(
     module: str, function: str, rank: int, world: int, place: Path
 ) -> subprocess.Popen[bytes]:
+    arguments = [module, function, str(rank), str(world), str(place)]
+    return _spawn(place / f"{rank}.log", *arguments)
+
+
+def _spawn(log: Path, *arguments: str, session: bool = False) -> subprocess.Popen[bytes]:
     paths = [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    with (place / f"{rank}.log").open("wb") as log:
-        arguments = [module, function, str(rank), str(world), str(place)]
+    with log.open("wb") as told:
         return subprocess.Popen(
             [sys.executable, "-W", "ignore", __file__, *arguments],
             env=environment,
-            stdout=log,
+            stdout=told,
             stderr=subprocess.STDOUT,
+            start_new_session=session,
         )
 
 
@@ -79,5 +120,38 @@ def _main(module: str, function: str, rank: int, world: int, place: Path) -> Non
     os._exit(0)  # gloo's threads do not always end by themselves
 
 
-if __name__ == "__main__":
+def _fork(module: str, groups: list[tuple[str, int]], directory: Path) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    importlib.import_module(module)
+    for function, world in groups:
+        assert len(os.listdir("/proc/self/task")) == 1, "a fork takes only this thread along"
+        place = directory / f"{function}-{world}"
+        left = {_forked(module, function, rank, world, place) for rank in range(world)}
+        while left:
+            pid, status = os.wait()
+            left.remove(pid)
+            if status:
+                sys.exit(f"a rank of {place.name} ended with status {status}")
+
+
+def _forked(module: str, function: str, rank: int, world: int, place: Path) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        with (place / f"{rank}.log").open("wb") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        _main(module, function, rank, world, place)
+    except BaseException:  # a fork must never go on as its parent would
+        traceback.print_exc()
+        sys.stderr.flush()
+    os._exit(1)
+
+
+if __name__ == "__main__" and sys.argv[1] == "--fork":
+    _fork(sys.argv[2], json.loads(sys.argv[3]), Path(sys.argv[4]))
+elif __name__ == "__main__":
     _main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[5]))

@@ -323,8 +323,6 @@ class HostBuffer:
     def settle(self, slot: int, generation: int, outcome: Outcome) -> None:
         """Say what became of a snapshot; call it only when the register is durable."""
         at = (_DAEMON_PAGE_AT + 64 + 64 * slot) // 8
-        self._words[at] = 0  # no snapshot's: nobody takes the outcome of one for that of another
-        memory_barrier()
         self._words[at + 1] = outcome
         memory_barrier()
         self._words[at] = generation
@@ -335,10 +333,7 @@ class HostBuffer:
         if self._words[at] != snapshot.generation:
             return Outcome.UNDECIDED
         memory_barrier()
-        outcome = self._words[at + 1]
-        memory_barrier()
-        same = self._words[at] == snapshot.generation
-        return Outcome(outcome) if same else Outcome.UNDECIDED
+        return Outcome(self._words[at + 1])
 
     @property
     def superseded_by(self) -> int:

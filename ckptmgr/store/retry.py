@@ -107,10 +107,9 @@ class RetryingStore(Store):
         result, failed = await self._tries(
             "put_new", key, lambda: self._inner.put_new(key, buffers), count
         )
-        if result is PutResult.CONFLICT and failed:
-            await self.make_durable(key)  # before it is read: what is only visible may yet go
-            if await self._is_ours(key, buffers):
-                return PutResult.OK
+        if result is PutResult.CONFLICT and failed and await self._is_ours(key, buffers):
+            await self.make_durable(key)
+            return PutResult.OK
         return result
 
     async def get(

@@ -147,20 +147,6 @@ def refuse(url: str) -> None:
         say(error=type(error).__name__, message=str(error))
 
 
-def untaken(url: str) -> None:
-    """Stages of a pipeline, and something that no rank has any more when it is restored."""
-    stage, old = {f"stage{RANK}": nn.Linear(2, 2)}, {"old": torch.ones(3)}
-    with ckptmgr.Checkpointer(url, {**stage, **old}, every=None) as ckpt:
-        ckpt.save(1).committed(60)
-    with ckptmgr.Checkpointer(url, {**stage, **old}, every=None) as ckpt:
-        say(start=ckpt.restore())
-    with ckptmgr.Checkpointer(url, dict(stage), every=None) as ckpt:
-        try:
-            ckpt.restore()
-        except ckptmgr.CkptmgrError as error:
-            say(error=type(error).__name__, message=str(error))
-
-
 def main() -> None:
     """Join the others, act, leave."""
     scenario, url, rendezvous = sys.argv[1:]
@@ -171,7 +157,6 @@ def main() -> None:
         "quiet": quiet,
         "differ": differ,
         "refuse": refuse,
-        "untaken": untaken,
         "whole": lambda url: train(url, 20, crash=False),
         "first": lambda url: train(url, 14, crash=True),
         "second": lambda url: train(url, 20, crash=False),

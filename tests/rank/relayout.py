@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ckptmgr
 from ckptmgr.rank.capture import Capture
-from ckptmgr.rank.place import Saved, plan_placing
+from ckptmgr.rank.place import Placing, Saved, plan_placing
 from ckptmgr.staging.layout import decode_layout
 
 WIDTH, WORDS, HIDDEN = 8, 13, 20
@@ -295,9 +295,8 @@ def _memory(state: State) -> list[int]:
     return [t.to_local().data_ptr() if isinstance(t, DTensor) else t.data_ptr() for t in tensors]
 
 
-def _take(place: Path, before: str, state: State) -> set[int]:
-    """Place what an earlier layout saved; the saved ranks that were asked for bytes."""
-    saved = read(place, before)
+def take(saved: list[Saved], state: State) -> Placing:
+    """Place what an earlier layout saved; of its data only the needed bytes are there."""
     plan = plan_placing(
         state,
         [one.table for one in saved],
@@ -314,19 +313,19 @@ def _take(place: Path, before: str, state: State) -> set[int]:
         lent[one.rank] = memoryview(memory)
     plan.verify(lent)
     plan.apply()
-    return set(plan.needs)
+    return plan
 
 
 def _follow(place: Path, before: str, layout: str, truth: dict[str, Tensor]) -> None:
     state = LAYOUTS[layout](7)
-    _take(place, before, state)
+    take(read(place, before), state)
     _compare(live_numbers(state), truth, layout, state)
     if layout != "pipeline":  # whose stages can not be stepped alone
         train(state["model"], state["optimizer"], 9)
         found = live_numbers(state)
         assert not torch.equal(found["head.weight"], truth["head.weight"]), layout
         memory = _memory(state)
-        _take(place, before, state)
+        take(read(place, before), state)
         assert _memory(state) == memory, f"{layout}: what exists is written in place"
         _compare(live_numbers(state), truth, layout, state)
     write(place, layout, dist.get_rank(), state)

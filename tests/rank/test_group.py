@@ -252,18 +252,3 @@ def test_waits_are_bounded_by_their_deadline() -> None:
         together(group(0, MemoryRegisters(), 2), "x", 0.1, lambda: 1)
     assert caught.value.exit_status == 1
     assert time.monotonic() - begun < 30
-
-
-def test_what_all_have_named_is_common(registers: Registers) -> None:
-    named = [["a", "b", "c"], ["b", "c"], ["c", "b", "d"], ["b", "c"]]
-    twins = [registers.twin() for _ in range(WORLD)]
-
-    def find(rank: int) -> Any:
-        ranks = group(rank, twins[rank])
-        first = ranks.common("first", named[rank], 30.0)
-        return first, ranks.common("second", named[rank] if rank else [], 30.0)
-
-    found = on_all(find)
-    assert [sorted(first) for first, _ in found] == [["b", "c"]] * WORLD
-    assert [second for _, second in found] == [[]] * WORLD
-    assert Alone().common("alone", ["x"], 1.0) == ["x"]

@@ -111,13 +111,3 @@ def test_a_state_that_one_rank_can_not_store_is_refused_on_all(
     assert [one["error"] for one in told] == ["UnsupportedLeafError", "UnsupportedLeafError"]
     assert all("bad" in one["message"] for one in told)
     assert "rank 1" in told[0]["message"]
-
-
-def test_what_no_rank_takes_is_a_mismatch_on_all(runtime: Path, store_url: str) -> None:
-    """Each stage of a pipeline leaves out the others' names; what all leave out was forgotten."""
-    told = ranks("untaken", store_url)
-    assert [one["start"] for one in told if "start" in one] == [1, 1]
-    errors = [one for one in told if "error" in one]
-    assert [one["error"] for one in errors] == ["StateMismatchError"] * 2
-    assert all("old: was saved" in one["message"] for one in errors)
-    assert all("stage" not in one["message"] for one in errors)
