@@ -15,8 +15,13 @@ from ckptmgr.rank.tensors import dtype_of
 from ckptmgr.staging.boxes import Box, box_of, joined, spans, whole, whole_shape
 from ckptmgr.types import Layout, Leaf
 
-MERGE_BYTES_MAX = 64 << 10
-"""Bytes between two wanted runs that are fetched along: a request for each would cost more."""
+MERGE_BYTES_MAX = 4 << 10
+"""Bytes between two wanted runs that are asked for along: columns out of rows of this length bring
+their rows with them, and nothing else does."""
+
+RANGES_MAX = 50_000
+"""Runs of one request (about 1 MiB). With more, runs that are farther apart are joined: bytes that
+are not wanted cost less than a request that is too long."""
 
 Ranges = tuple[tuple[int, int], ...]
 """Runs of bytes (start, stop) of a data region: ascending, apart from each other."""
@@ -179,17 +184,23 @@ def origins(found: Whole, wanted: Box) -> tuple[list[Origin], Box | None]:
 
 def ranges_needed(wanted: Iterable[Origin]) -> dict[int, Ranges]:
     """Which bytes of which saved rank's data region `wanted` takes, near ones as one range."""
+    parts, distance = list(wanted), MERGE_BYTES_MAX
+    while True:
+        found = _ranges(parts, distance)
+        if sum(map(len, found.values())) <= max(RANGES_MAX, len(parts)):
+            return found
+        distance *= 4
+
+
+def _ranges(wanted: Sequence[Origin], distance: int) -> dict[int, Ranges]:
     found: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
     for one in wanted:
-        found[one.rank].extend(_byte_spans(one))
-    return {
-        rank: tuple(joined(sorted(ranges), MERGE_BYTES_MAX))
-        for rank, ranges in sorted(found.items())
-    }
+        found[one.rank].extend(_byte_spans(one, distance))
+    return {rank: tuple(joined(sorted(ranges), distance)) for rank, ranges in sorted(found.items())}
 
 
-def _byte_spans(one: Origin) -> Iterator[tuple[int, int]]:
+def _byte_spans(one: Origin, distance: int) -> Iterator[tuple[int, int]]:
     leaf = one.leaf
     itemsize = dtype_of(leaf.dtype).itemsize
-    for start, stop in spans(one.inside, leaf.shape, MERGE_BYTES_MAX // itemsize):
+    for start, stop in spans(one.inside, leaf.shape, distance // itemsize):
         yield leaf.offset + start * itemsize, leaf.offset + stop * itemsize

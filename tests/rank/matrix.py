@@ -43,9 +43,7 @@ WORDS = 29
 WIDE = 33_001
 """Uneven over all; the half of a row of so many numbers is longer than what is fetched along."""
 
-LARGE_BYTES = 4 * sources.MERGE_BYTES_MAX
-FINE_BYTES = sources.MERGE_BYTES_MAX // 16
-"""With this merge distance the state stands for one 16 times as large."""
+LARGE_BYTES = 256 << 10
 
 
 class Block(nn.Module):
@@ -242,30 +240,18 @@ def _bytes(plan: Placing, live: dict[str, Tensor]) -> dict[str, Any]:
     return {
         "held": sum(item.numel() * item.element_size() for item in local),
         "asked": _count(plan.needs),
-        "asked_fine": _asked(plan.wants.origins, FINE_BYTES),
-        "large": _ratio(leaves, sources.MERGE_BYTES_MAX),
-        "large_fine": _ratio(leaves, FINE_BYTES),
+        "large": _ratio(leaves),
     }
 
 
-def _ratio(leaves: dict[str, list[Origin]], merge_bytes_max: int) -> float:
+def _ratio(leaves: dict[str, list[Origin]]) -> float:
     """Bytes asked for by bytes wanted, of the large tensor where that is most."""
     ratios = [0.0]
     for origins in leaves.values():
         wanted = sum(4 * one.box.count for one in origins)
         if wanted and 4 * math.prod(whole_shape(origins[0].leaf)) >= LARGE_BYTES:
-            ratios.append(_asked(origins, merge_bytes_max) / wanted)
+            ratios.append(_count(ranges_needed(origins)) / wanted)
     return max(ratios)
-
-
-def _asked(origins: list[Origin], merge_bytes_max: int) -> int:
-    """Bytes that would be asked for with another merge distance."""
-    before = sources.MERGE_BYTES_MAX
-    try:
-        sources.MERGE_BYTES_MAX = merge_bytes_max
-        return _count(ranges_needed(origins))
-    finally:
-        sources.MERGE_BYTES_MAX = before
 
 
 def _count(needs: dict[int, sources.Ranges]) -> int:

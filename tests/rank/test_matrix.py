@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,15 +17,6 @@ KINDS = ("ddp", "fsdp2", "tp")
 ALL = ["one-1", *(f"{kind}-{world}" for world in (2, 3, 4, 8) for kind in KINDS)]
 SAMPLE = [one for one in ALL if one[-1] in "124" or one in {"fsdp2-3", "tp-8"}]
 RATIO_MAX = 1.1
-
-
-def _takes_columns_of_columns(one: dict[str, Any]) -> bool:
-    """Whether the saved shards and the wanted ones are both columns, and not the same.
-
-    The rows of a saved shard are then so short that what lies between two wanted pieces is fetched
-    along.
-    """
-    return one["before"] != one["layout"] and one["before"][:2] == one["layout"][:2] == "tp"
 
 
 @pytest.mark.reliability
@@ -43,18 +33,13 @@ def test_every_layout_is_read_under_every_other(tmp_path: Path) -> None:
     pairs = {(one["before"], one["layout"]) for one in restored}
     assert len(pairs) == len(layouts) ** 2
     assert [one for one in restored if one["wrong"]] == []
-    usual = [one for one in restored if not _takes_columns_of_columns(one)]
     counts = {
         "pairs": len(pairs),
         "restores by a rank": len(restored),
         "tensors": sum(one["tensors"] for one in restored),
-        "most of a large tensor": max(one["large"] for one in usual),
-        "most of its columns": max(one["large"] for one in restored),
-        "the same 16 times as large": max(one["large_fine"] for one in restored),
+        "most of a large tensor": max(one["large"] for one in restored),
         "most of all": max(one["asked"] / one["held"] for one in restored),
-        "all 16 times as large": max(one["asked_fine"] / one["held"] for one in restored),
     }
     print(json.dumps(counts))
-    assert all(one["large"] <= RATIO_MAX for one in usual)
     for one in restored:
-        assert max(one["large_fine"], one["asked_fine"] / one["held"]) <= RATIO_MAX, one
+        assert max(one["large"], one["asked"] / one["held"]) <= RATIO_MAX, one
