@@ -22,7 +22,7 @@ from driven import PYTHON_PATH
 from rigged import Rig
 
 MEMBER = Path(__file__).with_name("member.py")
-LOOK_SECONDS = 0.01
+LOOK_SECONDS = 0.05
 
 
 class Member:
@@ -124,10 +124,15 @@ def lose_memory(*places: Path) -> None:
 
 
 def entries(rig: Rig) -> dict[str, StepEntry]:
+    """All steps of a rigged store, by their names."""
+    return entries_at(rig.file_url)
+
+
+def entries_at(url: str) -> dict[str, StepEntry]:
     """All steps of a store, by their names."""
 
     async def read() -> dict[str, StepEntry]:
-        store = open_store(rig.file_url)
+        store = open_store(url)
         try:
             return {str(entry.id): entry for entry in await Catalog(store).entries()}
         finally:
