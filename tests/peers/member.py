@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def save(own: Rank, step: int) -> dict[str, Any]:
 
 def copy_half(own: Rank, step: int) -> dict[str, Any]:
     """Pause amid the copy of a step, to be killed, or to be stopped and continued: then save it."""
-    signal.signal(signal.SIGCONT, lambda *_: None)
+    continued: list[int] = []
+    signal.signal(signal.SIGCONT, lambda number, _: continued.append(number))
     slot = own.free_slot()
     view = own.buffer.begin(slot).data
     state = content(own.attempt, step, own.nbytes).reshape(-1).view(np.uint8)
@@ -52,7 +54,8 @@ def copy_half(own: Rank, step: int) -> dict[str, Any]:
     np.frombuffer(view, np.uint8)[:half] = state[:half]
     view.release()
     say(copied=half)
-    signal.pause()
+    while not continued:  # not pause(): another thread may be the one that hears the signal
+        time.sleep(0.01)
     own.save(step, slot)
     return {"saved": step}
 

@@ -236,3 +236,17 @@ def test_the_harness_tells_what_a_rank_said(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="has no attribute 'nothing'"):
         run_ranks("rank.worlds", "nothing", 2, tmp_path)
     assert json.loads((tmp_path / "names-2" / "0.json").read_text())[0] == 0
+
+
+@pytest.mark.parametrize("case", ["fsdp1_flat", "fsdp2"])
+def test_a_shard_takes_the_memory_of_a_shard(two: Path, case: str) -> None:
+    """What DLRover's FSDP engine does not: there each rank's buffer has room for all shards."""
+    found = _read(two, case, 2)
+    whole = sum(
+        int(np.prod(whole_shape(parts[0][1]), dtype=np.int64))
+        * np.dtype(parts[0][1].dtype).itemsize
+        for parts in found.shared().values()
+    )
+    for slot in found.slots:
+        assert len(slot.data) == slot.layout.data_bytes
+        assert slot.layout.data_bytes < 0.75 * whole
