@@ -128,7 +128,7 @@ class Daemon:
 class Rank:
     """One rank of a job in this process: a Link and states of crash/content.py.
 
-    Rank 0 claims the attempt; the others are given it as `first`.
+    Rank 0 claims the attempt; the others are given it, by `first` or as number and nonce.
     """
 
     def __init__(
@@ -143,9 +143,11 @@ class Rank:
         rank: int = 0,
         world: int = 1,
         first: Rank | None = None,
+        claimed: tuple[int, str] = (0, ""),
     ) -> None:
         self.rank, self.world = rank, world
-        claimed = (first.attempt, first.link.nonce) if first else (0, "")
+        if first is not None:
+            claimed = first.attempt, first.link.nonce
         self.nbytes = mib << 20
         self.k = 0
         layout, _ = layout_of(self.nbytes)

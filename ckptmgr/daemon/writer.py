@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 
@@ -11,7 +12,7 @@ from ckptmgr.daemon.intake import Held
 from ckptmgr.daemon.job import Job
 from ckptmgr.daemon.log import event, warning
 from ckptmgr.daemon.pipeline import Pipeline, Source
-from ckptmgr.daemon.resume import Standing, put_active, standing_of
+from ckptmgr.daemon.resume import Standing, newest_active, put_active, standing_of
 from ckptmgr.errors import (
     CkptmgrError,
     RegisterConflictError,
@@ -182,7 +183,17 @@ class Writer:
         else:
             self._job.metrics.aborts.labels(self._job.label).inc()
             event("aborted", step=str(snapshot.id), why=decision.why)
+            await self._look_for_newer(snapshot)
             await self._held.settle(snapshot, Outcome.ABORTED, decision.why)
+
+    async def _look_for_newer(self, snapshot: Snapshot) -> None:
+        """Tell the trainer if its step was given up because a newer attempt is active: without the
+        ranks that know it already it may never snapshot again, and so never hear of it.
+        """
+        with contextlib.suppress(StoreError):  # the step is decided, whatever fails now
+            newest = await newest_active(self._job.store, self._job.active)
+            if newest > snapshot.attempt:
+                self._held.buffer.supersede(newest)
 
     async def _refuse(self, snapshot: Snapshot, error: CkptmgrError) -> None:
         """Give up what can not be committed; told only when the register says so.

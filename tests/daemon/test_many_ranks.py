@@ -150,6 +150,23 @@ def test_killed_daemons_finish_what_all_ranks_have_sealed(
             assert rank.wait(1).outcome == Outcome.COMMITTED
 
 
+def test_a_rank_hears_of_a_newer_attempt_by_the_end_of_a_step_that_it_has_stored(
+    runtime: Path, rig: Rig, hosts: tuple[Path, Path]
+) -> None:
+    """It may never snapshot again: rank 0, which plans that, has heard of it and is gone."""
+    third = runtime / "h2"
+    third.mkdir(mode=0o700)
+    with Daemon(hosts[0]), Daemon(hosts[1]), Daemon(third), ranks(rig.url, *hosts) as job:
+        job[1].save(3)
+        until((rig.path / "man/00000001/000000000003/000001").exists, "it has stored its part")
+        with Rank(third, rig.url) as newer:
+            newer.save(5)
+            assert newer.wait(5).outcome == Outcome.COMMITTED
+            job[0].save(3)
+            assert [rank.wait(3).outcome for rank in job] == [Outcome.ABORTED] * 2
+            assert [rank.buffer.superseded_by for rank in job] == [2, 2]
+
+
 # ---- resume -----------------------------------------------------------------
 
 

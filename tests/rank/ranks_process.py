@@ -67,6 +67,7 @@ class Watch:
         self.inside = False
         self.calls: list[str] = []
         self.elsewhere: set[str] = set()
+        self.touched: set[str] = set()
 
     def wrap(self, owner: Any, name: str) -> None:
         """Replace a function by one that tells on its caller."""
@@ -95,22 +96,50 @@ class Watch:
                 self.wrap(kind, name)
         self.wrap(Client, "ask")
 
+    def audit(self, place: str) -> None:
+        """Note whatever any thread of this process does below a directory."""
+
+        def hook(event: str, arguments: tuple[Any, ...]) -> None:
+            if arguments and isinstance(arguments[0], str) and arguments[0].startswith(place):
+                self.touched.add(f"{event} {arguments[0]}")
+
+        sys.addaudithook(hook)
+
+
+def collectives() -> int:
+    """How many collectives the process group has begun."""
+    return int(dist.distributed_c10d._get_default_group()._get_sequence_number_for_group())
+
 
 def quiet(url: str) -> None:
     """Save often; nothing may leave the training thread on the way."""
     net, watch = Net(), Watch()
+    watch.audit(url.removeprefix("file://"))
+    begun = 0
     with ckptmgr.Checkpointer(url, net.state, every=5) as ckpt:
         ckpt.restore()
         watch.wrap_all()
         taken = []
         for step in range(1, 101):
             net.train()
-            watch.inside = True
+            before, watch.inside = collectives(), True
             handle = ckpt.step(step, tags={"loss": 1.5} if RANK == 0 else {"bad": object()})
             watch.inside = False
+            begun += collectives() - before
             if handle is not None:
                 taken.append(step)
-    say(taken=taken, calls=watch.calls, elsewhere=sorted(watch.elsewhere))
+    modules = [name for name in sys.modules if name.startswith("ckptmgr.store")]
+    store = [*modules, *sorted(watch.touched)]
+    elsewhere = sorted(watch.elsewhere)
+    counted = collectives() > 0
+    say(
+        taken=taken,
+        calls=watch.calls,
+        elsewhere=elsewhere,
+        store=store,
+        begun=begun,
+        counted=counted,
+    )
 
 
 def train(url: str, until: int, *, crash: bool) -> None:

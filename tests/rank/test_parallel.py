@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ckptmgr.rank.frame import LEAF_ALIGN_BYTES
 from ckptmgr.staging.boxes import box_of, gap, whole_shape
 from ckptmgr.staging.layout import decode_layout
 from ckptmgr.staging.revive import decode_tree, decode_values
 from ckptmgr.staging.values import External
-from ckptmgr.types import Layout, Leaf
+from ckptmgr.types import PAGE_BYTES, Layout, Leaf
 from ranks import run_ranks
 
 
@@ -236,3 +237,16 @@ def test_the_harness_tells_what_a_rank_said(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="has no attribute 'nothing'"):
         run_ranks("rank.worlds", "nothing", 2, tmp_path)
     assert json.loads((tmp_path / "names-2" / "0.json").read_text())[0] == 0
+
+
+@pytest.mark.parametrize("case", ["fsdp1_flat", "fsdp2"])
+def test_a_shard_takes_the_memory_of_a_shard(two: Path, case: str) -> None:
+    """DLRover's FSDP engine does not keep to that: its buffers have room for all shards."""
+    found = _read(two, case, 2)
+    owned = [sum(leaf.nbytes for leaf in slot.layout.leaves) for slot in found.slots]
+    firsts = [parts[0][1] for parts in found.shared().values()]
+    whole = sum(4 * int(np.prod(whole_shape(leaf), dtype=np.int64)) for leaf in firsts)
+    for slot, own in zip(found.slots, owned, strict=True):
+        assert own < 0.75 * whole
+        padding = PAGE_BYTES * len(slot.layout.groups) + LEAF_ALIGN_BYTES * len(slot.layout.leaves)
+        assert len(slot.data) <= own + padding
