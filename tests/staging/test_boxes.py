@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -79,3 +80,14 @@ def test_a_leaf_is_a_part_or_the_whole() -> None:
     part = Leaf("a", "f", (2, 3), 0, 24, (8, 3), (4, 0))
     assert (box_of(part), whole_shape(part)) == (Box((4, 0), (2, 3)), (8, 3))
     assert whole_shape(Leaf("a", "f", (), 0, 4)) == ()
+
+
+def test_ten_thousand_rows_are_looked_at_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The daemon that commits looks at every tensor of every rank."""
+    rows = [Box((at, 0), (1, 8)) for at in range(10_000)]
+    asked = []
+    common = Box.common
+    monkeypatch.setattr(Box, "common", lambda one, other: asked.append(1) or common(one, other))
+    assert gap((10_000, 8), rows) is None
+    assert gap((10_000, 8), [*rows[:5000], *rows[5001:]]) == Box((5000, 0), (1, 8))
+    assert len(asked) <= 2 * len(rows)
