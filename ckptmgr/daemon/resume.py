@@ -32,6 +32,7 @@ from ckptmgr.repository.commit import (
     put_record,
 )
 from ckptmgr.repository.hold import host_name
+from ckptmgr.repository.lanes import in_lanes
 from ckptmgr.repository.record import Kind
 from ckptmgr.repository.rules import next_attempt, resume_order
 from ckptmgr.store.base import PutResult, Store
@@ -253,16 +254,14 @@ async def held_by_hosts(store: Store, attempt: int) -> HeldByHosts:
     there once all ranks have.
     """
     ranks: dict[StepId, set[int]] = {}
-    gate = asyncio.Semaphore(READS_AT_ONCE)
 
     async def read(key: str) -> None:
         with contextlib.suppress(ObjectNotFoundError, DamageError):  # candidates only
-            async with gate:
-                have = await get_record(store, Kind.HAVE, key, Have)
+            have = await get_record(store, Kind.HAVE, key, Have)
             for a, s, rank in have.snapshots:
                 ranks.setdefault(StepId(a, s), set()).add(rank)
 
-    await asyncio.gather(*map(read, await store.list(keys.haves(attempt))))
+    await in_lanes(read, await store.list(keys.haves(attempt)), READS_AT_ONCE)
     for step in list(ranks):
         found = (keys.parse_rank(key) for key in await store.list(keys.manifests(step)))
         ranks[step].update(rank for rank in found if rank is not None)
