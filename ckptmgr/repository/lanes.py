@@ -10,9 +10,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-async def in_lanes(
-    work: Callable[[T], Awaitable[R]], items: Iterable[T], at_once: int
-) -> list[R]:
+async def in_lanes(work: Callable[[T], Awaitable[R]], items: Iterable[T], at_once: int) -> list[R]:
     """What `work` returns for each item, in their order.
 
     The first error is raised, when all others that were under way have been cancelled.

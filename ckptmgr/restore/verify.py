@@ -25,7 +25,6 @@ from ckptmgr.repository.pack import check_padding, pack_header, padded
 from ckptmgr.store.base import Store
 from ckptmgr.types import PAGE_BYTES
 
-
 RANKS_AT_ONCE = 8
 """Ranks of a step read back at a time; the memory budget bounds the packs that are held."""
 
