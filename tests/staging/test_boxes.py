@@ -82,12 +82,15 @@ def test_a_leaf_is_a_part_or_the_whole() -> None:
     assert whole_shape(Leaf("a", "f", (), 0, 4)) == ()
 
 
-def test_ten_thousand_rows_are_looked_at_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("at", [0, 1])
+def test_each_of_ten_thousand_boxes_is_looked_at_a_few_times(
+    at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The daemon that commits looks at every tensor of every rank."""
-    rows = [Box((at, 0), (1, 8)) for at in range(10_000)]
-    asked = []
-    common = Box.common
+    count, asked, common = 10_000, [], Box.common
+    parts = [Box((n, 0), (1, 8)) if at == 0 else Box((0, n), (8, 1)) for n in range(count)]
+    shape = (count, 8) if at == 0 else (8, count)
     monkeypatch.setattr(Box, "common", lambda one, other: asked.append(1) or common(one, other))
-    assert gap((10_000, 8), rows) is None
-    assert gap((10_000, 8), [*rows[:5000], *rows[5001:]]) == Box((5000, 0), (1, 8))
-    assert len(asked) <= 2 * len(rows)
+    assert gap(shape, parts) is None
+    assert gap(shape, [*parts[:5000], *parts[5001:]]) == parts[5000]
+    assert len(asked) <= 2 * count
