@@ -7,7 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, TypeVar
@@ -279,8 +279,9 @@ def restore(
             made.append(directory)
             document = await restore_files(catalog, step, form, directory, advance)
             if form != "safetensors":
-                await _export(Path(document.pop("buffer")), form, directory)
-            files = sorted(str(p.relative_to(directory)) for p in directory.rglob("*"))
+                await _export(map(Path, document.pop("buffers")), form, directory)
+            found = (path for path in directory.rglob("*") if path.is_file())
+            files = sorted(str(path.relative_to(directory)) for path in found)
             return {**document, "to": str(to), "files": files}
 
     def leave_nothing() -> None:
@@ -292,9 +293,10 @@ def restore(
     raise typer.Exit(EXIT_FELL_BACK if document["skipped"] else EXIT_OK)
 
 
-async def _export(buffer: Path, form: str, directory: Path) -> None:
+async def _export(found: Iterable[Path], form: str, directory: Path) -> None:
     """Only a process of its own imports torch: this one must work without it."""
-    arguments = ("-m", "ckptmgr.rank.export", form, str(directory), str(buffer))
+    buffers = list(found)
+    arguments = ("-m", "ckptmgr.rank.export", form, str(directory), *map(str, buffers))
     process = await asyncio.create_subprocess_exec(
         sys.executable, *arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
@@ -304,7 +306,8 @@ async def _export(buffer: Path, form: str, directory: Path) -> None:
         process.kill()
         await process.wait()
         raise
-    buffer.unlink()
+    for buffer in buffers:
+        buffer.unlink()
     if process.returncode:
         why = errors.decode(errors="replace").strip() or f"it ended with {process.returncode}"
         hint = "Free space, give --to a directory on another disk, or use --format safetensors."

@@ -10,7 +10,7 @@ import asyncio
 import json
 import secrets
 import shutil
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,8 @@ from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.catalog import Catalog
 from ckptmgr.repository.commit import Decision, abort_step, commit_step, put_witness
 from ckptmgr.repository.hold import host_name, put_hold
+from ckptmgr.repository.manifest import Manifest
+from ckptmgr.restore.plan import Move, Plan, plan_moves
 from ckptmgr.staging.bufferfile import Capacity
 from ckptmgr.staging.hostbuffer import HostBuffer, round_up, table_bytes_needed
 from ckptmgr.staging.layout import encode_layout
@@ -166,7 +168,15 @@ def host_buffer(url: str, data_bytes: int, slots: int = 2) -> Iterator[HostBuffe
 
 
 def fill_slot(
-    buffer: HostBuffer, slot: int, encoded: Encoded, *, attempt: int, nonce: str, step: int
+    buffer: HostBuffer,
+    slot: int,
+    encoded: Encoded,
+    *,
+    attempt: int,
+    nonce: str,
+    step: int,
+    rank: int = 0,
+    world: int = 1,
 ) -> Any:
     """Write and seal a slot as the rank does; returns the snapshot."""
     assert table_bytes_needed(len(encoded.layout_bytes), len(encoded.values)) <= TABLE_BYTES
@@ -176,8 +186,8 @@ def fill_slot(
     return writer.seal(
         attempt=attempt,
         nonce=nonce,
-        rank=0,
-        world=1,
+        rank=rank,
+        world=world,
         step=step,
         layout=encoded.layout_bytes,
         layout_hash=xxhash.xxh3_128_digest(encoded.layout_bytes),
@@ -202,16 +212,39 @@ async def commit_encoded(
     store: Store, attempt: int, nonce: str, step: int, encoded: Encoded, codec: str = "planes"
 ) -> Decision:
     """What a slot would hold, through the real pipeline to its commit."""
+    return await commit_ranks(store, attempt, nonce, step, [encoded], codec)
+
+
+async def commit_ranks(
+    store: Store,
+    attempt: int,
+    nonce: str,
+    step: int,
+    ranks: Sequence[Encoded],
+    codec: str = "planes",
+) -> Decision:
+    """What the slots of all ranks would hold; committed whether it is a whole step or not."""
     await put_active(store, attempt, nonce)
-    with host_buffer(store.url, len(encoded.data)) as buffer:
-        snapshot = fill_slot(buffer, 0, encoded, attempt=attempt, nonce=nonce, step=step)
-        source = Source(buffer, snapshot, store, HOST)
-        pipeline = Pipeline(BufferPool(BUDGET_BYTES))
-        manifest = await pipeline.write(source, codec, lambda _raw, _stored: None)
-        parent = await parent_of(Catalog(store), snapshot.id)
-        decision = await commit_step(store, [manifest], parent)
-        await put_witness(store, decision)
-        return decision
+    pipeline, manifests = Pipeline(BufferPool(BUDGET_BYTES)), []
+    for rank, encoded in enumerate(ranks):
+        with host_buffer(store.url, len(encoded.data)) as buffer:
+            of_step: Any = {"attempt": attempt, "nonce": nonce, "step": step}
+            snapshot = fill_slot(buffer, 0, encoded, **of_step, rank=rank, world=len(ranks))
+            source = Source(buffer, snapshot, store, HOST)
+            manifests.append(await pipeline.write(source, codec, lambda _raw, _stored: None))
+    parent = await parent_of(Catalog(store), StepId(attempt, step))
+    decision = await commit_step(store, manifests, parent)
+    await put_witness(store, decision)
+    return decision
+
+
+def plan_leaves(manifest: Manifest, leaves: Iterable[Leaf]) -> Plan:
+    """The reads that bring leaves back to back, in their order."""
+    moves, at = [], 0
+    for leaf in leaves:
+        moves += [Move(leaf.offset, at, leaf.nbytes)] if leaf.nbytes else []
+        at += leaf.nbytes
+    return plan_moves(manifest, moves, at)
 
 
 async def save_steps(

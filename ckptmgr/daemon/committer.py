@@ -2,7 +2,7 @@
 
 Every daemon of the attempt watches the step. The one of rank `step mod world` looks for the
 manifests and puts COMMIT; the others look for the register, and for the manifests only when it is
-late. All would put the same bytes, and a register has one winner.
+late, one after the other. All would put the same bytes, and a register has one winner.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from ckptmgr.daemon.log import warning
 from ckptmgr.daemon.resume import parent_of
 from ckptmgr.errors import ObjectNotFoundError, RegisterConflictError, StoreError
 from ckptmgr.repository import keys
-from ckptmgr.repository.catalog import Catalog
+from ckptmgr.repository.budget import in_thread
+from ckptmgr.repository.catalog import Catalog, exists
 from ckptmgr.repository.commit import (
     Decision,
     abort_step,
@@ -25,14 +26,17 @@ from ckptmgr.repository.commit import (
     read_record,
 )
 from ckptmgr.repository.manifest import SealedManifest, read_manifest, uncovered
-from ckptmgr.repository.rules import TURN_SECONDS, goes_first, missing_ranks
+from ckptmgr.repository.rules import TURN_SECONDS, goes_first, missing_ranks, turn
 from ckptmgr.types import StepId
 
 LOOK_SECONDS_MIN, LOOK_SECONDS_MAX = 0.01, 1.0
 """Pause between two looks: short while a commit is likely, long while a rank is late."""
 
-READS_AT_ONCE = 32
+READS_AT_ONCE = 64
 """Manifests read at a time by the daemon that commits: it reads all of them once."""
+
+LISTINGS_MIN = 8
+"""How often the manifests of a step are listed, at least, before it is given up."""
 
 RETRY_SECONDS_MIN, RETRY_SECONDS_MAX = 1.0, 30.0
 """Pause after a store that failed: doubled each time, so that a dead store costs nothing."""
@@ -43,17 +47,22 @@ WITNESS_SECONDS_MAX = 5.0
 
 @dataclass(slots=True, eq=False)
 class Watch:
-    """A step that waits for its decision, and what this host has put for it."""
+    """A step that waits for its decision, and what this host has put for it.
+
+    `awaited` is a rank whose manifest was not there at the last listing.
+    """
 
     id: StepId
     nonce: str
     world: int
+    since: float
+    news_at: float
     manifests: dict[int, SealedManifest] = field(default_factory=dict)
     news: asyncio.Event = field(default_factory=asyncio.Event)
-    since: float = field(default_factory=time.monotonic)
     present: tuple[int, ...] = ()
     packs: frozenset[str] = frozenset()
-    news_at: float = field(default_factory=time.monotonic)
+    awaited: int | None = None
+    listed_at: float = 0.0
 
 
 class Committer:
@@ -84,7 +93,8 @@ class Committer:
         step, world = manifest.manifest.id, manifest.manifest.world
         watch = self._watches.get(step)
         if watch is None:
-            watch = self._watches[step] = Watch(step, nonce, world)
+            now = time.monotonic()
+            watch = self._watches[step] = Watch(step, nonce, world, since=now, news_at=now)
             task = asyncio.create_task(self._decide(watch), name=f"commit {step}")
             task.add_done_callback(lambda _: self._forget(step))
             self._tasks[step] = task
@@ -151,17 +161,20 @@ class Committer:
             registered = await self._registered(step)
             if registered is not None:
                 return registered
-            late = time.monotonic() - watch.since >= TURN_SECONDS
-            if not late and not goes_first(step.step, watch.world, watch.manifests):
+            turns = turn(step.step, watch.world, watch.manifests)
+            if time.monotonic() - watch.since < turns * TURN_SECONDS:
+                return None
+            if await self._still_awaited(watch):
                 return None
         present = await self._present(watch)
         missing = missing_ranks(watch.world, watch.nonce, dict.fromkeys(present, watch.nonce))
         if missing:
             return await self._wait_or_give_up(watch, present, missing)
         manifests = await self._all_manifests(watch)
-        gap = uncovered([one.manifest for one in manifests]) if watch.world > 1 else ""
-        if gap:
-            return await abort_step(self._store, step, gap)
+        if watch.world > 1:
+            gap = await in_thread(uncovered, [one.manifest for one in manifests])
+            if gap:
+                return await abort_step(self._store, step, gap)
         parent = self._parents.get(watch.nonce) or await parent_of(self._catalog, step)
         return await commit_step(self._store, manifests, parent)
 
@@ -172,11 +185,23 @@ class Committer:
         except ObjectNotFoundError:
             return None
 
+    async def _still_awaited(self, watch: Watch) -> bool:
+        """Whether a rank that was missing at the last listing still is; asked of this one alone.
+
+        A listing returns a key for every rank, so one at every look would be most of what a large
+        job asks of its store while a rank is late.
+        """
+        due = watch.listed_at + self._stuck_seconds / LISTINGS_MIN
+        if watch.awaited is None or time.monotonic() >= due:
+            return False
+        return not await exists(self._store, keys.manifest(watch.id, watch.awaited))
+
     async def _present(self, watch: Watch) -> tuple[int, ...]:
         """Ranks whose manifest is in the store. Their nonces are looked at when all are there."""
         if len(watch.manifests) == watch.world:
             return tuple(range(watch.world))
         found = (keys.parse_rank(key) for key in await self._store.list(keys.manifests(watch.id)))
+        watch.listed_at = time.monotonic()
         return tuple(rank for rank in found if rank is not None)
 
     async def _wait_or_give_up(
@@ -184,6 +209,7 @@ class Committer:
     ) -> Decision | None:
         """Give the step up when nothing of it has come for so long that its ranks must be dead."""
         now = time.monotonic()
+        watch.awaited = missing[-1]
         if present != watch.present:
             watch.present, watch.news_at = present, now
         if now - watch.news_at < self._stuck_seconds:

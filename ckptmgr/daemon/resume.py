@@ -18,7 +18,7 @@ from ckptmgr.errors import (
     StoreError,
 )
 from ckptmgr.repository import keys
-from ckptmgr.repository.catalog import Catalog, list_steps
+from ckptmgr.repository.catalog import Catalog, decided_steps, exists
 from ckptmgr.repository.commit import (
     FROM_SCRATCH,
     Active,
@@ -32,6 +32,7 @@ from ckptmgr.repository.commit import (
     put_record,
 )
 from ckptmgr.repository.hold import host_name
+from ckptmgr.repository.lanes import in_lanes
 from ckptmgr.repository.record import Kind
 from ckptmgr.repository.rules import next_attempt, resume_order
 from ckptmgr.store.base import PutResult, Store
@@ -41,6 +42,9 @@ DECISION_SECONDS_MAX = 30.0
 """How long a daemon leaves a resume decision to that of rank 0; then it decides itself."""
 
 DECISION_LOOK_SECONDS_MIN, DECISION_LOOK_SECONDS_MAX = 0.01, 0.5
+
+READS_AT_ONCE = 64
+"""Records of hosts read at a time by the daemon that decides: all other ranks wait for it."""
 
 Skipped = tuple[str, str]
 """A step that could not be used, and why."""
@@ -119,25 +123,29 @@ async def publish_have(store: Store, attempt: int, host: str, found: list[Snapsh
 class ActiveMarks:
     """What a job knows of the marks of active attempts, so that a save need not read them again.
 
-    `newest` is the attempt whose mark was found to hold, and has been listed ever since; `told`
-    are those whose mark does not hold, told once each.
+    `held` are the attempts whose mark was found to hold, and has been there ever since; `told` are
+    those whose mark does not hold, told once each.
     """
 
-    newest: int = 0
+    held: set[int] = field(default_factory=set)
     told: set[int] = field(default_factory=set)
 
 
-async def newest_active(store: Store, marks: ActiveMarks) -> int:
-    """The newest attempt that has put a snapshot, by a mark that holds; 0 if there is none."""
-    listed = {(keys.parse_attempt(key) or 0, key) for key in await store.list("attempts/")}
-    for attempt, key in sorted(listed, reverse=True):
-        if key == keys.active(attempt) and (
-            attempt == marks.newest or await _holds(store, attempt, marks)
-        ):
-            marks.newest = attempt
-            return attempt
-    marks.newest = 0
-    return 0
+async def newest_active(store: Store, attempt: int, marks: ActiveMarks) -> int:
+    """The newest attempt from `attempt` on that has put a snapshot, by a mark that holds; or 0.
+
+    Attempts are claimed one after the other, so asking for the next claim is enough: a listing of
+    all attempts would grow with their number, and with that of the hosts, at every save.
+    """
+    newest, looked_at = 0, attempt
+    while looked_at == attempt or await exists(store, keys.claim(looked_at)):
+        if not await exists(store, keys.active(looked_at)):
+            marks.held.discard(looked_at)
+        elif looked_at in marks.held or await _holds(store, looked_at, marks):
+            marks.held.add(looked_at)
+            newest = looked_at
+        looked_at += 1
+    return newest
 
 
 async def _holds(store: Store, attempt: int, marks: ActiveMarks) -> bool:
@@ -169,11 +177,11 @@ async def put_active(
         RegisterConflictError: another incarnation has marked this attempt.
     """
     marks = marks or ActiveMarks()
-    newest = await newest_active(store, marks)
+    newest = await newest_active(store, attempt, marks)
     if newest < attempt:
         await _mark(store, Active(attempt, nonce))
-        marks.newest = attempt
-        newest = max(attempt, await newest_active(store, marks))
+        marks.held.add(attempt)
+        newest = max(attempt, await newest_active(store, attempt, marks))
     return newest
 
 
@@ -246,11 +254,14 @@ async def held_by_hosts(store: Store, attempt: int) -> HeldByHosts:
     there once all ranks have.
     """
     ranks: dict[StepId, set[int]] = {}
-    for key in await store.list(keys.haves(attempt)):
+
+    async def read(key: str) -> None:
         with contextlib.suppress(ObjectNotFoundError, DamageError):  # candidates only
             have = await get_record(store, Kind.HAVE, key, Have)
             for a, s, rank in have.snapshots:
                 ranks.setdefault(StepId(a, s), set()).add(rank)
+
+    await in_lanes(read, await store.list(keys.haves(attempt)), READS_AT_ONCE)
     for step in list(ranks):
         found = (keys.parse_rank(key) for key in await store.list(keys.manifests(step)))
         ranks[step].update(rank for rank in found if rank is not None)
@@ -260,7 +271,8 @@ async def held_by_hosts(store: Store, attempt: int) -> HeldByHosts:
 
 async def parent_of(catalog: Catalog, step: StepId) -> StepId:
     """The commit before `step`: the newest one that stands and is older."""
-    for found in (await list_steps(catalog.store)).standing():
+    decided, retired = await decided_steps(catalog.store)
+    for found in sorted(decided - retired, reverse=True):
         if found >= step:
             continue
         try:

@@ -26,11 +26,15 @@ from ckptmgr.repository.commit import (
     read_record,
 )
 from ckptmgr.repository.hold import left_behind
+from ckptmgr.repository.lanes import in_lanes
 from ckptmgr.repository.record import Kind, digest_of
 from ckptmgr.restore.verify import verify_step
 from ckptmgr.staging.bufferfile import SLOTS_MAX
 from ckptmgr.store.base import PutResult, Store
 from ckptmgr.types import StepId
+
+DELETES_AT_ONCE = 32
+"""Objects of a step deleted at a time: it has as many manifests as ranks, and more packs."""
 
 NEWER_MIN = 2
 """A step is given up only behind this many newer commits, whatever `keep` says."""
@@ -198,8 +202,7 @@ async def _delete_retired(store: Store, step: StepId) -> bool:
 
 async def _delete(store: Store, step: StepId) -> None:
     for prefix in (keys.packs(step), keys.manifests(step)):
-        for key in await store.list(prefix):
-            await store.delete(key)
+        await in_lanes(store.delete, await store.list(prefix), DELETES_AT_ONCE)
 
 
 async def _sweep(

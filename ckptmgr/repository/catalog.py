@@ -99,8 +99,8 @@ async def standing_steps(store: Store) -> list[StepId]:
     A mark of retirement is read before it hides a step: one that is damaged, or was copied from
     another step, hides nothing.
     """
-    listing = await list_steps(store)
-    newest = sorted(listing.decided & listing.retired, reverse=True)[:MARKS_CHECKED_MAX]
+    decided, retired = await decided_steps(store)
+    newest = sorted(decided & retired, reverse=True)[:MARKS_CHECKED_MAX]
     gate = asyncio.Semaphore(_READS_AT_ONCE)
 
     async def hides(step: StepId) -> bool:
@@ -109,7 +109,7 @@ async def standing_steps(store: Store) -> list[StepId]:
 
     hidden = await asyncio.gather(*map(hides, newest))
     shown = {step for step, hides_it in zip(newest, hidden, strict=True) if not hides_it}
-    return sorted(shown.union(listing.standing()), reverse=True)
+    return sorted(shown.union(decided - retired), reverse=True)
 
 
 async def is_retired(store: Store, step: StepId) -> bool:
@@ -132,12 +132,25 @@ async def exists(store: Store, key: str) -> bool:
     return True
 
 
+async def decided_steps(store: Store) -> tuple[frozenset[StepId], frozenset[StepId]]:
+    """Steps that are decided, and those that are retired, by keys of which a step has one each.
+
+    A listing of the manifests would grow with the number of ranks.
+    """
+    decided = await _decided(store)
+    return decided, _marked(keys.retired, await store.list("retired/"))
+
+
+async def _decided(store: Store) -> frozenset[StepId]:
+    decided = _marked(keys.commit, await store.list("commit/"))
+    # A step with a copy of its commit was decided, even if the register itself is gone.
+    return decided | _marked(keys.tags, await store.list("tags/"))
+
+
 async def list_steps(store: Store) -> Listing:
     """Take a listing: a step is seen as undecided before it is seen as decided, never after."""
     manifests = _ranks(await store.list("man/"))
-    decided = _marked(keys.commit, await store.list("commit/"))
-    # A step with a copy of its commit was decided, even if the register itself is gone.
-    decided |= _marked(keys.tags, await store.list("tags/"))
+    decided = await _decided(store)
     verified = _marked(keys.verified, await store.list("verified/"))
     holds: dict[StepId, tuple[str, ...]] = {}
     for key in await store.list("holds/"):

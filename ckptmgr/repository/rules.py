@@ -10,6 +10,10 @@ TURN_SECONDS = 2.0
 """How long a daemon leaves a commit to the one whose turn it is: some puts of a slow store. Only
 the number of store operations depends on it; any daemon may commit at any time."""
 
+TURNS_MAX = 300
+"""Turns until a step is everybody's business: ten minutes. A commit reads all manifests, so that
+thousands of daemons must not try it together because one rank, or the store, is slow."""
+
 
 def next_attempt(taken: Iterable[int]) -> int:
     """The number that a new incarnation claims, given those that are taken."""
@@ -30,6 +34,11 @@ def missing_ranks(world: int, nonce: str, manifests: Mapping[int, str]) -> tuple
 def goes_first(step: int, world: int, ranks_here: Collection[int]) -> bool:
     """Whether the daemon of these ranks is the one to commit a step, and to collect after it."""
     return step % world in ranks_here
+
+
+def turn(step: int, world: int, ranks_here: Collection[int]) -> int:
+    """How many turns the daemon of these ranks leaves a commit to others: 0 if it goes first."""
+    return min(TURNS_MAX, *((rank - step) % world for rank in ranks_here))
 
 
 def complete_steps(

@@ -13,11 +13,15 @@ from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.catalog import Catalog, is_retired
 from ckptmgr.repository.commit import Decision
 from ckptmgr.repository.hold import held_step
+from ckptmgr.repository.lanes import in_lanes
+from ckptmgr.repository.manifest import Manifest
 from ckptmgr.restore.choose import candidates
 from ckptmgr.restore.files import Progress, write_hostbuffer, write_safetensors
 from ckptmgr.restore.records import list_objects, verify_presence, verify_records
 from ckptmgr.restore.verify import Damage, verify_step
 from ckptmgr.types import StepId
+
+_READS_AT_ONCE = 16
 
 
 async def verify_store(
@@ -113,7 +117,7 @@ async def restore_files(
 
     Returns the step, the bytes, the newer steps that were skipped, each with its damage, and the
     newer ones that were never committed, or whose commit record is gone. For other formats than
-    safetensors it leaves a host buffer and names it as `buffer`.
+    safetensors it leaves a host buffer of each rank and names them as `buffers`.
 
     Raises:
         NothingToRestoreError: there is no such step.
@@ -155,12 +159,20 @@ async def restore_files(
 
 async def _write(
     catalog: Catalog, decision: Decision, form: str, directory: Path, progress: Progress
-) -> dict[str, str]:
-    pool = BufferPool(BUDGET_BYTES)
-    async with held_step(catalog.store, decision.id):
-        manifest = (await catalog.manifest(decision, 0)).manifest
+) -> dict[str, list[str]]:
+    store, pool = catalog.store, BufferPool(BUDGET_BYTES)
+
+    async def read(rank: int) -> Manifest:
+        return (await catalog.manifest(decision, rank)).manifest
+
+    async with held_step(store, decision.id):
+        manifests = await in_lanes(read, range(decision.world), _READS_AT_ONCE)
         if form == "safetensors":
-            await write_safetensors(catalog.store, manifest, directory, pool, progress)
+            await write_safetensors(store, manifests, directory, pool, progress)
             return {}
-        buffer = await write_hostbuffer(catalog.store, manifest, directory, pool, progress)
-        return {"buffer": str(buffer)}
+        return {
+            "buffers": [
+                str(await write_hostbuffer(store, one, directory, pool, progress))
+                for one in manifests
+            ]
+        }

@@ -8,7 +8,7 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ from ckptmgr.errors import CkptmgrError, HostMemoryFullError, UnsupportedLeafErr
 from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.manifest import Manifest
 from ckptmgr.restore.fetch import fetch
-from ckptmgr.restore.plan import plan_leaves
+from ckptmgr.restore.joined import Joined, Tensor, join, plan_part
 from ckptmgr.restore.slot import capacity_for, fetch_into_slot
 from ckptmgr.staging.hostbuffer import HostBuffer
 from ckptmgr.staging.revive import decode_tree, decode_values
 from ckptmgr.store.base import Store
-from ckptmgr.types import Binding, Leaf
+from ckptmgr.types import Binding
 
 SAFETENSORS_DTYPES = {
     "float64": "F64",
@@ -126,65 +126,79 @@ def _sync(path: Path) -> None:
         os.close(fd)
 
 
-def safetensors_header(leaves: tuple[Leaf, ...], notes: dict[str, str]) -> bytes:
-    """The header of a safetensors file with `leaves` back to back: 8 bytes of length, then JSON.
+def safetensors_header(tensors: Sequence[Tensor], notes: dict[str, str]) -> bytes:
+    """The header of a safetensors file with `tensors` back to back: 8 bytes of length, then JSON.
 
     Raises:
-        UnsupportedLeafError: a dtype that the format does not have, or the shard of a tensor.
+        UnsupportedLeafError: a dtype that the format does not have, or a name that it has twice.
     """
     entries: dict[str, Any] = {"__metadata__": notes}
     at = 0
-    for leaf in leaves:
-        if leaf.path in entries:
+    for one in tensors:
+        if one.name in entries:
             raise UnsupportedLeafError(
                 "safetensors has one tensor of a name, and none of this one",
-                subject=leaf.path,
+                subject=one.name,
                 hint="Use --format torch.",
             )
-        if leaf.dtype not in SAFETENSORS_DTYPES or leaf.global_shape is not None:
+        if one.dtype not in SAFETENSORS_DTYPES:
             raise UnsupportedLeafError(
-                f"safetensors has no {leaf.dtype}", subject=leaf.path, hint="Use --format torch."
+                f"safetensors has no {one.dtype}", subject=one.name, hint="Use --format torch."
             )
-        entries[leaf.path] = {
-            "dtype": SAFETENSORS_DTYPES[leaf.dtype],
-            "shape": list(leaf.shape),
-            "data_offsets": [at, at + leaf.nbytes],
+        entries[one.name] = {
+            "dtype": SAFETENSORS_DTYPES[one.dtype],
+            "shape": list(one.shape),
+            "data_offsets": [at, at + one.nbytes],
         }
-        at += leaf.nbytes
+        at += one.nbytes
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned
     return len(text).to_bytes(8, "little") + text
 
 
 async def write_safetensors(
-    store: Store, manifest: Manifest, directory: Path, pool: BufferPool, progress: Progress
+    store: Store,
+    manifests: Sequence[Manifest],
+    directory: Path,
+    pool: BufferPool,
+    progress: Progress,
 ) -> list[Path]:
-    """Write `state.safetensors` with all tensors and `values.json` with everything else.
+    """Write `state.safetensors` with all tensors of all ranks, and everything else as JSON:
+    `values.json` of rank 0, `values-<rank>.json` of each other one.
 
     Bytes go from the store to the file through the memory budget, whatever the state's size.
+
+    Raises:
+        DamageError: something of the step does not hold, or is not there.
+        UnsupportedLeafError: the format can not hold it.
     """
-    leaves = manifest.read_layout().leaves
-    notes = {"step": str(manifest.id), "format": "ckptmgr"}
-    header = safetensors_header(leaves, notes)
-    plan = plan_leaves(manifest, leaves)
+    joined = join(manifests)
+    notes = {"step": str(manifests[0].id), "format": "ckptmgr"}
+    header = safetensors_header(joined.tensors, notes)
     path = directory / "state.safetensors"
     with path.open("x+b") as file:
-        _take_space(file.fileno(), len(header) + plan.target_bytes)
+        _take_space(file.fileno(), len(header) + joined.nbytes)
         mapped = mmap.mmap(file.fileno(), 0)
         try:
             with memoryview(mapped) as view, view[len(header) :] as target:
                 view[: len(header)] = header
-                await fetch(store, plan, target, pool, progress)
+                for manifest in manifests:
+                    plan = plan_part(manifest, joined)
+                    await fetch(store, plan, target, pool, progress)
             mapped.flush()
         finally:
             # A read that was cancelled may hold a piece until its call into the kernel ends.
             with suppress(BufferError):
                 mapped.close()
-    _check_header(path, leaves)
-    values = directory / "values.json"
-    async with aiofiles.open(values, "x") as text:
-        await text.write(json.dumps(readable_values(manifest), indent=1))
-    return [path, values]
+    _check_header(path, joined)
+    return [path, *[await _write_values(one, joined, directory) for one in manifests]]
+
+
+async def _write_values(manifest: Manifest, joined: Joined, directory: Path) -> Path:
+    path = directory / (f"values-{manifest.rank}.json" if manifest.rank else "values.json")
+    async with aiofiles.open(path, "x") as text:
+        await text.write(json.dumps(readable_values(manifest, joined), indent=1))
+    return path
 
 
 def _take_space(descriptor: int, nbytes: int) -> None:
@@ -197,26 +211,28 @@ def _take_space(descriptor: int, nbytes: int) -> None:
         os.ftruncate(descriptor, nbytes)
 
 
-def _check_header(path: Path, leaves: tuple[Leaf, ...]) -> None:
+def _check_header(path: Path, joined: Joined) -> None:
     """Let the library that others will read the file with have the last word on its header."""
     try:
         with safe_open(path, framework="numpy") as opened:
             names = set(opened.keys())
     except SafetensorError as error:
         raise CkptmgrError(f"safetensors does not read it: {error}", subject=str(path)) from error
-    if names != {leaf.path for leaf in leaves}:
+    if names != {tensor.name for tensor in joined.tensors}:
         raise CkptmgrError("safetensors reads other names than were written", subject=str(path))
 
 
-def readable_values(manifest: Manifest) -> Any:
-    """The saved containers as JSON, with tensors as their paths and odd values as their repr."""
-    leaves = manifest.read_layout().leaves
-    tree = decode_tree(
-        manifest.read_layout().tree,
-        decode_values(manifest.values),
-        lambda index, _flags: {"tensor": leaves[index].path},
-    )
-    return _as_json(tree)
+def readable_values(manifest: Manifest, joined: Joined) -> Any:
+    """The saved containers of a rank as JSON, with tensors as their names in the file and odd
+    values as their repr.
+    """
+    layout = manifest.read_layout()
+
+    def named(index: int, _flags: int) -> dict[str, str]:
+        path = layout.leaves[index].path
+        return {"tensor": joined.names.get((manifest.rank, path), path)}
+
+    return _as_json(decode_tree(layout.tree, decode_values(manifest.values), named))
 
 
 def _as_json(item: Any) -> Any:
@@ -232,7 +248,7 @@ def _as_json(item: Any) -> Any:
 async def write_hostbuffer(
     store: Store, manifest: Manifest, directory: Path, pool: BufferPool, progress: Progress
 ) -> Path:
-    """Write the step as a host buffer file in `directory`, for a process that has torch."""
+    """Write a rank's part as a host buffer file in `directory`, for a process that has torch."""
     binding = Binding(store.url, manifest.rank, manifest.world)
     try:
         buffer = HostBuffer.create(directory, binding, capacity_for(manifest))

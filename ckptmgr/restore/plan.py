@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from ckptmgr.errors import UsageError
 from ckptmgr.repository.chunk import Chunk
 from ckptmgr.repository.manifest import Manifest
-from ckptmgr.types import Leaf
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,14 +110,3 @@ def plan_chunks(manifest: Manifest, indices: Iterable[int]) -> Plan:
     wanted = [manifest.chunks[index] for index in indices]
     moves = [Move(chunk.raw_offset, chunk.raw_offset, chunk.raw_bytes) for chunk in wanted]
     return plan_moves(manifest, moves, max((chunk.end for chunk in wanted), default=0))
-
-
-def plan_leaves(manifest: Manifest, leaves: Iterable[Leaf]) -> Plan:
-    """The given leaves, in their order, back to back without gaps, as safetensors wants them."""
-    moves: list[Move] = []
-    at = 0
-    for leaf in leaves:
-        if leaf.nbytes:
-            moves.append(Move(leaf.offset, at, leaf.nbytes))
-        at += leaf.nbytes
-    return plan_moves(manifest, moves, at)

@@ -19,10 +19,14 @@ from ckptmgr.repository.catalog import Catalog
 from ckptmgr.repository.chunk import Chunk, hash_of
 from ckptmgr.repository.codec import Codec, decode
 from ckptmgr.repository.commit import Decision
+from ckptmgr.repository.lanes import in_lanes
 from ckptmgr.repository.manifest import Manifest
 from ckptmgr.repository.pack import check_padding, pack_header, padded
 from ckptmgr.store.base import Store
 from ckptmgr.types import PAGE_BYTES
+
+RANKS_AT_ONCE = 8
+"""Ranks of a step read back at a time; the memory budget bounds the packs that are held."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +82,19 @@ async def verify_step(
     Raises:
         StoreUnreachableError: the store can not be read now; this is not damage.
     """
-    found: list[Damage] = []
-    for rank in range(decision.world):
+
+    async def of_rank(rank: int) -> list[Damage]:
         try:
             manifest = (await catalog.manifest(decision, rank)).manifest
         except DamageError as error:
-            found.append(Damage(error.subject, 0, error.message))
-            continue
+            return [Damage(error.subject, 0, error.message)]
+        found: list[Damage] = []
         for index in range(len(manifest.packs)):
             found += await _verify_pack(catalog.store, manifest, index, pool, quick, progress)
-    return found
+        return found
+
+    found = await in_lanes(of_rank, range(decision.world), RANKS_AT_ONCE)
+    return [damage for of_one in found for damage in of_one]
 
 
 async def _verify_pack(

@@ -99,10 +99,10 @@ def test_a_daemon_that_is_stopped_does_not_keep_the_others_from_committing(
     runtime: Path, rig: Rig, hosts: tuple[Path, Path]
 ) -> None:
     """It has put its manifest, and it was its turn."""
-    rig.obey(("get", "commit/", "hold"))
+    rig.obey(("make_durable", "commit/", "hold"))
     with Daemon(hosts[0]) as first, Daemon(hosts[1]), ranks(rig.url, *hosts) as job:
         job[0].save(2)
-        until(lambda: rig.asked("get", "commit/"), "its manifest is there")
+        until(lambda: rig.asked("make_durable", "commit/"), "its manifest is there")
         first.process.send_signal(signal.SIGSTOP)
         try:
             rig.obey()

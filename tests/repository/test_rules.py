@@ -6,11 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptmgr.repository.rules import (
+    TURNS_MAX,
     complete_steps,
     goes_first,
     missing_ranks,
     next_attempt,
     resume_order,
+    turn,
 )
 from ckptmgr.types import StepId
 
@@ -34,6 +36,15 @@ def test_exactly_one_of_any_hosts_goes_first(step: int, world: int, data: st.Dat
     hosts = data.draw(st.lists(st.integers(0, 3), min_size=world, max_size=world))
     places = [{rank for rank in range(world) if hosts[rank] == host} for host in range(4)]
     assert sum(goes_first(step, world, ranks) for ranks in places) == 1
+
+
+@given(st.integers(0, 1000), st.integers(1, 400), st.data())
+def test_turns_come_one_after_the_other(step: int, world: int, data: st.DataObject) -> None:
+    turns = sorted(turn(step, world, {rank}) for rank in range(world))
+    assert turns == [min(at, TURNS_MAX) for at in range(world)]
+    here = data.draw(st.sets(st.integers(0, world - 1), min_size=1))
+    assert turn(step, world, here) == min(turn(step, world, {rank}) for rank in here)
+    assert (turn(step, world, here) == 0) == goes_first(step, world, here)
 
 
 def test_a_step_is_complete_with_every_rank_of_a_known_attempt() -> None:

@@ -20,7 +20,7 @@ from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.catalog import Catalog
 from ckptmgr.repository.manifest import Manifest
 from ckptmgr.restore.fetch import fetch
-from ckptmgr.restore.plan import Plan, plan_leaves, plan_whole
+from ckptmgr.restore.plan import Plan, plan_whole
 from ckptmgr.store.base import Store
 from ckptmgr.testing import Fault, FaultyStore
 from small_step import (
@@ -28,6 +28,7 @@ from small_step import (
     SavedStep,
     made_in_memory,
     memory_store,
+    plan_leaves,
     save_step,
     save_steps,
     shelf_of,

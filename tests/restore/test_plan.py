@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from ckptmgr.repository.chunk import Chunk
 from ckptmgr.repository.manifest import Manifest
-from ckptmgr.restore.plan import Move, Plan, plan_leaves, plan_moves, plan_whole
-from ckptmgr.types import Leaf
+from ckptmgr.restore.plan import Move, Plan, plan_moves, plan_whole
 
 
 def manifest_of(lengths: list[int]) -> Manifest:
@@ -79,20 +78,3 @@ def test_the_whole_is_direct(lengths: list[int]) -> None:
     assert carry_out(plan, source) == source
     assert len(plan.reads) == len(lengths)
     assert all(read.direct for read in plan.reads)
-
-
-@given(lengths=lengths_of, data=st.data())
-@settings(deadline=None)
-def test_leaves_come_back_to_back_in_the_order_asked_for(
-    lengths: list[int], data: st.DataObject
-) -> None:
-    total = sum(lengths)
-    source = random.Random(total).randbytes(total)
-    spans = data.draw(st.lists(st.tuples(st.integers(0, total), st.integers(0, total)), max_size=6))
-    leaves = [
-        Leaf(f"leaf{at}", "uint8", (abs(b - a),), min(a, b), abs(b - a))
-        for at, (a, b) in enumerate(spans)
-    ]
-    plan = plan_leaves(manifest_of(lengths), leaves)
-    expected = b"".join(source[leaf.offset : leaf.offset + leaf.nbytes] for leaf in leaves)
-    assert carry_out(plan, source) == expected

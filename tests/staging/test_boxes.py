@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -79,3 +80,17 @@ def test_a_leaf_is_a_part_or_the_whole() -> None:
     part = Leaf("a", "f", (2, 3), 0, 24, (8, 3), (4, 0))
     assert (box_of(part), whole_shape(part)) == (Box((4, 0), (2, 3)), (8, 3))
     assert whole_shape(Leaf("a", "f", (), 0, 4)) == ()
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_each_of_ten_thousand_boxes_is_looked_at_a_few_times(
+    at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The daemon that commits looks at every tensor of every rank."""
+    count, asked, common = 10_000, [], Box.common
+    parts = [Box((n, 0), (1, 8)) if at == 0 else Box((0, n), (8, 1)) for n in range(count)]
+    shape = (count, 8) if at == 0 else (8, count)
+    monkeypatch.setattr(Box, "common", lambda one, other: asked.append(1) or common(one, other))
+    assert gap(shape, parts) is None
+    assert gap(shape, [*parts[:5000], *parts[5001:]]) == parts[5000]
+    assert len(asked) <= 2 * count

@@ -1,0 +1,43 @@
+"""Work in lanes: all of it, in order, never too much at a time, and none after an error."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from ckptmgr.errors import StoreError
+from ckptmgr.repository.lanes import in_lanes
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 50])
+async def test_results_are_in_order_and_few_are_under_way(count: int) -> None:
+    under_way: set[int] = set()
+    most = 0
+
+    async def square(item: int) -> int:
+        nonlocal most
+        under_way.add(item)
+        most = max(most, len(under_way))
+        await asyncio.sleep(0)
+        under_way.remove(item)
+        return item * item
+
+    assert await in_lanes(square, range(count), 4) == [item * item for item in range(count)]
+    assert most == min(count, 4)
+
+
+async def test_the_first_error_is_raised_and_nothing_goes_on() -> None:
+    begun = []
+
+    async def fail(item: int) -> None:
+        begun.append(item)
+        if item == 5:
+            raise StoreError("full", subject=str(item))
+        await asyncio.sleep(0)
+
+    with pytest.raises(StoreError, match="5"):
+        await in_lanes(fail, range(100), 3)
+    before = len(begun)
+    await asyncio.sleep(0.01)
+    assert len(begun) == before < 10
