@@ -1,0 +1,194 @@
+"""kill -9 of ranks and daemons of jobs of many ranks: bit for bit as if nobody had killed them."""
+
+from __future__ import annotations
+
+import random
+import secrets
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckptmgr.config import open_private_dir
+from crash.storm import INSIDE, Storm
+from processes import end_processes_of
+from rank.havoc import Judge, KilledJob, Plan, truth_of
+from rank.zygote import Zygote
+from scale import scaled
+
+pytestmark = [pytest.mark.kill, pytest.mark.reliability]
+
+KINDS = ["one rank", "all ranks", "one daemon", "all daemons", "everything"]
+
+PLANS = {
+    "ddp": (Plan("ddp", 2, 120), 6, 70),
+    "fsdp2": (Plan("fsdp2", 2, 80), 6, 70),
+    "tp_fsdp2": (Plan("tp_fsdp2", 4, 60), 5, 60),
+    "pipeline": (Plan("pipeline", 2, 120), 6, 70),
+    "ddp_eight": (Plan("ddp", 8, 40), 0, 20),
+    "fsdp2_eight": (Plan("fsdp2", 8, 40), 0, 20),
+    "tp_fsdp2_eight": (Plan("tp_fsdp2", 8, 40), 1, 20),
+}
+"""Parallelism, kills in the sample, kills in `make reliability`: 24 and 330."""
+
+CHAIN = 5
+"""Kills over one store, each followed by a resume that is judged; then another store."""
+
+COPY_SECONDS, PERSIST_SECONDS, RESTORE_SECONDS, ANY_SECONDS = 0.003, 0.08, 0.1, 0.3
+"""Spans in which an aimed kill falls at random; about as long as what is aimed at."""
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    with Zygote("rank.killed_job") as found:
+        yield found
+
+
+@dataclass(slots=True)
+class Table:
+    """What was done and what came of it, by kind of kill."""
+
+    runs: Counter[str] = field(default_factory=Counter)
+    places: Counter[tuple[str, str]] = field(default_factory=Counter)
+    facts: dict[str, Counter[str]] = field(default_factory=dict)
+
+    def show(self, plan: Plan) -> None:
+        for kind, runs in self.runs.items():
+            found = {p: n for (k, p), n in sorted(self.places.items()) if k == kind}
+            inside = sum(n for place, n in found.items() if place in INSIDE)
+            where = ", ".join(f"{place} {n}" for place, n in found.items())
+            facts = self.facts[kind]
+            print(
+                f"| {plan} | {kind} | {runs} | {inside} | {facts['from memory']} "
+                f"| {facts['from store']} | {facts['from nothing']} | {facts['lost']} | 0 | {where}"
+            )
+
+
+@contextmanager
+def hosts_of(plan: Plan, root: Path, chance: random.Random) -> Iterator[list[Storm]]:
+    """A runtime directory for each host of the job, and one store."""
+    name = secrets.token_hex(4)
+    runtimes = [Path(f"/dev/shm/ckptmgr-havoc-{name}-{at}") for at in range(plan.hosts)]
+    for runtime in runtimes:
+        open_private_dir(runtime)
+    try:
+        yield [Storm(root, runtime, chance) for runtime in runtimes]
+    finally:
+        for runtime in runtimes:
+            end_processes_of(runtime)
+            shutil.rmtree(runtime, ignore_errors=True)
+
+
+def aim(one: KilledJob) -> None:
+    """Bring the job to the aimed moment; a kill follows at once."""
+    chance = one.random
+    if not one.children:
+        one.start()
+        if chance.random() < 0.3:
+            one.await_event("restoring")
+            time.sleep(chance.uniform(0, RESTORE_SECONDS))
+            return
+        one.await_event("step", 1)
+    target = chance.choice(["copy", "persist", "any"])
+    one.await_event("step", chance.randint(1, 8))
+    if target == "copy":
+        one.await_event("due")
+        time.sleep(chance.uniform(0, COPY_SECONDS))
+    elif target == "persist":
+        one.await_event("taken")
+        time.sleep(chance.uniform(0, PERSIST_SECONDS))
+    else:
+        time.sleep(chance.uniform(0, ANY_SECONDS))
+
+
+def strike(one: KilledJob, kind: str) -> str:
+    """One kill and what follows from it; where it landed, or nothing if the job had ended."""
+    aim(one)
+    if one.ended():
+        return ""
+    chance = one.random
+    if kind in ("one daemon", "all daemons"):
+        hosts = one.hosts if kind == "all daemons" else [chance.choice(one.hosts)]
+        if not one.kill_daemons(hosts):
+            return ""
+        place = one.place_of_kill()
+        one.await_event("acked")  # the ranks go on with the next daemon
+        return place
+    victims: list[Any] = list(one.children)
+    chance.shuffle(victims)
+    for child in victims[:1] if kind == "one rank" else victims:
+        child.kill()
+    if kind == "everything":
+        one.kill_daemons(one.hosts)
+    place = one.place_of_kill()
+    if kind == "one rank":
+        time.sleep(chance.choice([0, chance.uniform(0, 0.4)]))  # until the launcher has noticed
+    one.bury()
+    if kind == "everything" and chance.random() < 0.5:
+        for host in chance.choice([one.hosts, one.hosts[:1], one.hosts[1:]]):
+            host.wipe_memory()
+        one.judge.floor = max([(0, 0), *one.judge.acked])
+    one.start()
+    one.await_event("step")
+    return place
+
+
+def chain(
+    plan: Plan,
+    truth: list[list[dict[str, Any]]],
+    zygote: Zygote,
+    root: Path,
+    chance: random.Random,
+    kills: list[str],
+    table: Table,
+) -> None:
+    """Kill one job until `kills` is empty or CHAIN is reached, then let it end well."""
+    root.mkdir()
+    plan = replace(plan, hosts=chance.choice([1, 2, 2]))
+    with hosts_of(plan, root, chance) as hosts:
+        one = KilledJob(plan, zygote, chance, hosts, Judge(truth, root, Counter()))
+        try:
+            for _ in range(min(CHAIN, len(kills))):
+                kind = kills[-1]
+                one.judge.facts = table.facts.setdefault(kind, Counter())
+                place = strike(one, kind)
+                if not place:
+                    break
+                kills.pop()
+                table.runs[kind] += 1
+                table.places[kind, place] += 1
+            one.finish()
+        finally:
+            one.close()
+
+
+@pytest.mark.timeout(14400)
+@pytest.mark.parametrize("name", PLANS)
+def test_killed_ranks_and_daemons_change_no_bit(
+    name: str, zygote: Zygote, tmp_path: Path
+) -> None:
+    plan, sample, full = PLANS[name]
+    count = scaled(sample, full)
+    if not count:
+        pytest.skip("only with CKPTMGR_RELIABILITY=1")
+    seed = random.SystemRandom().getrandbits(32)
+    print(f"{plan}: seed {seed}")
+    chance = random.Random(seed)
+    kills = [KINDS[at % len(KINDS)] for at in range(count)]
+    chance.shuffle(kills)
+    table, begun = Table(), time.monotonic()
+    truth = truth_of(plan, zygote, tmp_path / "truth")
+    at = 0
+    while kills:
+        chain(plan, truth, zygote, tmp_path / f"{at}", chance, kills, table)
+        shutil.rmtree(tmp_path / f"{at}")
+        at += 1
+    print(f"{plan}: {count} kills over {at} stores in {time.monotonic() - begun:.0f} s")
+    table.show(plan)
+    assert table.runs.total() == count
