@@ -24,6 +24,9 @@ from rank.zygote import Child, Zygote
 SECONDS_MAX = 150.0
 """Bound of every wait: far above what is ever needed, so that only a hang meets it."""
 
+TAIL_STEPS = 6
+"""What the last incarnation trains beyond what any before it has reached."""
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -140,7 +143,7 @@ class Judge:
             self.furthest = max(self.furthest, one.step)
         elif one.last == "ended":
             one.ended = True
-            if said["digest"] != self.truth[rank][-1]["digest"]:
+            if said["digest"] != self.truth[rank][one.step]["digest"]:
                 raise BrokenPromiseError(f"rank {rank} ended with other bits")
 
     def _judge_resume(self, rank: int, one: Heard, said: dict[str, Any]) -> None:
@@ -235,7 +238,11 @@ class KilledJob:
         self.judge.read()
 
     def finish(self) -> None:
-        """Wait for a clean end of all ranks."""
+        """Start it once more, to a few steps on, and wait for a clean end of all ranks."""
+        if not self.ended():
+            self.bury()
+            self.until = min(self.judge.furthest + TAIL_STEPS, self.plan.steps)
+            self.start()
         self.await_(self.ended, "the end")
         found = [self.zygote.status(child) for child in self.children]
         self.children = []
