@@ -219,6 +219,11 @@ class KilledJob:
         goal = one.counts[event] + count
         self.await_(lambda: one.counts[event] >= goal, event)
 
+    def is_fresh(self) -> bool:
+        """Whether rank 0 of this incarnation has not begun to restore, as far as was heard."""
+        one = self.judge.heard[0]
+        return one.pid != self.children[0].pid or one.last == "begun"
+
     def ended(self) -> bool:
         """Whether all ranks have come to the end of the training."""
         return bool(self.children) and all(one.ended for one in self.judge.heard)
@@ -240,6 +245,8 @@ class KilledJob:
     def finish(self) -> None:
         """Start it once more, to a few steps on, and wait for a clean end of all ranks."""
         if not self.ended():
+            if self.is_fresh():
+                self.await_event("step")
             self.bury()
             self.until = min(self.judge.furthest + TAIL_STEPS, self.plan.steps)
             self.start()

@@ -85,13 +85,12 @@ def hosts_of(plan: Plan, root: Path, chance: random.Random) -> Iterator[list[Sto
 def aim(one: KilledJob) -> None:
     """Bring the job to the aimed moment; a kill follows at once."""
     chance = one.random
-    if not one.children:
-        one.start()
-        if chance.random() < 0.3:
-            one.await_event("restoring")
-            time.sleep(chance.uniform(0, RESTORE_SECONDS))
+    if one.is_fresh():
+        event = chance.choice(["begun", "restoring", "restoring", "step", "step", "step"])
+        one.await_event(event)
+        if event != "step":
+            time.sleep(chance.uniform(0, RESTORE_SECONDS if event == "restoring" else ANY_SECONDS))
             return
-        one.await_event("step", 1)
     target = chance.choice(["copy", "persist", "any"])
     one.await_event("step", chance.randint(1, 8))
     if target == "copy":
@@ -104,12 +103,12 @@ def aim(one: KilledJob) -> None:
         time.sleep(chance.uniform(0, ANY_SECONDS))
 
 
-def strike(one: KilledJob, kind: str) -> str:
-    """One kill and what follows from it; where it landed, or nothing if the job had ended."""
+def strike(one: KilledJob, kind: str, facts: Counter[str]) -> str:
+    """One kill and the next start; where it landed, or nothing if the job had ended."""
     aim(one)
     if one.ended():
         return ""
-    chance = one.random
+    chance, one.judge.facts = one.random, facts
     if kind in ("one daemon", "all daemons"):
         hosts = one.hosts if kind == "all daemons" else [chance.choice(one.hosts)]
         if not one.kill_daemons(hosts):
@@ -132,7 +131,6 @@ def strike(one: KilledJob, kind: str) -> str:
             host.wipe_memory()
         one.judge.floor = max([(0, 0), *one.judge.acked])
     one.start()
-    one.await_event("step")
     return place
 
 
@@ -151,10 +149,10 @@ def chain(
     with hosts_of(plan, root, chance) as hosts:
         one = KilledJob(plan, zygote, chance, hosts, Judge(truth, root, Counter()))
         try:
+            one.start()
             for _ in range(min(CHAIN, len(kills))):
                 kind = kills[-1]
-                one.judge.facts = table.facts.setdefault(kind, Counter())
-                place = strike(one, kind)
+                place = strike(one, kind, table.facts.setdefault(kind, Counter()))
                 if not place:
                     break
                 kills.pop()
