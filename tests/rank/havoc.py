@@ -96,7 +96,7 @@ class Judge:
     """Reads what the ranks say, and compares it with the truth.
 
     `floor` is what the next resume must have at least, `before` the last step that any rank had
-    made when it began.
+    made when it began, and `held` the steps that must come from memory.
     """
 
     truth: list[list[dict[str, Any]]]
@@ -108,6 +108,7 @@ class Judge:
     chosen: dict[int, Id] = field(default_factory=dict)
     furthest: int = 0
     before: int = 0
+    held: set[Id] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.heard = [Heard() for _ in self.truth]
@@ -156,6 +157,8 @@ class Judge:
         least = max([self.floor, *(i for i in self.acked if i[0] < said["attempt"])])
         if found < least:
             raise BrokenPromiseError(f"rank {rank} resumed from {found}, though {least} was there")
+        if found in self.held and said["source"] != "memory":
+            raise BrokenPromiseError(f"rank {rank} read from the store what memory holds: {said}")
         one.step = one.resumed = found[1]
         if said["digest"] != self.truth[rank][one.step]["digest"]:
             raise BrokenPromiseError(f"rank {rank} resumed from {found} with other bits")
@@ -181,7 +184,11 @@ class KilledJob:
 
     def start(self) -> None:
         """The next incarnation, as a scheduler starts it again; what it must find is known."""
-        self.judge.floor = max(self.known(), self.judge.floor)
+        whole = self.whole_in_memory()
+        committed = self.hosts[0].store_latest() or (0, 0)
+        self.judge.floor = max([self.judge.floor, committed, *whole])
+        # What a mesh or DDP shares out is also read from other hosts, which is by the store.
+        self.judge.held = whole if self.plan.layout != "ddp" or self.plan.hosts == 1 else set()
         self.judge.before = self.judge.furthest
         steps = self.until or self.plan.steps
         arguments = [self.plan.layout, self.hosts[0].url, steps, str(self.place)]
@@ -190,15 +197,14 @@ class KilledJob:
             for rank, environment in enumerate(environments(self.plan, self.hosts))
         ]
 
-    def known(self) -> Id:
-        """The newest step of which every rank's part is in host memory, or that is committed."""
+    def whole_in_memory(self) -> set[Id]:
+        """The steps of which every rank's part is in host memory."""
         held: dict[Id, set[Path]] = {}
         for host in self.hosts:
             for slot in slots_below(host.runtime):
                 if slot.usable:
                     held.setdefault(slot.id, set()).add(slot.path)
-        whole = [one for one, paths in held.items() if len(paths) == self.plan.world]
-        return max([(0, 0), *whole, self.hosts[0].store_latest() or (0, 0)])
+        return {one for one, paths in held.items() if len(paths) == self.plan.world}
 
     def await_(self, holds: Callable[[], bool], what: str) -> None:
         """Read on until something is so; no rank may end by itself meanwhile."""

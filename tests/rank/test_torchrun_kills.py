@@ -32,7 +32,7 @@ PROGRAM = TESTS / "rank" / "killed_job.py"
 SECONDS_MAX = 240.0
 """For six imports of torch on a busy machine; nothing here measures time."""
 
-PLAN = Plan("fsdp2", 2, 80)
+PLAN = Plan("fsdp2", 2, 100)
 
 
 @dataclass(slots=True)
@@ -125,7 +125,7 @@ def runtimes(count: int) -> Iterator[list[Path]]:
 def kill_one(job: Launched, chance: random.Random) -> int:
     """SIGKILL one rank at a random instant after something was acknowledged; its step."""
     heard = job.judge.heard
-    steps = chance.randint(4, 30)
+    steps = chance.randint(4, 20)
     job.await_(lambda: bool(job.judge.acked), "an acknowledged commit")
     goal = heard[0].step + steps
     job.await_(lambda: heard[0].step >= goal, f"step {goal}")
