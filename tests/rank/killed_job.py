@@ -126,11 +126,8 @@ class Training:
         }
         self.forward = self.alone
         if layout == "pipeline":
-            # Before its first step torch runs a stage once more, to learn what it gives; BatchNorm
-            # counts that. So it must be over before `restore` (docs/guarantees.md).
             self.forward = self.pipelined(rank, world)
-            self.forward(tokens_of(list(range(BATCH))), 0.0)
-            self.optimizer.zero_grad()
+            self.learn_shapes()
         torch.manual_seed(100 + replica)
         random.seed(200 + replica)
         np.random.seed(300 + replica)  # noqa: NPY002 - the generator that `rng` keeps
@@ -154,6 +151,17 @@ class Training:
             return " ".join(float(loss).hex() for loss in losses)
 
         return forward
+
+    def learn_shapes(self) -> None:
+        """Before its first step torch sends an uninitialised tensor through a stage, to learn what
+        comes out, and BatchNorm averages it in. So it is done before `restore` (see
+        docs/guarantees.md), and undone.
+        """
+        before = [buffer.clone() for buffer in self.model.buffers()]
+        self.forward(tokens_of(list(range(BATCH))), 0.0)
+        self.optimizer.zero_grad()
+        for buffer, old in zip(self.model.buffers(), before, strict=True):
+            buffer.copy_(old)
 
     def train(self, step: int) -> dict[str, Any]:
         """One step; what is to be said of it."""
