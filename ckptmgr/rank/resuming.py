@@ -104,11 +104,14 @@ class Resuming:
         while True:
             try:
                 return lent.enter_context(self._taken(reply))
+            except (DamageError, StateMismatchError):
+                raise
             except CkptmgrError:
+                # Asked first: the death of the daemon may not have been noticed yet.
+                reply = self._link.ask(request, Restored, RESTORE_SECONDS_MAX)
                 if self._link.rejoined == daemon:
                     raise
                 daemon = self._link.rejoined
-                reply = self._link.ask(request, Restored, RESTORE_SECONDS_MAX)
 
     def _taken(self, reply: Restored) -> contextlib.AbstractContextManager[Taken]:
         return taken(
