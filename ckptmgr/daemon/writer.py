@@ -191,7 +191,7 @@ class Writer:
         ranks that know it already it may never snapshot again, and so never hear of it.
         """
         with contextlib.suppress(StoreError):  # the step is decided, whatever fails now
-            newest = await newest_active(self._job.store, self._job.active)
+            newest = await newest_active(self._job.store, snapshot.attempt, self._job.active)
             if newest > snapshot.attempt:
                 self._held.buffer.supersede(newest)
 

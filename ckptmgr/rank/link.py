@@ -48,7 +48,8 @@ class Link:
     A thread of its own hears the daemon's death at once, starts another daemon and attaches the
     same buffer to it: the snapshots in it are adopted, the trainer notices nothing. `lost` says
     that the daemon does not know our buffer, because somebody removed its file: the next snapshot
-    must `grow` into a new one.
+    must `grow` into a new one. `rejoined` counts the daemons that had to be attached to again: such
+    a one knows nothing of what the one before was asked.
 
     Rank 0 claims the attempt; the others are given `claimed`, its number and nonce.
     """
@@ -67,6 +68,7 @@ class Link:
             self._client.close()
             raise
         self.lost = False
+        self.rejoined = 0
         self._stop_populating = threading.Event()
         self._populating = self._populate()
         try:
@@ -215,6 +217,7 @@ class Link:
         """Attach the buffer we have to whichever daemon there is now."""
         self._client.close()
         self._client, attached = self._join()
+        self.rejoined += 1
         self.lost = Path(attached.path) != self.buffer.path
 
     def sealed(self) -> None:

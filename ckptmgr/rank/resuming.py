@@ -8,7 +8,7 @@ from collections.abc import Callable, MutableMapping
 from typing import Any
 
 from ckptmgr.config import RESTORE_SECONDS_MAX
-from ckptmgr.errors import DamageError, NothingToRestoreError, StateMismatchError
+from ckptmgr.errors import CkptmgrError, DamageError, NothingToRestoreError, StateMismatchError
 from ckptmgr.rank.arguments import parse_step
 from ckptmgr.rank.group import AGREE_SECONDS_MAX, Ranks, together
 from ckptmgr.rank.handle import RestoredStep
@@ -62,6 +62,7 @@ class Resuming:
 
     def _decided(self, request: Restore, skipped: dict[str, str]) -> RestoredStep | None:
         """One decision, obeyed; None where its step proved unusable on some rank."""
+        daemon = self._link.rejoined
         reply = together(
             self._ranks,
             "decided",
@@ -79,7 +80,7 @@ class Resuming:
                     self._ranks,
                     "fetched",
                     RESTORE_SECONDS_MAX,
-                    lambda: self._checked(lent, reply),
+                    lambda: self._checked(lent, request, reply, daemon),
                 )
             except DamageError as error:
                 one = str(StepId(reply.attempt, reply.step))
@@ -93,8 +94,27 @@ class Resuming:
             reasons = tuple(skipped.items())
             return RestoredStep(reply.step, reply.attempt, part.source, reasons)
 
-    def _checked(self, lent: contextlib.ExitStack, reply: Restored) -> Taken:
-        part = taken(
+    def _checked(
+        self, lent: contextlib.ExitStack, request: Restore, reply: Restored, daemon: int
+    ) -> Taken:
+        """What was decided, fetched. A daemon that takes the place of one that died meanwhile knows
+        of no decision: it is asked again, obeys what the register says, and everything is fetched
+        anew.
+        """
+        while True:
+            try:
+                return lent.enter_context(self._taken(reply))
+            except (DamageError, StateMismatchError):
+                raise
+            except CkptmgrError:
+                # Asked first: the death of the daemon may not have been noticed yet.
+                reply = self._link.ask(request, Restored, RESTORE_SECONDS_MAX)
+                if self._link.rejoined == daemon:
+                    raise
+                daemon = self._link.rejoined
+
+    def _taken(self, reply: Restored) -> contextlib.AbstractContextManager[Taken]:
+        return taken(
             self._link.ask,
             reply,
             self._state,
@@ -103,7 +123,6 @@ class Resuming:
             rng=self._rng,
             alone=self._ranks.world == 1,
         )
-        return lent.enter_context(part)
 
     def _refuse_untaken(self, part: Taken) -> None:
         """Stages of a pipeline take only some of what was saved; together they must take it all."""

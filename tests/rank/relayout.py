@@ -136,7 +136,9 @@ def _fsdp1(strategy: ShardingStrategy, *, orig: bool) -> Callable[[int], State]:
     return make
 
 
-def _fsdp2(*shape: int) -> Callable[[int], State]:
+def fsdp2(*shape: int) -> Callable[[int], State]:
+    """Fully sharded over a mesh of this shape."""
+
     def make(seed: int) -> State:
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("outer", "inner")[: len(shape)])
         torch.manual_seed(seed)
@@ -150,10 +152,11 @@ def _fsdp2(*shape: int) -> Callable[[int], State]:
 
 
 def _tensor_parallel(seed: int) -> State:
-    mesh: Any = init_device_mesh("cpu", (dist.get_world_size(),))
+    world = dist.get_world_size()
+    mesh: Any = init_device_mesh("cpu", (world,))
     data = None
-    if dist.get_world_size() == 4:
-        both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+    if world >= 4:
+        both = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("outer", "inner"))
         mesh, data = both["inner"], both["outer"]
     torch.manual_seed(seed)
     model = Net()
@@ -185,9 +188,9 @@ LAYOUTS: dict[str, Callable[[int], State]] = {
     "fsdp1_orig": _fsdp1(ShardingStrategy.FULL_SHARD, orig=True),
     "fsdp1_whole": _fsdp1(ShardingStrategy.NO_SHARD, orig=True),
     "fsdp1_hybrid": _fsdp1(ShardingStrategy.HYBRID_SHARD, orig=True),
-    "fsdp2": _fsdp2(2),
-    "fsdp2_four": _fsdp2(4),
-    "hsdp": _fsdp2(2, 2),
+    "fsdp2": fsdp2(2),
+    "fsdp2_four": fsdp2(4),
+    "hsdp": fsdp2(2, 2),
     "tp": _tensor_parallel,
     "tp_fsdp2": _tensor_parallel,
     "pipeline": _pipeline,
