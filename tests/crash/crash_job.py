@@ -4,6 +4,7 @@ the daemons of all ranks in one coroutine, so that a run is a list of changes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Mapping
 from functools import cache
 from typing import Any
@@ -187,7 +188,7 @@ class Job:
             return
         key = keys.manifest(sealed.id, rank)
         own = read_manifest(sealed.id, rank, await self.store.get(key))
-        watch = Watch(sealed.id, sealed.nonce, self.world, {rank: own})
+        watch = Watch(sealed.id, sealed.nonce, self.world, -math.inf, 0.0, {rank: own})
         committer = Committer(self.catalog, lambda _: None, STUCK_SECONDS)
         decision = await committer._look(watch)
         if decision is None:
