@@ -9,12 +9,13 @@ from typing import Any
 
 import msgspec
 
-from ckptmgr.errors import DamageError
+from ckptmgr.errors import DamageError, HostMemoryError, UsageError
 from ckptmgr.staging.control import Client, Fetch, Fetched, Load, Restore, Restored
 from ckptmgr.staging.layout import decode_layout
 from ckptmgr.staging.tables import read_tables
 
 Ask = Callable[..., Any]
+TRIES_MAX = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ def part_of(ask: Ask, reply: Restored, seconds: float) -> Came:
 
 def bring(ask: Ask, request: Restore, k: int, seconds: float) -> tuple[Came, int]:
     """Restore one step, going on behind those that prove unusable; also the next free k."""
-    first, skipped = k, list[tuple[str, str]]()
+    first, skipped, tries = k, list[tuple[str, str]](), 0
     while True:
         one = msgspec.structs.replace(request, k=k, first_k=first)
         try:
@@ -61,6 +62,12 @@ def bring(ask: Ask, request: Restore, k: int, seconds: float) -> tuple[Came, int
             came = part_of(ask, reply, seconds)
         except DamageError as error:
             skipped.append((f"{reply.attempt}.{reply.step}", str(error).partition("\n")[0]))
+            continue
+        except (UsageError, HostMemoryError):
+            # The daemon died meanwhile, and the next one knows of no decision: ask for it again.
+            k, tries = k - 1, tries + 1
+            if tries > TRIES_MAX:
+                raise
             continue
         return replace(came, skipped=tuple(skipped)), k
 
