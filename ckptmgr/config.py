@@ -28,6 +28,10 @@ Three packs: one being filled, one being written, one for a restore at the same 
 STORE_TIMEOUT_SECONDS = 60.0
 """Deadline of one store operation; past it the operation counts as failed with unknown outcome."""
 
+RETRY_SECONDS_MIN, RETRY_SECONDS_MAX = 1.0, 30.0
+"""Pause after a write or a commit that failed: doubled each time, so that a dead store costs
+nothing."""
+
 CONTROL_TIMEOUT_SECONDS = 30.0
 """Deadline of a control request that does no store I/O in the foreground."""
 

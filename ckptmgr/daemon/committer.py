@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from ckptmgr.config import RETRY_SECONDS_MAX, RETRY_SECONDS_MIN
 from ckptmgr.daemon.log import warning
 from ckptmgr.daemon.resume import parent_of
 from ckptmgr.errors import ObjectNotFoundError, RegisterConflictError, StoreError
@@ -37,9 +38,6 @@ READS_AT_ONCE = 64
 
 LISTINGS_MIN = 8
 """How often the manifests of a step are listed, at least, before it is given up."""
-
-RETRY_SECONDS_MIN, RETRY_SECONDS_MAX = 1.0, 30.0
-"""Pause after a store that failed: doubled each time, so that a dead store costs nothing."""
 
 WITNESS_SECONDS_MAX = 5.0
 """Longest delay of the word "committed" for the copy of the commit; a put takes milliseconds."""

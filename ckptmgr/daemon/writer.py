@@ -7,7 +7,7 @@ import contextlib
 import time
 from collections.abc import Callable
 
-from ckptmgr.config import MEMORY_SECONDS
+from ckptmgr.config import MEMORY_SECONDS, RETRY_SECONDS_MAX, RETRY_SECONDS_MIN
 from ckptmgr.daemon.intake import Held
 from ckptmgr.daemon.job import Job
 from ckptmgr.daemon.log import event, warning
@@ -27,9 +27,6 @@ from ckptmgr.repository.hold import host_name
 from ckptmgr.repository.manifest import SealedManifest
 from ckptmgr.repository.rules import goes_first
 from ckptmgr.types import Outcome, Snapshot, StepId
-
-RETRY_SECONDS_MIN, RETRY_SECONDS_MAX = 1.0, 30.0
-"""Pause after a failed write: doubled each time, so that a dead store costs nothing."""
 
 
 class Writer:

@@ -26,7 +26,7 @@ from typing import Any
 import pytest
 
 from ckptmgr.config import open_private_dir
-from ckptmgr.daemon import writer
+from ckptmgr.daemon import committer, writer
 from ckptmgr.daemon.intake import Held, Intake
 from ckptmgr.daemon.job import Job
 from ckptmgr.daemon.pipeline import Pipeline
@@ -96,8 +96,9 @@ def directory() -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "RETRY_SECONDS_MIN", 0.001)
-    monkeypatch.setattr(writer, "RETRY_SECONDS_MAX", 0.002)
+    for module in (writer, committer):
+        monkeypatch.setattr(module, "RETRY_SECONDS_MIN", 0.001)
+        monkeypatch.setattr(module, "RETRY_SECONDS_MAX", 0.002)
 
 
 @dataclass
