@@ -61,12 +61,11 @@ def ranks(
 def test_the_training_thread_talks_to_nobody_between_entry_and_return_of_step(
     runtime: Path, store_url: str, tmp_path: Path, kind: str
 ) -> None:
-    lines = ranks("quiet", store_url, "env" if kind == "tcp" else str(tmp_path / "rendezvous"))
-    told, more = lines[::2], lines[1::2]
+    told = ranks("quiet", store_url, "env" if kind == "tcp" else str(tmp_path / "rendezvous"))
     assert [one["calls"] for one in told] == [[], []]
-    assert [one["begun"] for one in more] == [0, 0], "no collective"
-    assert all(one["counted"] for one in more), "which would have been counted"
-    assert [one["store"] for one in more] == [[], []], "no thread of a rank touches the store"
+    assert [one["begun"] for one in told] == [0, 0], "no collective"
+    assert all(one["counted"] for one in told), "which would have been counted"
+    assert [one["store"] for one in told] == [[], []], "no thread of a rank touches the store"
     assert told[0]["taken"] == told[1]["taken"]
     assert len(told[0]["taken"]) > 1
     assert all(step % 5 == 0 for step in told[0]["taken"])

@@ -79,7 +79,8 @@ EVERY = st.one_of(
     st.builds(Every, seconds=st.floats(0.1, 100)),
     st.just(Every()),
 )
-STEPS = st.lists(st.integers(0, 1000), max_size=3, unique=True).map(sorted).map(tuple)
+STEPS = st.lists(st.integers(1001, 2000), max_size=3, unique=True).map(sorted).map(tuple)
+OTHERS = st.lists(st.integers(0, 1000), max_size=3, unique=True).map(sorted).map(tuple)
 OUTLOOKS = st.builds(
     Outlook,
     start=st.integers(0, 10_000),
@@ -87,7 +88,7 @@ OUTLOOKS = st.builds(
     since_seconds=st.floats(0, 1000),
     requested=st.booleans(),
     undecided=STEPS,
-    free=STEPS,
+    free=OTHERS,
     stuck=st.booleans(),
 )
 
