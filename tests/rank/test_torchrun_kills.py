@@ -34,6 +34,11 @@ SECONDS_MAX = 240.0
 
 PLAN = Plan("fsdp2", 2, 100)
 
+A_STORE_PER_ATTEMPT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+"""torch 2.13 keeps one store through all attempts and puts no attempt into its keys: restarted
+ranks may then read the addresses of the dead ones, and `init_process_group` is refused or hangs.
+"""
+
 
 @dataclass(slots=True)
 class Node:
@@ -87,7 +92,11 @@ def launched(nodes: list[Node], url: str, judge: Judge) -> Iterator[Launched]:
     launchers = []
     with log.open("wb") as file:
         for node in nodes:
-            more = {"CKPTMGR_RUNTIME_DIR": str(node.runtime), "OMP_NUM_THREADS": "1"}
+            more = {
+                "CKPTMGR_RUNTIME_DIR": str(node.runtime),
+                "OMP_NUM_THREADS": "1",
+                **A_STORE_PER_ATTEMPT,
+            }
             started = subprocess.Popen(
                 [
                     *node.prefix,
