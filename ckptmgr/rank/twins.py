@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ckptmgr.rank.living import like
 from ckptmgr.rank.optimizers import local_optimizer, state_dict_of, steps_here
 from ckptmgr.rank.parts import dtensor_type, local_tensor
 
@@ -51,16 +52,7 @@ def _meta(item: StateTensor, param: Tensor) -> Tensor:
     made = torch.empty(local_tensor(param).shape, dtype=item.dtype, device="meta")
     if type(param) is not dtensor_type():
         return made
-    whole: Any = param
-    tensor: Tensor = whole.from_local(
-        made,
-        whole.device_mesh,
-        whole.placements,
-        run_check=False,
-        shape=whole.shape,
-        stride=whole.stride(),
-    )
-    return tensor
+    return like(param, made)
 
 
 def _made_like(optimizer: Optimizer, group: dict[str, Any]) -> Any:
