@@ -34,8 +34,8 @@ def deleted(w: World, step: StepId, keys: list[Any]) -> dict[Any, Any]:
     return dict.fromkeys(keys)
 
 
-class Rank:
-    """One rank of an incarnation, with its part of a daemon: claim, resume, packs, manifest."""
+class Process:
+    """What a rank and a committer are: a method for each state, and records that are put."""
 
     def __init__(self, setup: Setup, decide: Rules, incarnation: int, rank: int) -> None:
         self._setup = setup
@@ -51,6 +51,10 @@ class Rank:
             return self._records.step(local, w)
         act: Any = getattr(self, f"_{local[0]}")
         return act(w, *local[1:]) or []
+
+
+class Rank(Process):
+    """One rank of an incarnation, with its part of a daemon: claim, resume, packs, manifest."""
 
     # -- which attempt ------------------------------------------------------------------------
 
@@ -210,23 +214,8 @@ class Rank:
         return self._records.put_new(w, label, key, self._i, then, STOPPED)
 
 
-class Committer:
+class Committer(Process):
     """A daemon that commits the steps of its incarnation, or gives them up."""
-
-    def __init__(self, setup: Setup, decide: Rules, incarnation: int, rank: int) -> None:
-        self._setup = setup
-        self._rules = decide
-        self._records = Records(setup, decide)
-        self._i = incarnation
-        self._r = rank
-
-    def step(self, local: Any, w: World) -> list[Move]:
-        if local is STOPPED:
-            return []
-        if local[0] in PUTTING:
-            return self._records.step(local, w)
-        act: Any = getattr(self, f"_{local[0]}")
-        return act(w, *local[1:]) or []
 
     def _start(self, w: World) -> list[Move] | None:
         base = w["applied", self._i, self._r % RANKS]
