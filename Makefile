@@ -30,7 +30,7 @@ test: lint
 lint: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy --strict ckptmgr
+	@$(BIN)/mypy --strict ckptmgr $(wildcard plugins/*/ckptmgr_*)
 
 bench: $(STAMP)
 	@$(BIN)/ckptmgr bench
@@ -43,11 +43,12 @@ soak: $(STAMP)
 	@CKPTMGR_SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/python -m pytest -m soak --timeout 0 $(PYTEST_ARGS)
 
 # A changed pyproject.toml or pin installs again; source changes do not (editable install).
-$(STAMP): pyproject.toml tests/constraints.txt
+$(STAMP): pyproject.toml $(wildcard plugins/*/pyproject.toml) tests/constraints.txt
 	$(PYTHON) -m venv $(VENV_ARGS) .venv
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c $(CONSTRAINTS) -e ".[torch,dev]"
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c $(CONSTRAINTS) -e ".[torch,dev]" \
+		$(addprefix -e ,$(wildcard plugins/*))
 	@touch $@
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
-	find ckptmgr tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find ckptmgr plugins tests -name __pycache__ -type d -prune -exec rm -rf {} +

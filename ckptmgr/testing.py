@@ -20,7 +20,7 @@ from itertools import chain
 from unittest import SkipTest
 
 from ckptmgr.errors import ObjectNotFoundError, StoreError, StoreUnreachableError, UsageError
-from ckptmgr.store.base import PutResult, Store
+from ckptmgr.store.base import PutResult, Store, Wanted
 from ckptmgr.store.faulty import Fault, FaultyStore, dead, refuse_reads
 from ckptmgr.store.registry import open_store
 
@@ -167,6 +167,33 @@ class StoreSuite:
         assert room == b"." * 500 + content[3_000:8_000] + b"." * 500
         nothing = memoryview(bytearray())
         assert await store.get(key, 10_000, into=nothing) is nothing
+
+    @_with_store
+    async def test_get_many(self, store: Store) -> None:
+        """Many ranges of several objects at once, each to its place; one that is not there fails
+        the whole, and leaves alone what nobody asked for.
+        """
+        top, content = self._key(), os.urandom(300_000)
+        for number in range(3):
+            await store.put_new(f"{top}/{number}", [memoryview(content)[number:]])
+        room = memoryview(bytearray(b"." * 64_100))
+        wanted = [
+            Wanted(f"{top}/{n % 3}", 1_000 * n, room[1_000 * n : 1_000 * n + 999])
+            for n in range(64)
+        ]
+        await store.get_many([*wanted, Wanted(f"{top}/0", 299_999, room[64_000:64_001])])
+        for n, one in enumerate(wanted):
+            start = one.offset + n % 3
+            assert bytes(one.into) == content[start : start + 999]
+            assert room[1_000 * n + 999] == ord(".")
+        assert bytes(room[64_000:]) == content[299_999:300_000] + b"." * 99
+        await store.get_many([])
+        missing = Wanted(f"{top}/9", 0, room[:5])
+        assert isinstance(await _error_of(store.get_many([missing])), ObjectNotFoundError)
+        beyond = Wanted(f"{top}/2", 299_990, room[:9])
+        error = await _error_of(store.get_many([wanted[0], beyond]))
+        assert isinstance(error, StoreError)
+        assert "is too short" in str(error)
 
     @_with_store
     async def test_reads_past_the_end_are_refused(self, store: Store) -> None:
@@ -349,6 +376,7 @@ class StoreSuite:
         """Constants of the right kind, and a URL that opens the same place where it is shared."""
         assert isinstance(store.durable_on_return, bool)
         assert store.visibility_lag_seconds >= 0.0
+        assert store.exclusive in (True, False, None)
         assert "://" in store.url
 
 

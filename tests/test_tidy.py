@@ -175,6 +175,12 @@ PLANTED = {
     "types import config": ("ckptmgr/types.py", "from ckptmgr.config import MIB", "imports"),
     "store imports staging": ("ckptmgr/store/a.py", "import ckptmgr.staging.values", "imports"),
     "unknown unit": ("ckptmgr/extra.py", "pass", "not in the import table"),
+    "plugin above its seam": (
+        "plugins/p/ckptmgr_p/a.py",
+        "from ckptmgr.daemon.job import Job",
+        "a plugin imports",
+    ),
+    "plugin with torch": ("plugins/p/ckptmgr_p/a.py", "import torch", "only ckptmgr/rank/"),
     "torch": ("ckptmgr/daemon/a.py", "import torch.nn as nn", "only ckptmgr/rank/"),
     "torch by importlib": (
         "ckptmgr/cli.py",
@@ -224,6 +230,7 @@ PLANTED = {
 GOOD = {
     "own package": ("ckptmgr/store/a.py", "from ckptmgr.store.base import Store"),
     "relative": ("ckptmgr/store/a.py", "from .base import Store\nfrom ..errors import StoreError"),
+    "plugin": ("plugins/p/ckptmgr_p/a.py", "from ckptmgr.store.base import Store"),
     "torch in rank": ("ckptmgr/rank/a.py", "import torch"),
     "version": ("ckptmgr/cli.py", "from ckptmgr import __version__, errors"),
     "prefix of a name": ("ckptmgr/daemon/a.py", "import torchlike, pickled"),

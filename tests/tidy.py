@@ -44,6 +44,8 @@ IMPORTS: dict[str, set[str]] = {
 """Unit -> units of ckptmgr that it may import. A module that stands here by its own name is judged
 by that entry instead of its package's."""
 
+PLUGIN_IMPORTS = BASE | {"store"}
+
 FACE_NAMES = {
     "Checkpointer": "rank",
     "SaveHandle": "rank",
@@ -117,9 +119,16 @@ class Source:
         return self.path.startswith("ckptmgr/")
 
     @property
+    def in_plugin(self) -> bool:
+        """Whether it is a plugin's, which is shipped too."""
+        return self.path.startswith("plugins/")
+
+    @property
     def module(self) -> str:
-        """Dotted name below ckptmgr: 'rank.capture', 'errors', and '__init__' for the package."""
-        parts = self.path.removesuffix(".py").split("/")[1:]
+        """Dotted name below ckptmgr: 'rank.capture', 'errors', and '__init__' for the package; a
+        plugin's below its own package.
+        """
+        parts = self.path.removesuffix(".py").split("/")[3 if self.in_plugin else 1 :]
         return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == FACE else parts)
 
     def fault(self, where: int | ast.AST, wrong: str, remedy: str) -> Fault:
@@ -216,6 +225,15 @@ def import_table(source: Source) -> Iterator[Fault]:
             )
 
 
+def plugin_imports(source: Source) -> Iterator[Fault]:
+    """A plugin sees what a third party's may: the seams, and nothing of the layers above."""
+    for node, name in imported_modules(source):
+        if name.split(".")[0] == "ckptmgr" and unit_of(name) not in PLUGIN_IMPORTS:
+            yield source.fault(
+                node, f"a plugin imports {name}", f"it may import {sorted(PLUGIN_IMPORTS)}"
+            )
+
+
 def torch_only_below_rank(source: Source) -> Iterator[Fault]:
     """Keep torch (1.7 s and 235 MiB) out of the daemon and the command line."""
     if source.module.split(".")[0] == "rank":
@@ -256,7 +274,7 @@ def banned_calls(source: Source) -> Iterator[Fault]:
 
 def durable_writes(source: Source) -> Iterator[Fault]:
     """Sync descriptors that nothing buffers; never move onto a name that may exist."""
-    in_store = source.path.startswith("ckptmgr/store/")
+    in_store = source.path.startswith(("ckptmgr/store/", "plugins/"))
     for node in source.nodes(ast.Call):
         assert isinstance(node, ast.Call)
         name = dotted(node.func)
@@ -371,14 +389,18 @@ def lines_of_code(source: Source, node: ast.FunctionDef | ast.AsyncFunctionDef) 
 Rule = Callable[[Source], Iterator[Fault]]
 
 EVERYWHERE: tuple[Rule, ...] = (sizes, finished)
-IN_THE_PACKAGE: tuple[Rule, ...] = (
+SHIPPED: tuple[Rule, ...] = (
     *EVERYWHERE,
-    *(import_table, torch_only_below_rank, banned_modules, banned_calls, durable_writes),
+    *(torch_only_below_rank, banned_modules, banned_calls, durable_writes),
     *(narrow_excepts, no_print, clear_names, module_docstring),
 )
+IN_A_PLUGIN: tuple[Rule, ...] = (*SHIPPED, plugin_imports)
+IN_THE_PACKAGE: tuple[Rule, ...] = (*SHIPPED, import_table)
 
 
 def faults_of(source: Source) -> list[Fault]:
     """Everything that is wrong with one file."""
-    rules = IN_THE_PACKAGE if source.in_package else EVERYWHERE
+    rules = EVERYWHERE
+    if source.in_package or source.in_plugin:
+        rules = IN_A_PLUGIN if source.in_plugin else IN_THE_PACKAGE
     return [fault for rule in rules for fault in rule(source)]

@@ -1,4 +1,4 @@
-"""The store contract: six methods over named, immutable objects, and two declared constants.
+"""The store contract: six methods over named, immutable objects, and three declared constants.
 
 Nothing is ever overwritten, and no method takes a lock or reads a clock. Every implementation
 passes `ckptmgr.testing.StoreSuite`.
@@ -6,15 +6,26 @@ passes `ckptmgr.testing.StoreSuite`.
 
 from __future__ import annotations
 
+import asyncio
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
 
 from ckptmgr.errors import StoreError, UsageError
 
 Buffers = Sequence[memoryview]
 """Contiguous byte views that are written one after the other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Bytes of one object that `get_many` brings: len(into) of them, from `offset` on."""
+
+    key: str
+    offset: int
+    into: memoryview
 
 
 class PutResult(Enum):
@@ -75,7 +86,7 @@ def range_length(
 
 
 class Store(ABC):
-    """Named, immutable objects.
+    """Named, immutable objects: six methods to write, and `get_many` where it can be faster.
 
     Errors of every method: `StoreUnreachableError` (or a subclass) where a retry may help, of which
     `MediumError` may be a fault of this one object; `StoreError` where it will not; `UsageError`
@@ -90,6 +101,10 @@ class Store(ABC):
 
     visibility_lag_seconds: float = 0.0
     """Longest time after `put_new` returned during which `get` or `list` may not show it."""
+
+    exclusive: bool | None = True
+    """Whether of concurrent `put_new` of one key exactly one gets OK. None where that is the
+    server's business and not known: it is proved by a race before a decision rests on it."""
 
     @property
     @abstractmethod
@@ -121,6 +136,18 @@ class Store(ABC):
             ObjectNotFoundError: no such key.
             StoreError: the object ends before the range does (message "is too short").
         """
+
+    async def get_many(self, wanted: Sequence[Wanted]) -> None:
+        """Fill every `into`, in any order; a store that serves many ranges at once overrides it.
+
+        Errors are those of `get`, for one of the objects; the others may be filled or not.
+        """
+        try:
+            async with asyncio.TaskGroup() as group:
+                for one in wanted:
+                    group.create_task(self.get(one.key, one.offset, into=one.into))
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
 
     @abstractmethod
     async def list(self, prefix: str) -> list[str]:

@@ -59,7 +59,7 @@ def dead(error: Exception | None = None) -> list[Fault]:
 
 
 class FaultyStore(Store):
-    """`inner`, with the faults of a plan and a record of what was asked.
+    """`inner`, with the faults of a plan and a record of what was asked. `get_many` is many `get`.
 
     `operations` holds (operation, key or prefix) of every call in the order of its start, those
     that failed too; `aclose` is neither counted nor failed.
@@ -68,6 +68,7 @@ class FaultyStore(Store):
     def __init__(self, inner: Store, plan: Iterable[Fault] = ()) -> None:
         self.durable_on_return = inner.durable_on_return
         self.visibility_lag_seconds = inner.visibility_lag_seconds
+        self.exclusive = inner.exclusive
         self.operations: list[tuple[Operation, str]] = []
         self._inner = inner
         self._counts: list[tuple[Fault, list[int]]] = []

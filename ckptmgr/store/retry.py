@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from ckptmgr.config import MIB, STORE_TIMEOUT_SECONDS
@@ -17,7 +17,7 @@ from ckptmgr.errors import (
     StorePermissionError,
     StoreUnreachableError,
 )
-from ckptmgr.store.base import Buffers, PutResult, Store
+from ckptmgr.store.base import Buffers, PutResult, Store, Wanted
 
 BACKOFF_SECONDS_MIN = 0.1
 BACKOFF_SECONDS_MAX = 10.0
@@ -87,6 +87,7 @@ class RetryingStore(Store):
     ) -> None:
         self.durable_on_return = inner.durable_on_return
         self.visibility_lag_seconds = inner.visibility_lag_seconds
+        self.exclusive = inner.exclusive
         self._inner = inner
         self._timeout_seconds = timeout_seconds
         self._deadline_seconds = deadline_seconds
@@ -139,6 +140,18 @@ class RetryingStore(Store):
 
         found, _ = await self._tries("get", key, read, count)
         return found
+
+    async def get_many(self, wanted: Sequence[Wanted]) -> None:
+        """As `Store.get_many`: one try for all, then each by `get`, so that an error is of one
+        object and what can be read is read.
+        """
+        count = sum(len(one.into) for one in wanted)
+        try:
+            async with asyncio.timeout(self._timeout_seconds + count / BYTES_PER_SECOND_MIN):
+                await self._inner.get_many(wanted)
+        except (StoreUnreachableError, TimeoutError) as error:
+            self._on_failure("get_many", error)
+            await super().get_many(wanted)
 
     async def _others_can_be_read(self, key: str) -> bool:
         if self._landmark in ("", key):

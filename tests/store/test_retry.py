@@ -18,7 +18,7 @@ from ckptmgr.errors import (
     StoreUnreachableError,
 )
 from ckptmgr.store import retry
-from ckptmgr.store.base import PutResult, Store
+from ckptmgr.store.base import PutResult, Store, Wanted
 from ckptmgr.store.memory import MemoryStore
 from ckptmgr.store.retry import RetryingStore
 from ckptmgr.testing import Fault, FaultyStore, StoreSuite, dead
@@ -275,8 +275,21 @@ async def test_pauses_double_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> N
     assert pauses == sorted(pauses)
 
 
+async def test_a_batch_that_fails_is_read_one_by_one() -> None:
+    outer, inner = stores(Fault(LOST, at=2, operation="get"))
+    for name in "abc":
+        await inner.put_new(name, views(name.encode() * 4))
+    room = memoryview(bytearray(12))
+    wanted = [Wanted(name, 0, room[4 * n : 4 * n + 4]) for n, name in enumerate("abc")]
+    await outer.get_many(wanted)
+    assert bytes(room) == b"aaaabbbbcccc"
+    with pytest.raises(ObjectNotFoundError, match="d"):
+        await outer.get_many([*wanted, Wanted("d", 0, room[:1])])
+
+
 def test_it_declares_what_its_inner_store_does() -> None:
     inner = MemoryStore("x")
-    inner.durable_on_return, inner.visibility_lag_seconds = False, 6.0
+    inner.durable_on_return, inner.visibility_lag_seconds, inner.exclusive = False, 6.0, None
     outer = RetryingStore(inner)
     assert (outer.durable_on_return, outer.visibility_lag_seconds) == (False, 6.0)
+    assert outer.exclusive is None

@@ -1,0 +1,3 @@
+"""Object stores for ckptmgr."""
+
+from __future__ import annotations
