@@ -322,10 +322,10 @@ class Reader:
 
     def _is_readable(self, session: Session, held: Held) -> bool:
         """Another trainer that lives may write any slot of its buffer at any moment, unless it is
-        a rank of the same attempt: all ranks restore before any of them goes on.
+        a rank of the same attempt: all ranks restore before any of them goes on. The buffer knows
+        it, too: a trainer has nothing to say to a daemon that is new.
         """
-        owner = held.owner
-        if isinstance(owner, Session) and owner.attempt == session.attempt:
+        if held.buffer.taken_by == session.attempt:
             return True
         return not held.buffer.has_live_writer()
 

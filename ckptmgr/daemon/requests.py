@@ -160,6 +160,7 @@ class Requests:
         before, held.owner = held.owner, session
         session.held = held
         held.writer_alive, held.free_when_decided = True, False
+        held.buffer.take(session.attempt)
         if before is not None:
             await before.release()
 

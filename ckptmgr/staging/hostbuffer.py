@@ -355,6 +355,15 @@ class HostBuffer:
         self._words[_DAEMON_PAGE_AT // 8 + 1] = attempt
 
     @property
+    def taken_by(self) -> int:
+        """The attempt whose trainer was given the buffer last; 0 if it never was."""
+        return self._words[_DAEMON_PAGE_AT // 8 + 2]
+
+    def take(self, attempt: int) -> None:
+        """Remember for a later daemon whose buffer this is."""
+        self._words[_DAEMON_PAGE_AT // 8 + 2] = attempt
+
+    @property
     def progress_bytes(self) -> int:
         """Bytes that this buffer's snapshots have put into the store, ever."""
         return self._words[_DAEMON_PAGE_AT // 8]

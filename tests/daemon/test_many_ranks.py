@@ -234,6 +234,28 @@ def saved(runtime: Path, rig: Rig, hosts: tuple[Path, Path]) -> Rig:
     return rig
 
 
+def test_a_new_daemon_knows_the_memory_of_ranks_that_have_nothing_to_say(
+    runtime: Path, rig: Rig
+) -> None:
+    """It was killed amid a restore: rank 0 has its part and waits for rank 1, which asks again."""
+    with Daemon(runtime) as daemon:
+        with ranks(rig.url, runtime, runtime) as job:
+            for rank in job:
+                rank.save(1)
+            for rank in job:
+                assert rank.wait(1).outcome == Outcome.COMMITTED
+        with ranks(rig.url, runtime, runtime) as job:
+            assert job[0].restore().source == "memory"
+            with job[0].link._asking:  # as slow as a busy machine makes it
+                daemon.end(signal.SIGKILL)
+                reply = job[1].link.ask(Restore(), Restored, PATIENCE_SECONDS)
+                assert (reply.attempt, reply.step) == (1, 1)
+                whole = ((0, job[1].nbytes),)
+                wanted = Fetch(((0, whole), (1, whole)))
+                parts = job[1].link.ask(wanted, Fetched, PATIENCE_SECONDS).parts
+                assert [part.source for part in parts] == ["memory"] * 2
+
+
 def test_another_world_reads_the_parts_it_wants(saved: Rig, hosts: tuple[Path, Path]) -> None:
     """Two ranks of a new world read all four parts; each byte is fetched once for the host."""
     before = saved.asked("get", "data/")
