@@ -267,9 +267,11 @@ async def abort_step(store: Store, step: StepId, why: str) -> Decision:
     """
     if store.exclusive is False:
         with contextlib.suppress(ObjectNotFoundError):
+            await store.make_durable(keys.commit(step))
             return await get_record(store, Kind.COMMIT, keys.commit(step), Decision)
         mark = Retired(step.attempt, step.step, why)
-        await put_record(store, Kind.RETIRED, keys.retired(step), mark)
+        if await put_record(store, Kind.RETIRED, keys.retired(step), mark) is PutResult.CONFLICT:
+            await store.make_durable(keys.retired(step))
     return await decide(store, Kind.COMMIT, keys.commit(step), abort_of(step, why))
 
 

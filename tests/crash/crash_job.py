@@ -32,7 +32,7 @@ from ckptmgr.repository.hold import held_step, put_hold, release_hold
 from ckptmgr.repository.manifest import Manifest, SealedManifest, read_manifest, seal_manifest
 from ckptmgr.repository.pack import pack_header
 from ckptmgr.repository.record import Kind, digest_of, unseal
-from ckptmgr.repository.rules import complete_steps
+from ckptmgr.repository.rules import complete_steps, goes_first
 from ckptmgr.staging.layout import encode_layout
 from ckptmgr.store.base import Store
 from ckptmgr.types import PAGE_BYTES, Group, Layout, Leaf, Snapshot, StepId
@@ -162,8 +162,11 @@ class Job:
         for rank in range(self.world):
             await self.write(sealed, rank)
         # All daemons decide; whose turn it is goes first.
-        for turn in range(self.world):
-            await self.decide(sealed, (sealed.step + turn) % self.world)
+        ranks = range(self.world)
+        exclusive = self.store.exclusive
+        (first,) = (r for r in ranks if goes_first(sealed.step, self.world, (r,), exclusive))
+        for turn in ranks:
+            await self.decide(sealed, (first + turn) % self.world)
         self.settled(sealed)
 
     async def write(self, sealed: Sealed, rank: int) -> None:
@@ -243,7 +246,9 @@ def check(state: State) -> None:
             _check_whole(decision, objects)
     for key in objects:
         step = keys.parse_step(key) if key.startswith("retired/") else None
-        if step is not None and sum(other > step for other in standing) < 2:
+        if step is None or not (state.exclusive or step in state.ledger.acked):
+            continue  # where one decides alone, what is given up is retired first
+        if sum(other > step for other in standing) < 2:
             raise ViolatedError(f"I3 {step} is given up, and less than two newer ones stand")
     newest = standing[-1] if standing else FROM_SCRATCH
     if state.ledger.acked and newest < max(state.ledger.acked):

@@ -56,20 +56,26 @@ class Change:
 
 @dataclass(frozen=True)
 class State:
-    """What a store holds, which of it is visible but not durable, and what was told of it."""
+    """What a store holds, which of it is visible but not durable, and what was told of it.
+
+    Where it is not `exclusive`, a put that comes late replaces what others have put meanwhile, save
+    a manifest (docs/guarantees.md).
+    """
 
     objects: Mapping[str, bytes] = field(default_factory=dict)
     soft: frozenset[str] = frozenset()
     ledger: Ledger = field(default_factory=Ledger)
+    exclusive: bool = True
 
     def name(self) -> object:
         """Equal for equal states."""
         return frozenset(self.objects.items()), self.soft, self.ledger
 
     def after(self, change: Change, *, durable: bool) -> State:
-        """With a change made; a put over something else is no change."""
+        """With a change made; a put over something else is no change, where one wins."""
         objects, soft = dict(self.objects), set(self.soft)
-        if change.kind == "put" and change.key not in objects:
+        replaces = not self.exclusive and not change.key.startswith("man/")
+        if change.kind == "put" and (replaces or change.key not in objects):
             objects[change.key] = change.blob
             soft |= set() if durable else {change.key}
         elif change.kind == "delete":
@@ -78,12 +84,12 @@ class State:
             soft.discard(change.key)
         elif change.kind == "durable":
             soft.discard(change.key)
-        return State(objects, frozenset(soft), self.ledger)
+        return replace(self, objects=objects, soft=frozenset(soft))
 
     def cut(self) -> State:
         """After a power cut: what was not durable is gone."""
         objects = {key: blob for key, blob in self.objects.items() if key not in self.soft}
-        return State(objects, frozenset(), self.ledger)
+        return replace(self, objects=objects, soft=frozenset())
 
 
 def check_delete(objects: Mapping[str, bytes], soft: frozenset[str] | set[str], key: str) -> None:
@@ -110,6 +116,7 @@ class CrashStore(Store):
         self._soft = set(state.soft)
         self._ambiguous = ambiguous
         self.ledger = state.ledger
+        self.exclusive: bool = state.exclusive
         self.instants: list[tuple[State, Change]] = []
         self._keys: list[str] | None = None
 
@@ -119,7 +126,7 @@ class CrashStore(Store):
 
     @property
     def now(self) -> State:
-        return State(dict(self._objects), frozenset(self._soft), self.ledger)
+        return State(dict(self._objects), frozenset(self._soft), self.ledger, self.exclusive)
 
     def tell(self, **changes: object) -> None:
         """Change the ledger."""

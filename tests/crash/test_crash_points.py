@@ -23,7 +23,7 @@ from ckptmgr.daemon.committer import Committer
 from ckptmgr.errors import CkptmgrError, ObjectNotFoundError
 from ckptmgr.repository import keys
 from ckptmgr.repository.budget import BufferPool
-from ckptmgr.repository.commit import Decision, Retired, put_record
+from ckptmgr.repository.commit import Decision, Retired, abort_of, decide, put_record
 from ckptmgr.repository.record import Kind
 from ckptmgr.restore import verify
 from ckptmgr.store.base import Store
@@ -32,6 +32,7 @@ from ckptmgr.types import StepId
 from crash import crash_job
 from crash.crash_job import SCRIPTS, Job, Script, check, last_recovery, recovery
 from crash.crash_store import Change, CrashStore, State, ViolatedError
+from scale import FULL
 
 pytestmark = [pytest.mark.reliability, pytest.mark.timeout(1800)]
 
@@ -59,6 +60,7 @@ def repeatable(script: Script) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         numbers = itertools.count(_FIRST_NUMBER.get(script, 1))
         patch.setattr(secrets, "token_hex", lambda n: f"{next(numbers):0{2 * n}x}")
+        patch.setattr(secrets, "randbelow", lambda n: next(numbers) % n)
         patch.setattr(resume, "time", SimpleNamespace(time=float, monotonic=float))
         patch.setattr(verify, "in_thread", _here)
         patch.setattr(keys, "parse_step", _parse_step)
@@ -81,10 +83,12 @@ async def run(script: Script, state: State, world: int, pool: BufferPool) -> Cra
         return store
 
 
-async def run_ambiguous(script: Script, at: int, world: int, pool: BufferPool) -> CrashStore:
+async def run_ambiguous(
+    script: Script, state: State, at: int, world: int, pool: BufferPool
+) -> CrashStore:
     """A run in which the answer to one change is lost, so that it is made twice."""
     with repeatable(script):
-        inner = CrashStore(State(), ambiguous=at)
+        inner = CrashStore(state, ambiguous=at)
         store = RetryingStore(inner, jitter=lambda: 0.0)
         await script(Job(inner, store, world, pool))
         return inner
@@ -93,8 +97,9 @@ async def run_ambiguous(script: Script, at: int, world: int, pool: BufferPool) -
 class Enumeration:
     """All crashes of one script, and of the recoveries from them."""
 
-    def __init__(self, world: int) -> None:
+    def __init__(self, world: int, *, exclusive: bool = True) -> None:
         self._world = world
+        self._empty = State(exclusive=exclusive)
         self._pool = BufferPool(1 << 27)
         self.points = 0
         self.runs = 0
@@ -102,13 +107,13 @@ class Enumeration:
         self._checked: set[object] = set()
 
     async def explore(self, script: Script) -> None:
-        whole = await run(script, State(), self._world, self._pool)
+        whole = await run(script, self._empty, self._world, self._pool)
         check(whole.now)
         for instant, change in whole.instants:
             for fate in FATES:
                 await self._first(instant, change, fate)
         for at in range(len(whole.instants)):
-            again = await run_ambiguous(script, at, self._world, self._pool)
+            again = await run_ambiguous(script, self._empty, at, self._world, self._pool)
             self.points += 1
             self._check(again.now)
 
@@ -157,6 +162,15 @@ def test_no_crash_breaks_anything(name: str) -> None:
     enumeration = Enumeration(world)
     asyncio.run(enumeration.explore(script))
     print(f"{name}: {enumeration.points:,} points, {enumeration.runs:,} recoveries")
+    assert enumeration.points >= POINTS_MIN[name]
+
+
+@pytest.mark.parametrize("name", SCRIPTS if FULL else ["second run"])
+def test_no_crash_breaks_anything_where_one_decides_alone(name: str) -> None:
+    world, script = SCRIPTS[name]
+    enumeration = Enumeration(world, exclusive=False)
+    asyncio.run(enumeration.explore(script))
+    print(f"{name}, single decider: {enumeration.points:,} points, {enumeration.runs:,} recoveries")
     assert enumeration.points >= POINTS_MIN[name]
 
 
@@ -256,3 +270,19 @@ def test_a_seeded_bug_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises((ViolatedError, CkptmgrError)) as found:
         asyncio.run(enumeration.explore(script))
     print(f"{name}: after {enumeration.points:,} points: {found.value}")
+
+
+async def _abort_without_mark(store: Store, step: StepId, why: str) -> Decision:
+    return await decide(store, Kind.COMMIT, keys.commit(step), abort_of(step, why))
+
+
+def test_where_one_decides_alone_an_abort_without_its_mark_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The COMMIT of a stopped incarnation comes late, and its data is gone."""
+    for module in (retain, crash_job):
+        monkeypatch.setattr(module, "abort_step", _abort_without_mark)
+    world, script = SCRIPTS["second run"]
+    with pytest.raises(ViolatedError) as found:
+        asyncio.run(Enumeration(world, exclusive=False).explore(script))
+    print(found.value)
