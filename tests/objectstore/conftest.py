@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from servers.buckets import make_bucket
+from servers.buckets import Bucket
 from servers.ceph import Ceph, start_or_skip
+from servers.faultproxy import FaultProxy
 
 
 @pytest.fixture(scope="session")
@@ -19,10 +20,18 @@ def ceph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ceph]:
 
 
 @pytest.fixture
-def bucket(ceph: Ceph, monkeypatch: pytest.MonkeyPatch) -> str:
+def bucket(ceph: Ceph, monkeypatch: pytest.MonkeyPatch) -> Bucket:
     """Make a bucket; the environment leads to it, for this process and its children."""
     for name, value in ceph.environment().items():
         monkeypatch.setenv(name, value)
-    name = f"test-{secrets.token_hex(6)}"
-    make_bucket(name)
-    return name
+    made = Bucket(f"test-{secrets.token_hex(6)}", ceph.endpoint)
+    made.make()
+    return made
+
+
+@pytest.fixture
+def proxy(ceph: Ceph, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """Put a proxy in front of the gateway; the environment leads through it from here on."""
+    with FaultProxy(ceph.port) as made:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", made.endpoint)
+        yield made

@@ -9,14 +9,15 @@ from ckptmgr.testing import MIB, StoreSuite
 from ckptmgr_objectstore.clients import open_store
 from ckptmgr_objectstore.store import ObjectStore
 from scale import scaled
+from servers.buckets import Bucket
 
 
 class TestPromises(StoreSuite):
     race_keys = scaled(20, 1000)
 
     @pytest.fixture(autouse=True)
-    def _place(self, bucket: str) -> None:
-        self.shared_url = f"s3://{bucket}/some/run"
+    def _place(self, bucket: Bucket) -> None:
+        self.shared_url = f"s3://{bucket.name}/some/run"
 
     def make_store(self) -> Store:
         return open_store(self.shared_url)
@@ -50,5 +51,5 @@ class InParts(StoreSuite):
         "test_cancelled_put_leaves_all_or_nothing",
     ],
 )
-def test_objects_in_parts_keep_the_promises_too(promise: str, bucket: str) -> None:
-    getattr(InParts(f"s3://{bucket}/run"), promise)()
+def test_objects_in_parts_keep_the_promises_too(promise: str, bucket: Bucket) -> None:
+    getattr(InParts(f"s3://{bucket.name}/run"), promise)()

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from obstore.exceptions import (
     BaseError,
     InvalidPathError,
-    PermissionDeniedError,
-    UnauthenticatedError,
 )
 
 from ckptmgr.errors import (
@@ -84,7 +82,7 @@ def error_of(error: Exception, key: str) -> StoreError:
             subject=key,
             hint="Set them in the environment of the daemon, or give its host a role.",
         )
-    if isinstance(error, (PermissionDeniedError, UnauthenticatedError)):
+    if status in ("401", "403"):  # of a list, the client knows no type
         return StorePermissionError(message, subject=key)
     if status == "416":
         return RangeRefusedError(message, subject=key)

@@ -28,7 +28,7 @@ from ckptmgr.store.base import (
 from ckptmgr_objectstore.failures import RangeRefusedError, no_place, typed
 
 if TYPE_CHECKING:
-    from obstore import BytesStream, GetResult
+    from obstore import BytesStream, GetResult, OffsetRange
     from obstore.store import AzureStore, GCSStore, S3Store
 
 SINGLE_PUT_BYTES_MAX = 4 << 30
@@ -164,18 +164,17 @@ class ObjectStore(Store):
         return room
 
     async def _open(self, key: str, offset: int, wanted: int | None) -> GetResult:
-        """The answer to a ranged GET, its body still to be read."""
+        """The answer to a GET, its body still to be read: always of a range, because the answer
+        then says how long the object is, whatever becomes of the body.
+        """
+        wide: OffsetRange = {"offset": offset}
         with typed(key):
             async with self._patience(key):
-                if wanted is not None:
-                    return await obstore.get_async(
-                        self._client, key, options={"range": (offset, offset + wanted)}
-                    )
-                if offset:
-                    return await obstore.get_async(
-                        self._client, key, options={"range": {"offset": offset}}
-                    )
-                return await obstore.get_async(self._client, key)
+                return await obstore.get_async(
+                    self._client,
+                    key,
+                    options={"range": wide if wanted is None else (offset, offset + wanted)},
+                )
 
     async def _fill(self, key: str, found: GetResult, room: memoryview) -> None:
         """Read a body into `room`, which only this coroutine writes: all of it, or an error."""
