@@ -37,6 +37,7 @@ _CREDENTIALS = re.compile(
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>(\w{1,80})</Code>")
 _KIND = re.compile(r"\bkind: (Connect|Timeout|Interrupted|Decode|Request)\b")
+_CAUSE = re.compile(r"\bsource: ([A-Z][A-Za-z]{1,60})\b")
 _SAID = {
     "Connect": "no connection",
     "Timeout": "no answer in time",
@@ -105,7 +106,8 @@ def harmless(error: Exception) -> str:
     """What the client tells, by words that can not carry a secret.
 
     Its own text holds URLs, which may be signed, and the server's answer, which may repeat what was
-    sent; of these only a status, an error code and a kind are taken over.
+    sent; of these only a status, an error code, a kind and names of causes
+    are taken over.
     """
     text = str(error)
     status, code, kind = (_first(pattern, text) for pattern in (_STATUS, _CODE, _KIND))
@@ -113,7 +115,8 @@ def harmless(error: Exception) -> str:
         return f"the server answered {status}" + (f" {code}" if code else "")
     if kind:
         return _SAID[kind]
-    return f"the client failed ({type(error).__name__})"
+    causes = _CAUSE.findall(text)[:4] or [type(error).__name__]
+    return f"the client failed ({', '.join(causes)})"
 
 
 def _first(pattern: re.Pattern[str], text: str) -> str:
