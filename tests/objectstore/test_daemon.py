@@ -26,6 +26,8 @@ from servers.buckets import Bucket
 from servers.faultproxy import Fault, FaultProxy, Kind
 from small_step import read_safetensors
 
+pytestmark = pytest.mark.reliability
+
 STEP_BYTES = 1 << 20
 FAULTS = {
     **{kind.name.lower(): Fault(kind) for kind in Kind if kind is not Kind.STATUS},
@@ -154,7 +156,7 @@ async def test_a_daemon_saves_through_every_fault_and_commits_nothing_wrong(
     with Daemon(runtime) as daemon, Rank(runtime, url, keep=10_000) as rank:
         rank.restore()
         for fault in FAULTS.values():
-            for _ in range(scaled(1, 50)):
+            for _ in range(scaled(1, 20)):
                 proxy.struck.clear()
                 proxy.plan(replace(fault, times=scaled(3, 10)))
                 rank.save(step + 1)
@@ -175,7 +177,7 @@ async def test_a_restore_over_a_bad_line_is_exact_or_an_error(
             rank.save(step)
             assert rank.wait(step).outcome == Outcome.COMMITTED
     exact = {f"1.{step}": content(1, step, STEP_BYTES).tobytes() for step in (1, 2, 3)}
-    for number in range(scaled(1, 50)):
+    for number in range(scaled(1, 20)):
         for name in OF_READING:
             proxy.plan(replace(FAULTS[name], chance=0.3))
             to = tmp_path / f"{name}{number}"

@@ -14,6 +14,8 @@ from scale import scaled
 from servers.buckets import Bucket
 from servers.faultproxy import Fault, FaultProxy, Kind
 
+pytestmark = pytest.mark.reliability
+
 OUTAGES = (
     Fault(Kind.STATUS, status=503),
     Fault(Kind.STALL),
