@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import sys
+from pathlib import Path
 
 import pytest
 from obstore.exceptions import AlreadyExistsError, GenericError, PermissionDeniedError
@@ -18,11 +19,13 @@ from ckptmgr.errors import (
     StoreUnreachableError,
     UsageError,
 )
+from ckptmgr.store.base import PutResult
 from ckptmgr.store.registry import open_store
 from ckptmgr_objectstore.failures import error_of
 from ckptmgr_objectstore.store import ObjectStore
 from servers.buckets import Bucket
-from servers.ceph import free_port
+from servers.ceph import KEY, free_port
+from servers.ceph import SECRET as KEY_SECRET
 
 SECRET = "c2VjcmV0" + secrets.token_hex(8)
 
@@ -90,6 +93,22 @@ def test_a_profile_needs_the_package_that_reads_it(monkeypatch: pytest.MonkeyPat
         open_store("s3://bucket/run")
     aws(monkeypatch)
     assert open_store("s3://bucket/run").exclusive is True
+
+
+async def test_a_profile_is_read_by_the_package(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    credentials = tmp_path / "credentials"
+    credentials.write_text(
+        f"[training]\naws_access_key_id={KEY}\naws_secret_access_key={KEY_SECRET}\n"
+    )
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(credentials))
+    monkeypatch.setenv("AWS_PROFILE", "training")
+    store = open_store(f"s3://{bucket.name}/run")
+    assert await store.put_new("a", [memoryview(b"x")]) is PutResult.OK
+    assert bucket.read("run/a") == b"x"
 
 
 # ---- failures -----------------------------------------------------------------
