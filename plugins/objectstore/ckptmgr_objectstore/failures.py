@@ -34,6 +34,9 @@ _CREDENTIALS = re.compile(
 )
 """Where the client asks for credentials, so that a failure is not of the store."""
 
+_NO_RANGE = re.compile(r"\b(StartTooLarge|ParseContentRange)\b")
+"""The client's words for an answer that has no such range but says 206: Azure's emulator."""
+
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>(\w{1,80})</Code>")
 _KIND = re.compile(r"\bkind: (Connect|Timeout|Interrupted|Decode|Request)\b")
@@ -85,7 +88,7 @@ def error_of(error: Exception, key: str) -> StoreError:
         )
     if status in ("401", "403"):  # of a list, the client knows no type
         return StorePermissionError(message, subject=key)
-    if status == "416":
+    if status == "416" or _NO_RANGE.search(text):
         return RangeRefusedError(message, subject=key)
     hopeless = code in HOPELESS or (status and int(status) in HOPELESS_STATUS)
     if hopeless or isinstance(error, InvalidPathError):
