@@ -80,6 +80,9 @@ def test_what_a_url_can_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
         open_store("s3://bucket/run?region=x")
     with pytest.raises(UsageError, match="carries credentials"):
         open_store(f"s3://key:{SECRET}@bucket/run")
+    for path in ("a//run", "a/../run", "./run"):
+        with pytest.raises(UsageError, match="an empty part"):
+            open_store(f"s3://bucket/{path}")
     monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME")
     with pytest.raises(UsageError, match=r"refuses its settings: .*MissingAccount"):
         open_store("az://container/run")
