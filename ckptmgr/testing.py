@@ -65,6 +65,9 @@ class StoreSuite:
     big_bytes: int = 65 * MIB
     """Size of the big objects, a multiple of 4096: longer than a pack."""
 
+    race_keys: int = 200
+    """Keys for which 16 processes race."""
+
     def make_store(self) -> Store:
         """A new handle on the place under test."""
         raise NotImplementedError
@@ -316,12 +319,12 @@ class StoreSuite:
 
     @_with_store
     async def test_one_of_many_processes_wins(self, store: Store) -> None:
-        """16 processes race for 200 keys, where other processes can open the store."""
+        """16 processes race for `race_keys` keys, where other processes can open the store."""
         if self.shared_url is None:
             raise SkipTest("other processes can not open this store: shared_url is not set")
         top = self._key()
-        won = await asyncio.to_thread(_race_of_processes, self.shared_url, top, 16, 200)
-        await _check_race(store, top, won, 200)
+        won = await asyncio.to_thread(_race_of_processes, self.shared_url, top, 16, self.race_keys)
+        await _check_race(store, top, won, self.race_keys)
 
     @_with_store
     async def test_no_reader_sees_a_part(self, store: Store) -> None:
@@ -442,7 +445,7 @@ def _race_of_processes(url: str, top: str, writers: int, keys: int) -> list[list
         assert process.stdin is not None
         process.stdin.write("go\n")
         process.stdin.flush()
-    outputs = [process.communicate(timeout=120)[0] for process in started]
+    outputs = [process.communicate(timeout=120 + keys)[0] for process in started]
     return [[int(number) for number in output.split()] for output in outputs]
 
 
