@@ -175,10 +175,9 @@ class LocalStore(Store):
         """
         with opened(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, at) as descriptor:
             self._write_bytes(call, descriptor, buffers)
-            os.fsync(descriptor)
 
     def _write_bytes(self, call: Call[Any], descriptor: int, buffers: Buffers) -> None:
-        """Write `buffers` into an empty file, not yet to stable storage."""
+        """Write `buffers` into an empty file, and to stable storage."""
         wants_direct = (
             self._direct and sum(map(len, buffers)) >= DIRECT_BYTES_MIN and is_page_aligned(buffers)
         )
@@ -187,6 +186,7 @@ class LocalStore(Store):
         write_all(descriptor, buffers, call.check)
         if wants_direct and not is_direct(descriptor):
             self._direct = False
+        os.fsync(descriptor)
 
     def _size(self, descriptor: int, _end: int | None) -> int:
         """Bytes of an object, of which those before `_end` are wanted (None: all of them)."""
