@@ -124,18 +124,18 @@ class Mount(fuse.Operations):  # type: ignore[misc]
         return 0
 
     def readdir(self, path: str, fh: int) -> Iterator[Any]:
-        yield from (".", "..")
         if path == VIRTUAL:
-            yield from DIRECTORIES
+            yield from ((name, {"st_mode": stat.S_IFDIR, "st_ino": 1}, 0) for name in DIRECTORIES)
         elif path == f"{VIRTUAL}/iovs":
-            yield from (*self.submissions.links, *self.memories.names())
+            names = (*self.submissions.links, *self.memories.names())
+            yield from ((name, {"st_mode": stat.S_IFLNK, "st_ino": 1}, 0) for name in names)
         else:
             with os.scandir(self.below(path)) as entries:
                 for entry in entries:
                     kind = entry.stat(follow_symlinks=False)
                     yield entry.name, {"st_mode": kind.st_mode, "st_ino": kind.st_ino}, 0
             if path == "/":
-                yield VIRTUAL[1:]
+                yield VIRTUAL[1:], {"st_mode": stat.S_IFDIR, "st_ino": 1 << 60}, 0
 
     def readlink(self, path: str) -> str:
         where, _, name = path.removeprefix(VIRTUAL + "/").partition("/")

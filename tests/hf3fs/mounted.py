@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -100,8 +100,6 @@ class Mounted:
 
     def end(self) -> None:
         self.unmount()
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(5)
         self.kill()
 
 

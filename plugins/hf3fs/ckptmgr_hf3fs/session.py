@@ -57,6 +57,8 @@ class Session:
         self._made = {True: 0, False: 0}
         self._lock = threading.Lock()
         self._lost = ""
+        self._given_up: list[Lane] = []
+        self._closed = False
         for for_read in (True, False):  # a mount that refuses is met here, and not amid a save
             self._idle[for_read] = queue.LifoQueue()
             self._idle[for_read].put(self._new_lane(for_read=for_read))
@@ -96,6 +98,9 @@ class Session:
                 self._idle[for_read].put(lane)
             else:  # its memory may still be read or written: nobody uses it again
                 self._lost = self._lost or "a ring was given up with transfers in it"
+                self._given_up.append(lane)
+            if self._closed:
+                threading.Thread(target=self.close, daemon=True).start()
 
     def _free_lane(self, *, for_read: bool) -> Lane:
         with self._lock, suppress(queue.Empty):
@@ -118,11 +123,16 @@ class Session:
             raise
 
     def close(self) -> None:
-        """Take everything idle away from the daemon; what is in use goes with this process."""
+        """Take away from the daemon what no call uses; the rest goes with this process. A daemon
+        that is amid a transfer ends it in its own mapping of the memory.
+        """
+        self._closed = True
         for lanes in self._idle.values():
             with suppress(queue.Empty):
                 while True:
                     _close(lanes.get_nowait())
+        while self._given_up:
+            _close(self._given_up.pop())
 
 
 def _close(lane: Lane) -> None:
