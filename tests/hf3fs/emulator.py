@@ -317,7 +317,6 @@ def main() -> None:
             attr_timeout=ATTRIBUTE_SECONDS,
             entry_timeout=ATTRIBUTE_SECONDS,
             negative_timeout=NEGATIVE_SECONDS,
-            max_read=1 << 20,
             fsname=f"hf3fs.emulated-{uuid.uuid4().hex[:8]}",
             subtype="hf3fs",
         )

@@ -9,6 +9,8 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from ctypes.util import find_library
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -25,10 +27,8 @@ def needs_fuse() -> None:
     """Skip the calling test, with the reason in the summary, where nothing can be mounted."""
     if os.getuid() != 0 or not os.access("/dev/fuse", os.R_OK | os.W_OK):
         pytest.skip("NEEDS ROOT AND /dev/fuse: 3FS is not checked in this run")
-    try:
-        __import__("mfusepy")
-    except (ImportError, OSError, AttributeError) as error:
-        pytest.skip(f"NEEDS libfuse3 (apt install fuse3) and mfusepy: 3FS is not checked ({error})")
+    if find_library("fuse3") is None or find_spec("mfusepy") is None:
+        pytest.skip("NEEDS libfuse3 (apt install fuse3) and mfusepy: 3FS is not checked in this run")
 
 
 class Mounted:
@@ -52,6 +52,7 @@ class Mounted:
                     *(str(self.backing), str(self.point), str(self._faults)),
                     *("--chunk-bytes", str(self._chunk_bytes)),
                 ],
+                env={**os.environ, "FUSE_LIBRARY_NAME": "fuse3"},  # where libfuse 2 is there, too
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
