@@ -26,8 +26,8 @@ _PLUGIN_OF_SCHEME = {
 }
 
 _SCHEME_OF_FILE_SYSTEM = {"fuse.hf3fs": "hf3fs"}
-"""File systems, as /proc/self/mountinfo names them, with rules that LocalStore does not know. A path
-on one is given, as file:// URL, to the plugin of a scheme that does."""
+"""File systems, as /proc/self/mountinfo names them, with rules that LocalStore does not know. A
+path on one is given, as file:// URL, to the plugin of a scheme that does."""
 
 _SECRET_PARAMETER = re.compile(
     r"^sig$|signature|secret|token|password|passwd|credential|access.?key|account.?key|api.?key",

@@ -104,9 +104,7 @@ async def bench(mount: Mounted, directory: Path, mib: int, in_flight: int, round
 
         async def way(turn: int) -> None:
             keys = [f"data/{turn}-{number}" for number in range(in_flight)]
-            await asyncio.gather(
-                *(store.put_new(key, [header, memory[PAGE:]]) for key in keys)
-            )
+            await asyncio.gather(*(store.put_new(key, [header, memory[PAGE:]]) for key in keys))
             for key in keys:  # not counted twice: all ways overwrite or delete what they wrote
                 os.unlink(mount.backing / name / key)
 

@@ -42,7 +42,7 @@ class Timespec(ctypes.Structure):
     _fields_ = (("tv_sec", ctypes.c_long), ("tv_nsec", ctypes.c_long))
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """A name or a file that can not be registered."""
 
 
@@ -100,9 +100,9 @@ def attributes_of(name: str) -> Attributes:
                 case "p" if part[1:] in ("", "h", "l", "n"):
                     pass
                 case _:
-                    raise Refused(part)
+                    raise RefusedError(part)
     except ValueError as error:
-        raise Refused(name) from error
+        raise RefusedError(name) from error
     return found
 
 
@@ -142,7 +142,7 @@ class Memories:
         attributes = attributes_of(name)
         # shm_open takes a name directly in /dev/shm, and no other.
         if os.path.dirname(target) != DEV_SHM or not stat.S_ISREG(os.stat(target).st_mode):
-            raise Refused(target)
+            raise RefusedError(target)
         descriptor = os.open(target, os.O_RDWR | os.O_NOFOLLOW)
         try:
             size = os.fstat(descriptor).st_size
@@ -153,7 +153,7 @@ class Memories:
             memory.ring = Ring(memory.mapped, attributes)
         with self._lock:
             if name in self._by_name or attributes.identity in self._by_id:
-                raise Refused(name)
+                raise RefusedError(name)
             self._by_name[name] = self._by_id[attributes.identity] = memory
 
     def remove(self, name: str, uid: int) -> None:
@@ -257,7 +257,7 @@ class Ring:
         each = ARGS.size + CQE.size + SQE.size
         self.slots = (len(self.memory) - SPARE - MARKS - SEMAPHORE) // each
         if self.slots < 2 or self.attributes.depth >= self.slots:
-            raise Refused("no ring of this size")
+            raise RefusedError("no ring of this size")
         self.cqes = MARKS + ARGS.size * self.slots
         self.sqes = self.cqes + CQE.size * self.slots
         self.marks = memoryview(self.memory)[:MARKS].cast("i")

@@ -1,10 +1,10 @@
 """An emulator of what a client sees of a 3FS mount, as a process of its own that can be killed.
 
-A FUSE file system over a plain directory, of the mount's type, with its rules: names, errors, virtual
-directories, caches of the kernel, rings. It knows the layout of rings from the description of 3FS
-and not from the plugin, so that both can not be wrong in the same way unseen. What it is not: a
-cluster, RDMA, several nodes. It is harsher than 3FS in one thing: fsync does not make the kernel
-forget attributes.
+A FUSE file system over a plain directory, of the mount's type, with its rules: names, errors,
+virtual directories, caches of the kernel, rings. It knows the layout of rings from the description
+of 3FS and not from the plugin, so that both can not be wrong in the same way unseen. What it is
+not: a cluster, RDMA, several nodes. It is harsher than 3FS in one thing: fsync does not make the
+kernel forget attributes.
 
 A file in the directory of faults makes the next operation of that kind go wrong (see Faults).
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import mfusepy as fuse
-from emulated_rings import DEV_SHM, Memories, Refused, Submissions
+from emulated_rings import DEV_SHM, Memories, RefusedError, Submissions
 
 ATTRIBUTE_SECONDS, NEGATIVE_SECONDS = 30, 5
 MAGIC_REQUEST, MAGIC_NUMBER, FSYNC_REQUEST = 0x80046802, 0x8F3F5FFF, 0x8004680B
@@ -36,9 +36,9 @@ class Faults:
     """Files by which a test says what goes wrong: `take` uses one up, `active` leaves it there.
 
     fsync, flush, write: errno of the next one; fsync and flush lose what was written, as the mount
-    does, and a second one says that all is well. ring-error: errno of the next transfer. ring-short:
-    most bytes that the next one moves. ring-hold: nothing in a ring is begun while it is there.
-    dryrun: writes do nothing, as usr.dryrun_bench_mode makes them.
+    does, and a second one says that all is well. ring-error: errno of the next transfer.
+    ring-short: most bytes that the next one moves. ring-hold: nothing in a ring is begun while it
+    is there. dryrun: writes do nothing, as usr.dryrun_bench_mode makes them.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -102,7 +102,7 @@ class Mount(fuse.Operations):  # type: ignore[misc]
 
     def _virtual(self, path: str) -> dict[str, Any]:
         parts = path.split("/")[2:]
-        if not parts or parts[0] in DIRECTORIES and len(parts) == 1:
+        if not parts or (parts[0] in DIRECTORIES and len(parts) == 1):
             number = (1 << 60) + (DIRECTORIES.index(parts[0]) + 1 if parts else 0)
             return {"st_mode": stat.S_IFDIR | 0o777, "st_nlink": 2, "st_ino": number}
         self.readlink(path)  # says what is not there, or not this user's
@@ -158,7 +158,7 @@ class Mount(fuse.Operations):  # type: ignore[misc]
             uid, _, pid = fuse.fuse_get_context()
             try:
                 self.memories.add(name, source, uid, pid)
-            except Refused as error:
+            except RefusedError as error:
                 raise fuse.FuseOSError(errno.EINVAL) from error
         elif where == "set-conf" and name in self.settings:
             self.settings[name] = source

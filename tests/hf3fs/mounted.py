@@ -28,7 +28,9 @@ def needs_fuse() -> None:
     if os.getuid() != 0 or not os.access("/dev/fuse", os.R_OK | os.W_OK):
         pytest.skip("NEEDS ROOT AND /dev/fuse: 3FS is not checked in this run")
     if find_library("fuse3") is None or find_spec("mfusepy") is None:
-        pytest.skip("NEEDS libfuse3 (apt install fuse3) and mfusepy: 3FS is not checked in this run")
+        pytest.skip(
+            "NEEDS libfuse3 (apt install fuse3) and mfusepy: 3FS is not checked in this run"
+        )
 
 
 class Mounted:

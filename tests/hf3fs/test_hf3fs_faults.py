@@ -158,7 +158,7 @@ def test_a_hole_is_an_error_and_never_zeros(shared_mount: Mounted) -> None:
 def test_after_a_failed_fsync_or_close_the_object_is_written_again(
     shared_mount: Mounted, io: Any, fault: str
 ) -> None:
-    """The mount loses the bytes and tells once: a second fsync of the same file says all is well."""
+    """The mount loses the bytes and tells once: a second fsync of the file says all is well."""
 
     async def main() -> None:
         store = store_on(shared_mount, io)

@@ -247,7 +247,11 @@ def test_an_answer_to_nothing_is_not_taken_for_another() -> None:
     ring = ScriptedRing([ALL, ALL])
     carrier, done = carry(ring, [*transfers(1)])
     finished = ring.finished
-    ring.finished = lambda seconds: [(12345678, 10), *finished(seconds)]  # type: ignore[method-assign]
+
+    def answers(seconds: float) -> list[tuple[int, int]]:
+        return [(12345678, 10), *finished(seconds)]
+
+    ring.finished = answers  # type: ignore[method-assign]
     with pytest.raises(RingsLostError, match="answers what was not asked"):
         carrier.run()
     assert done == []

@@ -1,4 +1,4 @@
-"""Whole saves onto an emulated 3FS mount: nothing is copied, kills lose nothing, damage is found."""
+"""Whole saves onto an emulated 3FS mount: nothing copied, nothing lost by kills, damage found."""
 
 from __future__ import annotations
 
@@ -244,7 +244,7 @@ def test_damage_below_the_mount_is_found_by_verify(
         (entry,) = await catalog.entries()
         assert entry.decision is not None
         assert not await verify_step(catalog, entry.decision, BufferPool(1))
-        packs = [path for path in (shared_mount.backing / saved / "data").rglob("*.pack")]
+        packs = list((shared_mount.backing / saved / "data").rglob("*.pack"))
         damage(packs[0])
         found = await verify_step(catalog, entry.decision, BufferPool(1))
         assert found

@@ -47,11 +47,11 @@ class Hf3fsStore(LocalStore):
     """Objects as files below `root` on a 3FS mount. `make_client` makes the client of its rings;
     None does without rings.
 
-    What differs from other file systems: bytes go over rings; sizes are asked of the daemon where
+    What differs from other file systems: bytes go over rings; a size is asked of the daemon where
     the kernel may remember an old one; fsync is what makes the length known to others, and after
-    it the length is looked at; a name that was looked for in vain stays unknown for a while.
-    Sizes are as `os.fsync` and `link` of LocalStore leave them: fsync and close errors throw the
-    file away, because the mount reports lost bytes once.
+    it the length is looked at; a name that was looked for in vain stays unknown for a while. What
+    LocalStore does anyhow is needed here: link(2) to be exclusive, a file that is thrown away
+    after an error of fsync or close (lost bytes are told once), and no lock, no xattr, no rename.
     """
 
     visibility_lag_seconds = NEGATIVE_SECONDS
