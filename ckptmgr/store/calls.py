@@ -23,7 +23,7 @@ class Call(Generic[T]):
     """One blocking call in a thread. `hung` holds it while it runs for nobody."""
 
     def __init__(self, subject: str, work: Work[T], hung: set[Call[Any]]) -> None:
-        self._subject = subject
+        self.subject = subject
         self._work: Work[T] | None = work
         self._hung = hung
         self._lock = threading.Lock()
@@ -42,7 +42,7 @@ class Call(Generic[T]):
         try:
             return work(self)
         except OSError as error:
-            raise store_error(error, self._subject) from error
+            raise store_error(error, self.subject) from error
         finally:
             with self._lock:
                 self._running = False

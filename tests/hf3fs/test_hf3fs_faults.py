@@ -114,7 +114,7 @@ def test_an_error_answer_is_typed_and_leaves_nothing_behind(
             shared_mount.fault("ring-error", number)
             with pytest.raises(kind) as caught:
                 await store.put_new(key, views())
-            assert type(caught.value) is kind
+            assert (type(caught.value), caught.value.subject) == (kind, key)
         with pytest.raises(ObjectNotFoundError):
             await store.get(key)
         assert leftovers(shared_mount) == []

@@ -75,6 +75,7 @@ class OwnRing:
 
     def __init__(self, iovs: str, entries: int, *, for_read: bool) -> None:
         self.entries = entries
+        self._submit = NamedSemaphore(_semaphore_name(os.readlink(os.path.join(iovs, SUBMIT_LINK))))
         self._layout = layout = Layout(entries)
         self._free = list(range(entries))
         with fresh_shm(layout.nbytes) as (name, memory):
@@ -85,7 +86,6 @@ class OwnRing:
             os.symlink(os.path.join(SHM, name), self._link)
         self._marks = memoryview(memory)[:16].cast("i")
         self._anchor = ctypes.c_char.from_buffer(memory, layout.semaphore)  # keeps it mapped
-        self._submit = NamedSemaphore(_semaphore_name(os.readlink(os.path.join(iovs, SUBMIT_LINK))))
 
     def prepare(self, transfer: Transfer, token: int) -> None:
         """As `Ring.prepare`."""

@@ -13,7 +13,7 @@ from ckptmgr_hf3fs.regions import Rooms
 Find = Callable[[memoryview], tuple[Registered, int] | None]
 """Where in registered memory a view lies; None if it does not."""
 
-Work = tuple[Iterator[Transfer | None], Callable[[Transfer], None]]
+Moves = tuple[Iterator[Transfer | None], Callable[[Transfer], None]]
 
 
 class Writing:
@@ -23,8 +23,11 @@ class Writing:
     went through a room.
     """
 
-    def __init__(self, descriptor: int, buffers: Buffers, rooms: Rooms, find: Find) -> None:
+    def __init__(
+        self, descriptor: int, buffers: Buffers, rooms: Rooms, find: Find, subject: str
+    ) -> None:
         self._descriptor = descriptor
+        self._subject = subject
         self._buffers = buffers
         self._rooms = rooms
         self._find = find
@@ -57,7 +60,7 @@ class Writing:
         end = offset + nbytes
         while offset < end:
             length = min(self._left_in_piece(), end - offset)
-            yield Transfer(memory, offset, self._descriptor, self._at, length, "")
+            yield Transfer(memory, offset, self._descriptor, self._at, length, self._subject)
             offset += length
             self._at += length
 
@@ -82,7 +85,12 @@ class Writing:
         if self._room is not None and self._filled:
             start = self._at - self._filled
             yield Transfer(
-                self._rooms.memory, self._room, self._descriptor, start, self._filled, ""
+                self._rooms.memory,
+                self._room,
+                self._descriptor,
+                start,
+                self._filled,
+                self._subject,
             )
             self._room, self._filled = None, 0
 

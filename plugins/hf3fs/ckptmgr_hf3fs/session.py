@@ -12,7 +12,7 @@ from ckptmgr.errors import StoreUnreachableError
 from ckptmgr_hf3fs.carry import PATIENCE_SECONDS, Carrier, RingsLostError
 from ckptmgr_hf3fs.client import Client, Ring, Transfer
 from ckptmgr_hf3fs.mount import Pulse, hold
-from ckptmgr_hf3fs.regions import Rooms, piece_bytes
+from ckptmgr_hf3fs.regions import Rooms, close_quietly, piece_bytes
 from ckptmgr_hf3fs.shm import sweep_shm
 
 RINGS = 4
@@ -53,15 +53,20 @@ class Session:
         self._entries = entries
         self._patience_seconds = patience_seconds
         self._pulse = Pulse(virtual)
-        self._idle: dict[bool, queue.LifoQueue[Lane]] = {}
         self._made = {True: 0, False: 0}
         self._lock = threading.Lock()
         self._lost = ""
         self._given_up: list[Lane] = []
         self._closed = False
-        for for_read in (True, False):  # a mount that refuses is met here, and not amid a save
-            self._idle[for_read] = queue.LifoQueue()
-            self._idle[for_read].put(self._new_lane(for_read=for_read))
+        self._idle: dict[bool, queue.LifoQueue[Lane]] = {
+            for_read: queue.LifoQueue() for for_read in (True, False)
+        }
+        try:  # a mount that refuses is met here, and not amid a save
+            for for_read, lanes in self._idle.items():
+                lanes.put(self._new_lane(for_read=for_read))
+        except OSError:
+            self.close()
+            raise
 
     @property
     def lost(self) -> str:
@@ -114,13 +119,14 @@ class Session:
             raise StoreUnreachableError("no ring became free in time") from None
 
     def _new_lane(self, *, for_read: bool) -> Lane:
-        self._made[for_read] += 1
+        rooms = Rooms(self.client, self.piece_bytes)
         try:
-            rooms = Rooms(self.client, self.piece_bytes)
-            return Lane(self.client.ring(self._entries, for_read=for_read), rooms)
+            lane = Lane(self.client.ring(self._entries, for_read=for_read), rooms)
         except OSError:
-            self._made[for_read] -= 1
+            close_quietly([rooms.memory])
             raise
+        self._made[for_read] += 1
+        return lane
 
     def close(self) -> None:
         """Take away from the daemon what no call uses; the rest goes with this process. A daemon
@@ -138,5 +144,4 @@ class Session:
 def _close(lane: Lane) -> None:
     with suppress(OSError):
         lane.ring.close()
-    with suppress(OSError):
-        lane.rooms.memory.close()
+    close_quietly([lane.rooms.memory])

@@ -14,13 +14,13 @@ from typing import Any
 
 from ckptmgr.errors import StoreUnreachableError
 from ckptmgr.store.base import Buffers, Wanted, check_key, range_length
-from ckptmgr.store.calls import Call
+from ckptmgr.store.calls import Call, Work
 from ckptmgr.store.local import LocalStore
 from ckptmgr.store.posix import write_all
 from ckptmgr_hf3fs.carry import PATIENCE_SECONDS
 from ckptmgr_hf3fs.client import Client
 from ckptmgr_hf3fs.mount import NEGATIVE_SECONDS, MountedTree, fresh_size, virtual_directory
-from ckptmgr_hf3fs.pieces import Range, Reading, Work, Writing
+from ckptmgr_hf3fs.pieces import Moves, Range, Reading, Writing
 from ckptmgr_hf3fs.regions import Rooms, SharedMemory, close_quietly
 from ckptmgr_hf3fs.session import ENTRIES, Session
 
@@ -77,6 +77,7 @@ class Hf3fsStore(LocalStore):
         self._session: Session | None = None
         self._session_lock = threading.Lock()
         self._refused_until = 0.0
+        self._counting = threading.Lock()
         self.copied_bytes = 0
         """Bytes of objects that were copied on their way into a ring, ever."""
         self.ring_bytes = 0
@@ -138,27 +139,29 @@ class Hf3fsStore(LocalStore):
         elif nbytes:
             self._write_over_ring(session, call, descriptor, buffers)
         os.fsync(descriptor)
-        _check_length(descriptor, nbytes)
+        _check_length(call.subject, descriptor, nbytes)
 
     def _write_over_ring(
         self, session: Session, call: Call[Any], descriptor: int, buffers: Buffers
     ) -> None:
         writing: list[Writing] = []
 
-        def work(rooms: Rooms) -> Work:
+        def work(rooms: Rooms) -> Moves:
             writing.append(
                 Writing(
                     descriptor,
                     buffers,
                     rooms,
                     lambda view: self._shared.find(view, session.client),
+                    call.subject,
                 )
             )
             return writing[0].transfers(), writing[0].finished
 
         session.run(for_read=False, work=work, check=call.check)
-        self.copied_bytes += writing[0].copied_bytes
-        self.ring_bytes += sum(map(len, buffers))
+        with self._counting:
+            self.copied_bytes += writing[0].copied_bytes
+            self.ring_bytes += sum(map(len, buffers))
 
     def _size(self, descriptor: int, end: int | None) -> int:
         """As the daemon knows it, unless what the kernel remembers is enough."""
@@ -178,7 +181,7 @@ class Hf3fsStore(LocalStore):
 
     # -- rings ------------------------------------------------------------------------------------
 
-    def _read_all(self, wanted: Sequence[Wanted]) -> Any:
+    def _read_all(self, wanted: Sequence[Wanted]) -> Work[bool]:
         """The work of `get_many`: False where there are no rings."""
 
         def read(call: Call[Any]) -> bool:
@@ -208,7 +211,7 @@ class Hf3fsStore(LocalStore):
         return Range(descriptor, wanted.offset, wanted.into, wanted.key)
 
     def _read_over_ring(self, session: Session, call: Call[Any], ranges: list[Range]) -> None:
-        def work(rooms: Rooms) -> Work:
+        def work(rooms: Rooms) -> Moves:
             reading = Reading(ranges, rooms, call.deliver)
             return reading.transfers(), reading.finished
 
@@ -258,7 +261,7 @@ def _in_background(work: Callable[[], None]) -> None:
     threading.Thread(target=work, name="ckptmgr-hf3fs-close", daemon=True).start()
 
 
-def _check_length(descriptor: int, nbytes: int) -> None:
+def _check_length(key: str, descriptor: int, nbytes: int) -> None:
     """Whether the mount knows all bytes that it took.
 
     Raises:
@@ -268,6 +271,7 @@ def _check_length(descriptor: int, nbytes: int) -> None:
     if found != nbytes:
         raise StoreUnreachableError(
             f"the mount took {nbytes} bytes and keeps {found}",
+            subject=key,
             hint="Look whether usr.dryrun_bench_mode is set on the mount.",
         )
 
