@@ -13,9 +13,9 @@ import secrets
 import subprocess
 import sys
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import chain
 from unittest import SkipTest
 
@@ -66,7 +66,7 @@ class StoreSuite:
     """Size of the big objects, a multiple of 4096: longer than a pack."""
 
     race_keys: int = 200
-    """Keys for which 16 processes race."""
+    """Keys that 16 processes race for; a store of which each put takes long may take fewer."""
 
     def make_store(self) -> Store:
         """A new handle on the place under test."""
@@ -323,8 +323,9 @@ class StoreSuite:
         if self.shared_url is None:
             raise SkipTest("other processes can not open this store: shared_url is not set")
         top = self._key()
-        won = await asyncio.to_thread(_race_of_processes, self.shared_url, top, 16, self.race_keys)
-        await _check_race(store, top, won, self.race_keys)
+        keys = self.race_keys
+        won = await asyncio.to_thread(_race_of_processes, self.shared_url, top, 16, keys)
+        await _check_race(store, top, won, keys)
 
     @_with_store
     async def test_no_reader_sees_a_part(self, store: Store) -> None:
@@ -375,12 +376,41 @@ class StoreSuite:
             assert not any(into), "a read wrote into a buffer that was given back"
 
     @_with_store
+    async def test_shared_memory_changes_nothing(self, store: Store) -> None:
+        """Memory that is shared is put like any other, and can be unmapped once it is not."""
+        key, content = self._key(), _noise(2 * MIB)
+        with _mapped_file(content) as (pages, path), memoryview(pages) as memory:
+            store.share(memory, path)
+            for start in (0, 4096, 4097):
+                with memory[start:] as part:
+                    await store.put_new(f"{key}/{start}", [part])
+            store.unshare(memory)
+            store.unshare(memory)
+        for start in (0, 4096, 4097):
+            assert bytes(await store.get(f"{key}/{start}")) == content[start:]
+
+    @_with_store
     async def test_declared_constants(self, store: Store) -> None:
         """Constants of the right kind, and a URL that opens the same place where it is shared."""
         assert isinstance(store.durable_on_return, bool)
         assert store.visibility_lag_seconds >= 0.0
         assert store.exclusive in (True, False, None)
         assert "://" in store.url
+
+
+@contextmanager
+def _mapped_file(content: bytes) -> Iterator[tuple[mmap.mmap, str]]:
+    """A file of shared memory; that it can be unmapped at the end says that no view is kept."""
+    path = f"/dev/shm/ckptmgr-suite-{secrets.token_hex(8)}"  # noqa: S108 - made with O_EXCL, 0600
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        os.ftruncate(descriptor, len(content))
+        with mmap.mmap(descriptor, len(content)) as pages:
+            pages[:] = content
+            yield pages, path
+    finally:
+        os.close(descriptor)
+        os.unlink(path)
 
 
 def _noise(size: int) -> bytes:

@@ -47,11 +47,15 @@ class Writer:
     async def run(self) -> None:
         """Write whatever is sealed and undecided; sleep until woken when there is nothing."""
         await self._held.tell()  # what the writer before this one may have given up
+        memory = self._held.buffer.memory
+        self._job.store.share(memory, str(self._held.buffer.path))
         try:
             async with asyncio.TaskGroup() as deciding:
                 await self._write_all(deciding)
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
+        finally:
+            self._job.store.unshare(memory)
 
     async def _write_all(self, deciding: asyncio.TaskGroup) -> None:
         pause = RETRY_SECONDS_MIN

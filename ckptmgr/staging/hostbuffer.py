@@ -210,6 +210,11 @@ class HostBuffer:
         at = self.data_at(slot)
         self._map.populate(at + start, at + end)
 
+    @property
+    def memory(self) -> memoryview:
+        """The whole file, mapped."""
+        return self._map.view
+
     # -- slots --------------------------------------------------------------------------------
 
     def slot_at(self, slot: int) -> int:

@@ -86,7 +86,8 @@ def range_length(
 
 
 class Store(ABC):
-    """Named, immutable objects: six methods to write, and `get_many` where it can be faster.
+    """Named, immutable objects: six methods to write. `get_many`, and `share` with `unshare`, are
+    for a store that can be faster with them.
 
     Errors of every method: `StoreUnreachableError` (or a subclass) where a retry may help, of which
     `MediumError` may be a fault of this one object; `StoreError` where it will not; `UsageError`
@@ -148,6 +149,18 @@ class Store(ABC):
                     group.create_task(self.get(one.key, one.offset, into=one.into))
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
+
+    def share(self, memory: memoryview, path: str) -> None:  # noqa: B027 - most need do nothing
+        """Say that `memory` maps the whole file `path`, from its first byte on.
+
+        A store that can hand a file's pages to its server overrides it: buffers of `put_new` that
+        lie in shared memory then need not be copied. It changes nothing else. `memory` stays
+        mapped until `unshare`, because a view of it is kept. Returns at once, and never fails:
+        what can not be used is not.
+        """
+
+    def unshare(self, memory: memoryview) -> None:  # noqa: B027 - most need do nothing
+        """End a `share` and let go of `memory`; what was never shared is no error."""
 
     @abstractmethod
     async def list(self, prefix: str) -> list[str]:

@@ -97,6 +97,14 @@ class FaultyStore(Store):
         """As `Store.get`, or the planned fault."""
         return await self._do("get", key, lambda: self._inner.get(key, offset, length, into))
 
+    def share(self, memory: memoryview, path: str) -> None:
+        """As `Store.share`."""
+        self._inner.share(memory, path)
+
+    def unshare(self, memory: memoryview) -> None:
+        """As `Store.unshare`."""
+        self._inner.unshare(memory)
+
     async def list(self, prefix: str) -> list[str]:
         """As `Store.list`, or the planned fault."""
         return await self._do("list", prefix, lambda: self._inner.list(prefix))

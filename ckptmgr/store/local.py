@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, Generic, TypeVar
+from typing import Any
 from urllib.parse import quote
 
 from ckptmgr.config import MIB
-from ckptmgr.errors import (
-    ObjectNotFoundError,
-    StoreError,
-    StoreUnreachableError,
-    UsageError,
-)
+from ckptmgr.errors import ObjectNotFoundError, StoreError, UsageError
 from ckptmgr.store.base import (
     Buffers,
     PutResult,
@@ -28,13 +21,13 @@ from ckptmgr.store.base import (
     check_prefix,
     range_length,
 )
+from ckptmgr.store.calls import Call, Calls
 from ckptmgr.store.posix import (
     is_direct,
     is_page_aligned,
     is_regular,
     opened,
     start_direct,
-    store_error,
     write_all,
 )
 from ckptmgr.store.tree import Tree, walk
@@ -56,72 +49,15 @@ TEMPORARIES = ".tmp"
 LEFTOVER_SECONDS = 24 * 3600.0
 """Age at which an unfinished object is taken for a dead writer's: no put takes so long."""
 
-T = TypeVar("T")
-Work = Callable[["_Call[Any]"], T]
-
-
-class _AbandonedError(Exception):
-    """The caller of a call that is still running was cancelled; nobody sees this."""
-
-
-class _Call(Generic[T]):
-    """One blocking call in a thread. `hung` holds it while it runs for nobody."""
-
-    def __init__(self, subject: str, work: Work[T], hung: set[_Call[Any]]) -> None:
-        self._subject = subject
-        self._work: Work[T] | None = work
-        self._hung = hung
-        self._lock = threading.Lock()
-        self._abandoned = False
-        self._running = False
-
-    def run(self) -> T:
-        """Do the work, in the thread. The work is dropped before the caller is woken, so that
-        the caller may close the memory that its buffers are views of.
-        """
-        with self._lock:
-            self.check()
-            assert self._work is not None
-            work, self._work = self._work, None
-            self._running = True
-        try:
-            return work(self)
-        except OSError as error:
-            raise store_error(error, self._subject) from error
-        finally:
-            with self._lock:
-                self._running = False
-                self._hung.discard(self)
-
-    def abandon(self) -> None:
-        """After this returns, the call neither links an object nor writes into a buffer."""
-        with self._lock:
-            self._abandoned = True
-            self._work = None
-            if self._running:
-                self._hung.add(self)
-
-    def check(self) -> None:
-        """Give up if the caller has."""
-        if self._abandoned:
-            raise _AbandonedError
-
-    def deliver(self, source: memoryview, target: memoryview) -> None:
-        """Copy `source` into `target`, unless the caller has given up.
-
-        The lock is held meanwhile, so that `abandon` waits for this copy (at most READ_BYTES).
-        """
-        with self._lock:
-            self.check()
-            target[:] = source
-
 
 class LocalStore(Store):
     """Objects as files below `root`, an absolute path; the root is made by the first `put_new`.
 
     Exclusive and atomic by link(2), which every POSIX file system decides in one place. All
-    blocking calls run in THREADS threads. A thread that hangs in the kernel is given up with its
-    call; when all hang, calls fail at once with StoreUnreachableError.
+    blocking calls run in THREADS threads.
+
+    A file system with rules of its own is a subclass: `_write_bytes`, `_read_bytes` and `_size` are
+    the three steps that may be done in another way. The order around them is the same everywhere.
     """
 
     durable_on_return = False
@@ -131,8 +67,7 @@ class LocalStore(Store):
         if not root.startswith("/"):
             raise UsageError("is not an absolute path", subject=repr(root))
         self._tree = Tree(root)
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="ckptmgr-store")
-        self._hung: set[_Call[Any]] = set()
+        self._calls = Calls(THREADS)
         self._bounce = threading.local()
         self._direct = True
         self._swept = False
@@ -145,7 +80,7 @@ class LocalStore(Store):
     async def put_new(self, key: str, buffers: Buffers) -> PutResult:
         """As `Store.put_new`."""
         parts = check_key(key).split("/")
-        return await self._run(key, lambda call: self._put(call, parts, buffers))
+        return await self._calls.run(key, lambda call: self._put(call, parts, buffers))
 
     async def get(
         self,
@@ -157,23 +92,21 @@ class LocalStore(Store):
         """As `Store.get`."""
         parts = check_key(key).split("/")
 
-        def read(call: _Call[Any]) -> memoryview:
+        def read(call: Call[Any]) -> memoryview:
             with self._object(key, parts) as (_, descriptor):
-                size = os.fstat(descriptor).st_size
+                wanted = len(into) if into is not None else length
+                size = self._size(descriptor, None if wanted is None else offset + wanted)
                 count = range_length(key, size, offset, length, into)
-                if into is None:
-                    into_own = memoryview(bytearray(count))
-                    _read(key, descriptor, offset, into_own)
-                    return into_own
-                self._read_into(key, descriptor, offset, into, call)
-                return into
+                room = memoryview(bytearray(count)) if into is None else into
+                self._read_bytes(key, descriptor, offset, room, call)
+                return room
 
-        return await self._run(key, read)
+        return await self._calls.run(key, read)
 
     async def list(self, prefix: str) -> list[str]:
         """As `Store.list`."""
         parts = check_prefix(prefix).split("/")[:-1]
-        return await self._run(prefix, lambda call: _keys(self._tree, call, prefix, parts))
+        return await self._calls.run(prefix, lambda call: _keys(self._tree, call, prefix, parts))
 
     async def delete(self, key: str) -> None:
         """As `Store.delete`. Directories that become empty stay: to remove one would race with a
@@ -181,7 +114,7 @@ class LocalStore(Store):
         """
         parts = check_key(key).split("/")
 
-        def unlink(call: _Call[Any]) -> None:
+        def unlink(call: Call[Any]) -> None:
             with (
                 suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError),
                 self._tree.directory(parts[:-1], durable=False) as directory,
@@ -189,18 +122,18 @@ class LocalStore(Store):
                 call.check()
                 os.unlink(parts[-1], dir_fd=directory)
 
-        await self._run(key, unlink)
+        await self._calls.run(key, unlink)
 
     async def make_durable(self, key: str) -> None:
         """As `Store.make_durable`."""
         parts = check_key(key).split("/")
 
-        def sync(_call: _Call[Any]) -> None:
+        def sync(_call: Call[Any]) -> None:
             with self._object(key, parts, durable=True) as (directory, descriptor):
                 os.fsync(descriptor)
                 os.fsync(directory)
 
-        await self._run(key, sync)
+        await self._calls.run(key, sync)
 
     async def sweep_temporaries(self, older_than_seconds: float) -> int:
         """Delete unfinished objects that were last written so long ago; returns how many.
@@ -209,29 +142,13 @@ class LocalStore(Store):
         and its caller writes the object again.
         """
         newest = time.time() - older_than_seconds
-        return await self._run(TEMPORARIES, lambda call: self._sweep(call, newest))
+        return await self._calls.run(TEMPORARIES, lambda call: self._sweep(call, newest))
 
     async def aclose(self) -> None:
         """Calls that hang in the kernel are left to it."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._calls.close()
 
-    async def _run(self, subject: str, work: Work[T]) -> T:
-        """Run `work` in a thread. The queue before the threads is as long as there are callers:
-        a cancelled call leaves it.
-        """
-        if len(self._hung) >= THREADS:
-            raise StoreUnreachableError(
-                f"{THREADS} earlier calls hang in the kernel", subject=subject
-            )
-        call = _Call(subject, work, self._hung)
-        future = asyncio.get_running_loop().run_in_executor(self._threads, call.run)
-        try:
-            return await future
-        except asyncio.CancelledError:
-            call.abandon()
-            raise
-
-    def _put(self, call: _Call[Any], parts: Sequence[str], buffers: Buffers) -> PutResult:
+    def _put(self, call: Call[Any], parts: Sequence[str], buffers: Buffers) -> PutResult:
         """The order of these steps is the promise; tests/crash cuts the power between them."""
         name = secrets.token_hex(16)
         with (
@@ -252,20 +169,28 @@ class LocalStore(Store):
                 with suppress(OSError):  # a leftover harms nobody and is swept
                     os.unlink(name, dir_fd=temporaries)
 
-    def _write(self, call: _Call[Any], name: str, at: int, buffers: Buffers) -> None:
+    def _write(self, call: Call[Any], name: str, at: int, buffers: Buffers) -> None:
         """Write a new file to stable storage. After any error, close too, it must be thrown away:
         the kernel reports lost pages once, and a second fsync would say that all is well.
         """
+        with opened(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, at) as descriptor:
+            self._write_bytes(call, descriptor, buffers)
+
+    def _write_bytes(self, call: Call[Any], descriptor: int, buffers: Buffers) -> None:
+        """Write `buffers` into an empty file, and to stable storage."""
         wants_direct = (
             self._direct and sum(map(len, buffers)) >= DIRECT_BYTES_MIN and is_page_aligned(buffers)
         )
-        with opened(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, at) as descriptor:
-            if wants_direct:
-                self._direct = start_direct(descriptor)
-            write_all(descriptor, buffers, call.check)
-            if wants_direct and not is_direct(descriptor):
-                self._direct = False
-            os.fsync(descriptor)
+        if wants_direct:
+            self._direct = start_direct(descriptor)
+        write_all(descriptor, buffers, call.check)
+        if wants_direct and not is_direct(descriptor):
+            self._direct = False
+        os.fsync(descriptor)
+
+    def _size(self, descriptor: int, _end: int | None) -> int:
+        """Bytes of an object, of which those before `_end` are wanted (None: all of them)."""
+        return os.fstat(descriptor).st_size
 
     @contextmanager
     def _object(
@@ -284,8 +209,8 @@ class LocalStore(Store):
                 raise _not_found(key)
             yield directory, descriptor
 
-    def _read_into(
-        self, key: str, descriptor: int, offset: int, into: memoryview, call: _Call[Any]
+    def _read_bytes(
+        self, key: str, descriptor: int, offset: int, into: memoryview, call: Call[Any]
     ) -> None:
         """Fill `into` by way of a buffer of this thread (see READ_BYTES)."""
         if not hasattr(self._bounce, "view"):
@@ -296,7 +221,7 @@ class LocalStore(Store):
             _read(key, descriptor, offset + start, bounce)
             call.deliver(bounce, piece)
 
-    def _sweep(self, call: _Call[Any], newest: float) -> int:
+    def _sweep(self, call: Call[Any], newest: float) -> int:
         swept = 0
         with (
             suppress(FileNotFoundError),
@@ -311,7 +236,7 @@ class LocalStore(Store):
         return swept
 
 
-def _keys(tree: Tree, call: _Call[Any], prefix: str, parts: Sequence[str]) -> list[str]:
+def _keys(tree: Tree, call: Call[Any], prefix: str, parts: Sequence[str]) -> list[str]:
     with ExitStack() as stack:
         try:
             directory = stack.enter_context(tree.directory(parts, durable=False))

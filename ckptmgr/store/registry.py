@@ -13,6 +13,7 @@ from ckptmgr.errors import UsageError
 from ckptmgr.store.base import Store
 from ckptmgr.store.local import LocalStore
 from ckptmgr.store.memory import MemoryStore
+from ckptmgr.store.mounts import mount_of
 
 ENTRY_POINT_GROUP = "ckptmgr.stores"
 """A plugin names its scheme here; the value is a callable from URL to Store."""
@@ -24,6 +25,10 @@ _PLUGIN_OF_SCHEME = {
     "hf3fs": "ckptmgr-hf3fs",
 }
 
+_SCHEME_OF_FILE_SYSTEM = {"fuse.hf3fs": "hf3fs"}
+"""File systems, as /proc/self/mountinfo names them, with rules that LocalStore does not know. A
+path on one is given, as file:// URL, to the plugin of a scheme that does."""
+
 _SECRET_PARAMETER = re.compile(
     r"^sig$|signature|secret|token|password|passwd|credential|access.?key|account.?key|api.?key",
     re.IGNORECASE,
@@ -34,12 +39,15 @@ def open_store(url: str) -> Store:
     """Open the store that `url` (or a plain path) names. It creates and checks nothing yet.
 
     Raises:
-        UsageError: not a URL, an unknown scheme, or one that carries credentials.
+        UsageError: not a URL, an unknown scheme, one that carries credentials, or a path on a file
+            system whose plugin is not installed.
     """
     url = normalise_url(url)
     scheme = url.partition("://")[0]
     if scheme == "file":
-        return LocalStore(path_of_file_url(url))
+        path = path_of_file_url(url)
+        ruled_by = _SCHEME_OF_FILE_SYSTEM.get(mount_of(path).kind)
+        return _plugin(ruled_by)(url) if ruled_by else LocalStore(path)
     if scheme == "memory":
         return MemoryStore(url.removeprefix("memory://"))
     return _plugin(scheme)(url)

@@ -162,6 +162,14 @@ class RetryingStore(Store):
             return False
         return True
 
+    def share(self, memory: memoryview, path: str) -> None:
+        """As `Store.share`."""
+        self._inner.share(memory, path)
+
+    def unshare(self, memory: memoryview) -> None:
+        """As `Store.unshare`."""
+        self._inner.unshare(memory)
+
     async def list(self, prefix: str) -> list[str]:
         """As `Store.list`."""
         keys, _ = await self._tries("list", prefix, lambda: self._inner.list(prefix))

@@ -293,3 +293,21 @@ def test_it_declares_what_its_inner_store_does() -> None:
     outer = RetryingStore(inner)
     assert (outer.durable_on_return, outer.visibility_lag_seconds) == (False, 6.0)
     assert outer.exclusive is None
+
+
+def test_shared_memory_is_told_to_the_inner_store() -> None:
+    """Through both wrappers, and back: a store that looks at addresses must see each of them."""
+    told: list[tuple[object, ...]] = []
+
+    class Sharing(MemoryStore):
+        def share(self, memory: memoryview, path: str) -> None:
+            told.append((memory, path))
+
+        def unshare(self, memory: memoryview) -> None:
+            told.append((memory,))
+
+    outer = RetryingStore(FaultyStore(Sharing(secrets.token_hex(8))))
+    memory = memoryview(b"x")
+    outer.share(memory, "/dev/shm/x")
+    outer.unshare(memory)
+    assert told == [(memory, "/dev/shm/x"), (memory,)]
