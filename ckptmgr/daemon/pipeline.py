@@ -86,6 +86,17 @@ class Pipeline:
             self._routes[url] = Route(min(max(ENCODERS_MIN, cores), self._pool.count))
         return self._routes[url]
 
+    def state(self, url: str) -> dict[str, float | None]:
+        """What was measured on the way to a store, for `ckptmgr status`."""
+        route = self.route(url)
+        seen = route.seen
+        return {
+            "store_bytes_per_second": seen.store or None,
+            "codec_bytes_per_second": seen.codec or None,
+            "ratio": seen.ratio or None,
+            "packs_at_once": route.width.now,
+        }
+
     async def write(
         self, source: Source, codec: str, stored: Callable[[int, int], None]
     ) -> SealedManifest:
