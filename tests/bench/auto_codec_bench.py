@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from bench.throttled import SinkStore, ThrottledStore
@@ -46,9 +47,8 @@ class Figures:
 
 def state_of(dtype: torch.dtype, mib: int) -> Encoded:
     """A trained state, repeated until it has the size; chunks do not see the repetition."""
-    once = trained_state(dtype)
-    times = max(1, round(mib * MIB / sum(array.nbytes for array in once.values())))
-    return encode_state({f"{n}/{name}": a for n in range(times) for name, a in once.items()})
+    once = np.concatenate([array.ravel() for array in trained_state(dtype).values()])
+    return encode_state({"state": np.tile(once, max(1, round(mib * MIB / once.nbytes)))})
 
 
 @contextmanager

@@ -35,6 +35,7 @@ def _raw(tensor: Tensor) -> np.ndarray:
 
 def _train() -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # on a busy machine two wait for each other
     text = b"".join(
         path.read_bytes() for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     )
