@@ -15,7 +15,13 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from ckptmgr import __version__, foreground, present
-from ckptmgr.config import BUDGET_BYTES, DRAIN_SECONDS, DaemonSettings, runtime_dir
+from ckptmgr.config import (
+    BUDGET_BYTES,
+    DRAIN_SECONDS,
+    DaemonSettings,
+    checked_limit,
+    runtime_dir,
+)
 from ckptmgr.errors import (
     EXIT_FELL_BACK,
     EXIT_OK,
@@ -105,6 +111,12 @@ def daemon(
     metrics_port: Annotated[
         int | None, typer.Option(help="Prometheus port on 127.0.0.1; 0 any, -1 off.")
     ] = None,
+    max_store_gbps: Annotated[
+        float | None,
+        typer.Option(
+            help="Gigabits (10^9 bits) per second to and from all stores; 8 are 1 GB/s; 0 no limit."
+        ),
+    ] = None,
 ) -> None:
     """Run the daemon of this user on this host in the foreground."""
     from dataclasses import replace
@@ -117,6 +129,9 @@ def daemon(
         settings = replace(settings, idle_seconds=idle_seconds)
     if metrics_port is not None:
         settings = replace(settings, metrics_port=metrics_port)
+    if max_store_gbps is not None:
+        limit = checked_limit(max_store_gbps, "--max-store-gbps")
+        settings = replace(settings, max_store_gbps=limit)
     log.configure()
     try:
         asyncio.run(Service(settings).run())

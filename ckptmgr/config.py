@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 from dataclasses import dataclass
@@ -42,6 +43,9 @@ IDLE_SECONDS = 600.0
 """An auto-started daemon ends after this long without trainer, snapshot or request. Long enough
 that a job restarted by its scheduler still finds its host memory."""
 
+GBPS_MIN = 0.001
+"""Least limit that is taken: at 125 kB/s a pack of 64 MiB takes nine minutes."""
+
 MEMORY_SECONDS = 3600.0
 """Decided snapshots of a dead trainer stay in host memory this long for its next attempt."""
 
@@ -72,13 +76,35 @@ def _env_float(name: str, default: float) -> float:
         raise UsageError(f"{text!r} is not a number", subject=name) from None
 
 
+def env_limit(name: str) -> float:
+    """A limit in gigabits per second from the environment; 0 is none."""
+    return checked_limit(_env_float(name, 0.0), name)
+
+
+def checked_limit(gbps: float, subject: str) -> float:
+    """`gbps` if it is a limit in gigabits per second, or 0 for none.
+
+    Raises:
+        UsageError: negative, infinite, or below GBPS_MIN.
+    """
+    if gbps == 0 or GBPS_MIN <= gbps < math.inf:
+        return gbps
+    raise UsageError(
+        f"{gbps} is not a limit in gigabits per second",
+        subject=subject,
+        hint=f"Give at least {GBPS_MIN:g}, or 0 for no limit; 8 gigabits are 1 gigabyte.",
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class DaemonSettings:
     """What the operator of a daemon may set; `from_env` reads CKPTMGR_* variables.
 
-    Units are in the names. `metrics_port` 0 takes any free port (see `ckptmgr status`), a
-    negative one switches the metrics endpoint off. `single_decider` leaves all decisions to the
-    daemon of rank 0, on a store whose exclusion is not to be trusted, whatever a race shows.
+    Units are in the names. `max_store_gbps` is in gigabits (10^9 bits) per second, as networks are
+    sold: 8 are 1 GB/s; 0 is no limit. `metrics_port` 0 takes any free port (see `ckptmgr
+    status`), a negative one switches the metrics endpoint off. `single_decider` leaves all
+    decisions to the daemon of rank 0, on a store whose exclusion is not to be trusted, whatever a
+    race shows.
     """
 
     runtime_dir: Path
@@ -89,6 +115,7 @@ class DaemonSettings:
     memory_seconds: float = MEMORY_SECONDS
     stuck_seconds: float = STUCK_SECONDS
     single_decider: bool = False
+    max_store_gbps: float = 0.0
 
     @classmethod
     def from_env(cls, *, auto: bool) -> DaemonSettings:
@@ -104,6 +131,7 @@ class DaemonSettings:
             memory_seconds=_env_float("CKPTMGR_MEMORY_SECONDS", MEMORY_SECONDS),
             stuck_seconds=_env_float("CKPTMGR_STUCK_SECONDS", STUCK_SECONDS),
             single_decider=bool(_env_float("CKPTMGR_SINGLE_DECIDER", 0)),
+            max_store_gbps=env_limit("CKPTMGR_MAX_STORE_GBPS"),
         )
 
 

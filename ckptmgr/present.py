@@ -248,17 +248,31 @@ def collected(done: list[dict[str, Any]], *, dry_run: bool) -> None:
         _print("nothing to do")
 
 
+def _writing(seen: dict[str, Any]) -> str:
+    """What was measured while writing, if anything was."""
+    if not seen["store_bytes_per_second"]:
+        return ""
+    return (
+        f", store {size(int(seen['store_bytes_per_second']))}/s"
+        f" with {seen['packs_at_once']} packs at once"
+    )
+
+
 def status(state: dict[str, Any]) -> None:
     """The lines of `status`."""
     _print(
         f"daemon {state['pid']}, metrics on 127.0.0.1:{state['metrics_port']}, "
         f"{state['trainers']} trainers, {state['undecided']} snapshots undecided",
     )
+    if state["max_store_gbps"]:
+        _print(f"at most {state['max_store_gbps']:g} Gbit/s to and from all stores")
     for job in state["jobs"]:
-        _print(f"{job['url']}: last commit {job['last_commit'] or '-'}")
+        _print(f"{job['url']}: last commit {job['last_commit'] or '-'}{_writing(job['writing'])}")
         for buffer in job["buffers"]:
             alive = "alive" if buffer["trainer_alive"] else "gone"
             line = f"  rank {buffer['rank']} {size(buffer['bytes'])}, trainer {alive}"
+            if buffer["max_d2h_gbps"]:
+                line += f", at most {buffer['max_d2h_gbps']:g} Gbit/s from its tensors"
             if buffer["superseded_by"]:
                 line += f", SUPERSEDED by attempt {buffer['superseded_by']}"
             if buffer["writing"]:

@@ -144,6 +144,7 @@ class Rank:
         world: int = 1,
         first: Rank | None = None,
         claimed: tuple[int, str] = (0, ""),
+        max_d2h_gbps: float = 0.0,
     ) -> None:
         self.rank, self.world = rank, world
         if first is not None:
@@ -152,7 +153,9 @@ class Rank:
         self.k = 0
         layout, _ = layout_of(self.nbytes)
         table = table_bytes_needed(len(layout), len(values_of(0, 0)) + TAGS_BYTES_MAX)
-        wanted = Wanted(url, rank, world, slots, codec, keep, table, self.nbytes)
+        wanted = Wanted(
+            *(url, rank, world, slots, codec, keep, table, self.nbytes), max_d2h_gbps=max_d2h_gbps
+        )
         self.link = Link(runtime, wanted, claimed)
 
     @property

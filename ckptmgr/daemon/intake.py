@@ -58,6 +58,7 @@ class Held:
     buffer: HostBuffer
     note: str = ""
     writer_alive: bool = False
+    max_d2h_gbps: float = 0.0
     owner: Any = None
     worker: asyncio.Task[None] | None = None
     orphaned_at: float = field(default_factory=time.monotonic)

@@ -7,6 +7,7 @@ import contextlib
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
+from ckptmgr.bucket import Bucket
 from ckptmgr.config import STUCK_SECONDS, DaemonSettings
 from ckptmgr.daemon.committer import Committer
 from ckptmgr.daemon.log import event, warning
@@ -57,8 +58,15 @@ class Job:
         self.committer = Committer(self.catalog, self.committed, self.stuck_seconds)
 
     @classmethod
-    def open(cls, url: str, metrics: Metrics, pool: BufferPool, settings: DaemonSettings) -> Job:
-        """Open the job's store. Nothing is read yet.
+    def open(
+        cls,
+        url: str,
+        metrics: Metrics,
+        pool: BufferPool,
+        settings: DaemonSettings,
+        limit: Bucket | None = None,
+    ) -> Job:
+        """Open the job's store, whose bytes go no faster than `limit`. Nothing is read yet.
 
         Raises:
             UsageError: the URL names no store.
@@ -70,11 +78,17 @@ class Job:
             metrics.failures.labels(label, kind).inc()
             warning("store_failed", job=label, operation=operation, kind=kind, why=str(error))
 
+        async def pace(nbytes: int) -> None:
+            seconds = limit.reserve(nbytes) if limit is not None and nbytes else 0.0
+            if seconds:
+                await asyncio.sleep(seconds)
+
         store = RetryingStore(
             open_store(url),
             timeout_seconds=settings.store_timeout_seconds,
             on_failure=failed,
             landmark=keys.FORMAT,
+            pace=pace,
         )
         if settings.single_decider:
             store.exclusive = False

@@ -1,23 +1,25 @@
 """One snapshot into the store: chunk -> codec -> pack -> put, a few packs at a time, then manifest.
 
-The only place in the daemon where work runs in parallel. Memory is bounded by the buffer pool;
-with codec `none` a pack is written straight from the slot and needs no buffer at all.
+`route.py` decides what is sent next, `flow.py` starts it. Memory is bounded by the buffer pool; a
+raw pack is written straight from the slot and needs no buffer at all.
 """
 
 from __future__ import annotations
 
 import asyncio
 import mmap
-import time
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ckptmgr.config import PACK_BYTES
+from ckptmgr.daemon.flow import flow
+from ckptmgr.daemon.route import PROBE_CHUNKS, Route, spread
 from ckptmgr.errors import ObjectNotFoundError, RegisterConflictError, TornSnapshotError
 from ckptmgr.repository import keys
 from ckptmgr.repository.budget import BufferPool, in_thread
 from ckptmgr.repository.chunk import Chunk, Cut, cut, hash_of
-from ckptmgr.repository.codec import AutoCodec, Codec, best_for, encode
+from ckptmgr.repository.codec import Codec, choose_codec, encode
 from ckptmgr.repository.manifest import (
     Manifest,
     SealedManifest,
@@ -30,8 +32,10 @@ from ckptmgr.staging.layout import decode_layout
 from ckptmgr.store.base import PutResult, Store
 from ckptmgr.types import PAGE_BYTES, Snapshot
 
-PACKS_IN_FLIGHT = 2
-"""One pack is hashed or compressed while another is written; more gains nothing on two cores."""
+CORES_PER_ENCODER = 8
+"""One core of eight compresses, at least ENCODERS_MIN: the others are for training."""
+
+ENCODERS_MIN = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +77,25 @@ class Pipeline:
 
     def __init__(self, pool: BufferPool) -> None:
         self._pool = pool
-        self._auto: dict[str, AutoCodec] = {}
+        self._routes: dict[str, Route] = {}
+
+    def route(self, url: str) -> Route:
+        """The way to a store."""
+        if url not in self._routes:
+            cores = (os.cpu_count() or 1) // CORES_PER_ENCODER
+            self._routes[url] = Route(min(max(ENCODERS_MIN, cores), self._pool.count))
+        return self._routes[url]
+
+    def state(self, url: str) -> dict[str, float | None]:
+        """What was measured on the way to a store, for `ckptmgr status`."""
+        route = self.route(url)
+        seen = route.seen
+        return {
+            "store_bytes_per_second": seen.store or None,
+            "codec_bytes_per_second": seen.codec or None,
+            "ratio": seen.ratio or None,
+            "packs_at_once": route.width.now,
+        }
 
     async def write(
         self, source: Source, codec: str, stored: Callable[[int, int], None]
@@ -92,47 +114,85 @@ class Pipeline:
             return adopted
         table = await in_thread(source.buffer.table, source.snapshot)
         layout = decode_layout(table.layout, subject=str(source.buffer.path))
-        groups = list(packs_of(cut(layout.groups)))
-        gate = asyncio.Semaphore(PACKS_IN_FLIGHT)
-        done: dict[int, _Pack] = {}
-
-        async def one(index: int, cuts: list[Cut]) -> None:
-            async with gate:
-                done[index] = pack = await self._write_pack(source, cuts, codec)
-                stored(sum(c.raw_bytes for c in pack.chunks), pack.nbytes)
-
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                for index, cuts in enumerate(groups):
-                    tasks.create_task(one(index, cuts))
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None
-        manifest = _manifest(source, table, [done[i] for i in range(len(groups))])
+        route = self.route(source.store.url)
+        packs = _Packs(source, codec, cut(layout.groups), self._pool, route, stored)
+        await flow(route, packs.sizes, codec, packs)
+        manifest = _manifest(source, table, packs.in_order())
         _check_unchanged(source)
         if await source.store.put_new(manifest.key, [memoryview(manifest.record)]) is PutResult.OK:
             return manifest
         raise RegisterConflictError("is held by another writer", subject=manifest.key)
 
-    async def _write_pack(self, source: Source, cuts: list[Cut], codec: str) -> _Pack:
-        auto = self._auto.setdefault(source.store.url, AutoCodec())
-        compress = auto.compress_next() if codec == "auto" else codec != "none"
-        if not compress:
-            pack = await in_thread(_raw_pack, source, cuts)
-            return await self._put(source, pack, auto)
-        async with self._pool.lease() as lease:
-            start = time.monotonic()
-            pack = await in_thread(_compressed_pack, source, cuts, codec, lease)
-            raw = sum(c.raw_bytes for c in pack.chunks)
-            auto.saw_codec(raw, pack.nbytes, time.monotonic() - start)
-            return await self._put(source, pack, auto)
 
-    async def _put(self, source: Source, pack: _Pack, auto: AutoCodec) -> _Pack:
-        _check_unchanged(source)
-        start = time.monotonic()
-        if await source.store.put_new(pack.key, pack.buffers) is not PutResult.OK:
-            raise RegisterConflictError("80 random bits met twice", subject=pack.key)
-        auto.saw_store(pack.nbytes, time.monotonic() - start)
+class _Packs:
+    """The packs of one snapshot, as `flow` has them written."""
+
+    def __init__(
+        self,
+        source: Source,
+        codec: str,
+        cuts: list[Cut],
+        pool: BufferPool,
+        route: Route,
+        stored: Callable[[int, int], None],
+    ) -> None:
+        self._source, self._codec, self._cuts = source, codec, cuts
+        self._groups = list(packs_of(cuts))
+        self._pool, self._route, self._stored = pool, route, stored
+        self._done: dict[int, _Pack] = {}
+        self.sizes = [sum(one.nbytes for one in group) for group in self._groups]
+
+    def in_order(self) -> list[_Pack]:
+        """All packs, when they are done."""
+        return [self._done[index] for index in range(len(self._groups))]
+
+    def spare(self) -> bool:
+        """As `Packs.spare`."""
+        return self._pool.has_free
+
+    async def raw(self, index: int) -> None:
+        """As `Packs.raw`."""
+        pack = await in_thread(_raw_pack, self._source, self._groups[index])
+        await self._put(index, pack)
+
+    async def compressed(self, index: int, encoded: Callable[[], None]) -> None:
+        """As `Packs.compressed`."""
+        async with self._pool.lease() as lease:
+            pack = await self._encode(self._groups[index], lease)
+            encoded()
+            async with self._route.place(pack.nbytes):
+                await self._put(index, pack)
+
+    async def probe(self) -> None:
+        """As `Packs.probe`: with one encoder, and with all of them, which share the cores."""
+        some = [self._cuts[at] for at in spread(len(self._cuts), PROBE_CHUNKS)]
+        await self._probe(some)
+        if self._route.encoders > 1:
+            await asyncio.gather(*(self._probe([one]) for one in some[: self._route.encoders]))
+
+    async def _probe(self, cuts: list[Cut]) -> None:
+        if self._pool.has_free:  # it gives way to everything else that wants a buffer
+            async with self._pool.lease() as lease:
+                await self._encode(cuts, lease)
+
+    async def _encode(self, cuts: list[Cut], lease: memoryview) -> _Pack:
+        begun = self._route.begin()
+        try:
+            pack = await in_thread(_compressed_pack, self._source, cuts, self._codec, lease)
+        except BaseException:
+            self._route.codec.drop()
+            raise
+        self._route.encoded(begun, sum(one.nbytes for one in cuts), pack.nbytes)
         return pack
+
+    async def _put(self, index: int, pack: _Pack) -> None:
+        _check_unchanged(self._source)
+        async with self._route.putting(pack.nbytes):
+            result = await self._source.store.put_new(pack.key, pack.buffers)
+        if result is not PutResult.OK:
+            raise RegisterConflictError("80 random bits met twice", subject=pack.key)
+        self._done[index] = pack
+        self._stored(self.sizes[index], pack.nbytes)
 
 
 def _check_unchanged(source: Source) -> None:
@@ -170,7 +230,7 @@ def _compressed_pack(source: Source, cuts: list[Cut], codec: str, lease: memoryv
     for one in cuts:
         raw = data[one.offset : one.offset + one.nbytes]
         raw_hash = hash_of(raw)
-        kind = Codec.ZSTD if codec == "zstd" else best_for(one)
+        kind = choose_codec(codec, raw, one)
         length = encode(kind, raw, one, lease[at : at + one.nbytes])
         if length:
             stored_hash = hash_of(lease[at : at + length])

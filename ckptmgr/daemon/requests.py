@@ -125,7 +125,7 @@ class Requests:
         if new_buffer:
             self._service.employ(held)
         old, self._session = self._session, session
-        await self._take(session, held)
+        await self._take(session, held, request.max_d2h_gbps)
         if old is not None:
             await self._leave(old, held)
         if is_new:
@@ -155,12 +155,13 @@ class Requests:
             if source is not None:
                 session.job.resumed_from[session.attempt] = source
 
-    async def _take(self, session: Session, held: Held) -> None:
+    async def _take(self, session: Session, held: Held, max_d2h_gbps: float) -> None:
         """Give a buffer to a session; whatever still fetches into it for a dead trainer ends."""
         before, held.owner = held.owner, session
         session.held = held
         held.writer_alive, held.free_when_decided = True, False
         held.buffer.take(session.attempt)
+        held.max_d2h_gbps = max_d2h_gbps
         if before is not None:
             await before.release()
 

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ckptmgr.bucket import Bucket, bytes_per_second
 from ckptmgr.config import DRAIN_SECONDS, DaemonSettings
 from ckptmgr.daemon.http import MetricsServer
 from ckptmgr.daemon.intake import Held, Intake
@@ -55,6 +56,8 @@ class Service:
         self.metrics_port = -1
         self.host = ""
         self._pipeline = Pipeline(self.pool)
+        gbps = settings.max_store_gbps
+        self._limit = Bucket(bytes_per_second(gbps)) if gbps else None
         self._connections: set[asyncio.Task[None]] = set()
         self._serving: set[Requests] = set()
         self._ending = asyncio.Event()
@@ -185,7 +188,7 @@ class Service:
         if len(url) > URL_CHARS_MAX:
             raise UsageError(f"has more than {URL_CHARS_MAX} characters", subject=url[:80] + "...")
         if url not in self.jobs:
-            self.jobs[url] = Job.open(url, self.metrics, self.pool, self.settings)
+            self.jobs[url] = Job.open(url, self.metrics, self.pool, self.settings, self._limit)
         return self.jobs[url]
 
     def employ(self, held: Held) -> None:
@@ -317,11 +320,13 @@ class Service:
             "metrics_port": self.metrics_port,
             "undecided": self.intake.undecided(),
             "trainers": sum(held.writer_alive for held in self.intake.held.values()),
+            "max_store_gbps": self.settings.max_store_gbps or None,
             "jobs": [
                 {
                     "url": job.url,
                     "last_commit": str(job.last_commit) if job.last_commit else None,
                     "single_decider": job.store.exclusive is False,
+                    "writing": self._pipeline.state(job.store.url),
                     "buffers": [
                         _buffer_state(h)
                         for h in self.intake.held.values()
@@ -340,6 +345,7 @@ def _buffer_state(held: Held) -> dict[str, Any]:
         "world": held.binding.world,
         "bytes": held.buffer.capacity.file_bytes,
         "trainer_alive": held.writer_alive,
+        "max_d2h_gbps": held.max_d2h_gbps or None,
         "superseded_by": held.superseded_by,
         "writing": next((str(snapshot.id) for snapshot in held.busy.values()), None),
         "last_failure": held.last_failure,

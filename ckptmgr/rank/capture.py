@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ckptmgr.bucket import Bucket, bytes_per_second
 from ckptmgr.errors import CkptmgrError, UnsupportedLeafError, UsageError
 from ckptmgr.rank.externals import externalize
 from ckptmgr.rank.frame import Frame, Sources, make_frame, sources_again, sources_of
@@ -113,6 +114,7 @@ class Capture:
             rank saves a share of them. Parameters of DistributedDataParallel modules, with what
             optimizers keep of them, and DTensors are known and need none.
         group: the ranks that save together; None is all of the process group, if there is one.
+        max_d2h_gbps: limit on overlapped copies in gigabits (10^9 bits) per second; 0 is none.
 
     `prepare`, `copy`, `close` and the optimizers' steps belong to one thread, the one that trains.
     """
@@ -125,6 +127,7 @@ class Capture:
         overlap: bool | None = None,
         replicated: Sequence[str] = (),
         group: dist.ProcessGroup | None = None,
+        max_d2h_gbps: float = 0.0,
     ) -> None:
         if rng and RNG_KEY in state:
             raise UsageError("is reserved for the generators of the process", subject=RNG_KEY)
@@ -133,6 +136,7 @@ class Capture:
         self._overlap = overlap
         self._replicated = tuple(replicated)
         self._group = group
+        self._limit = Bucket(bytes_per_second(max_d2h_gbps)) if max_d2h_gbps else None
         self._frame: Frame | None = None
         self._objects = Objects()
         self._optimizers: list[Optimizer] = []
@@ -263,6 +267,7 @@ class Capture:
             paths=[prepared.layout.leaves[at].path for at in later],
             finish=copy.finish,
             torn=self._written_by_hand.update,
+            limit=self._limit,
         )
 
     def _leaves_for_later(self, prepared: Prepared) -> list[int]:

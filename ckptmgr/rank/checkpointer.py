@@ -9,7 +9,13 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from ckptmgr.config import DEFAULT_KEEP, DEFAULT_SLOTS, DRAIN_SECONDS
+from ckptmgr.config import (
+    DEFAULT_KEEP,
+    DEFAULT_SLOTS,
+    DRAIN_SECONDS,
+    checked_limit,
+    env_limit,
+)
 from ckptmgr.config import runtime_dir as default_runtime_dir
 from ckptmgr.errors import StepOrderError, UsageError
 from ckptmgr.rank.arguments import absolute_url, checked, checked_patterns, checked_state
@@ -53,6 +59,9 @@ class Checkpointer:
         group: the process group whose ranks share the state; the default group if there is one.
         replicated: globs of paths in `state` that are equal on all ranks, beyond those that are
             known to be.
+        max_d2h_gbps: limit on copies out of the tensors that overlap with training, in gigabits
+            (10^9 bits) per second: 80 are 10 GB/s. 0 is none; None is CKPTMGR_MAX_D2H_GBPS or none.
+            A copy that training waits for is not slowed down.
 
     Entering claims a new attempt of the job. With many ranks, all of them enter, and all call
     `step`, `save` and `restore` with the same steps; every rank is told the same error.
@@ -81,6 +90,7 @@ class Checkpointer:
         run_id: str = "",
         group: ProcessGroup | None = None,
         replicated: Sequence[str] = (),
+        max_d2h_gbps: float | None = None,
     ) -> None:
         self.state = checked_state(state)
         self.stats = Stats()
@@ -95,7 +105,19 @@ class Checkpointer:
         self._run_id = run_id or os.environ.get("TORCHELASTIC_RUN_ID", "")
         self._ranks = ranks_of(group)
         alike = checked_patterns(replicated)
-        self._capture = Capture(state, rng=rng, overlap=overlap, replicated=alike, group=group)
+        self._max_d2h_gbps = (
+            env_limit("CKPTMGR_MAX_D2H_GBPS")
+            if max_d2h_gbps is None
+            else checked_limit(max_d2h_gbps, "max_d2h_gbps")
+        )
+        self._capture = Capture(
+            state,
+            rng=rng,
+            overlap=overlap,
+            replicated=alike,
+            group=group,
+            max_d2h_gbps=self._max_d2h_gbps,
+        )
         self._link: Link | None = None
         self._last_step = -1
         self._used = False
@@ -160,6 +182,7 @@ class Checkpointer:
             table_bytes=round_up(table_bytes + TAGS_BYTES_MAX, PAGE_BYTES),
             data_bytes=round_up(data_bytes, PAGE_BYTES),
             run_id=self._run_id,
+            max_d2h_gbps=self._max_d2h_gbps,
         )
         return Link(default_runtime_dir(), wanted, (claimed.attempt, claimed.nonce))
 

@@ -40,6 +40,7 @@ class Wanted:
     table_bytes: int
     data_bytes: int
     run_id: str = ""
+    max_d2h_gbps: float = 0.0
 
 
 class Link:
@@ -171,6 +172,7 @@ class Link:
             nonce=self.nonce,
             buffer=self.buffer.id if known and same_buffer else "",
             run_id=wanted.run_id,
+            max_d2h_gbps=wanted.max_d2h_gbps,
         )
         return client.ask(request, Attached, ATTACH_SECONDS_MAX)
 

@@ -29,7 +29,9 @@ from types import FrameType
 import torch
 from torch import Tensor
 
+from ckptmgr.bucket import Bucket
 from ckptmgr.errors import CkptmgrError, TornSnapshotError
+from ckptmgr.rank.pieces import Pair, paced
 from ckptmgr.rank.tensors import carried
 
 LOOK_SECONDS_MIN, LOOK_SECONDS_MAX = 0.001, 0.05
@@ -136,7 +138,8 @@ class Turn:
 class Job:
     """Leaves that are copied in the background; `torn` hears the paths that changed meanwhile.
 
-    `counted[i]` has the version counter for writes into `sources[i]`.
+    `counted[i]` has the version counter for writes into `sources[i]`. `limit` holds as long as the
+    training thread does not wait for the copy.
     """
 
     targets: list[Tensor]
@@ -145,6 +148,7 @@ class Job:
     paths: list[str]
     finish: Finish
     torn: Callable[[list[str]], None]
+    limit: Bucket | None = None
     versions: list[int] = field(init=False)
     trainer: int = field(default_factory=threading.get_ident)
     streams: dict[torch.device, torch.cuda.Stream] = field(default_factory=dict)
@@ -156,7 +160,7 @@ class Job:
         """Copy, wait until the training thread is not writing, judge, and tell."""
         error: BaseException | None = None
         try:
-            self._copy()
+            self._copy(turn)
             self._wait_until_quiet(turn)
             error = self._judge()
         except Exception as failure:  # noqa: BLE001 - handed to the owner of the snapshot
@@ -168,18 +172,22 @@ class Job:
         """Tell that it was not copied."""
         self.finish(CkptmgrError("was interrupted before it was copied", subject="snapshot"))
 
-    def _copy(self) -> None:
+    def _copy(self, turn: Turn) -> None:
         pairs = list(zip(self.targets, self.sources, strict=True))
+        for piece in [pairs] if self.limit is None else paced(pairs, self.limit, turn):
+            self._start(piece)
+        for stream in self.streams.values():
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied.record(stream)
+            copied.synchronize()
+
+    def _start(self, pairs: list[Pair]) -> None:
         for device, stream in self.streams.items():
             there = [pair for pair in pairs if pair[1].device == device]
             with torch.cuda.stream(stream):
                 start_copy([target for target, _ in there], [source for _, source in there])
         here = [pair for pair in pairs if pair[1].device not in self.streams]
         copy_tensors([target for target, _ in here], [source for _, source in here])
-        for stream in self.streams.values():
-            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            copied.record(stream)
-            copied.synchronize()
 
     def _wait_until_quiet(self, turn: Turn) -> None:
         """Wait until every write that may have met the copy has ended, and is counted."""

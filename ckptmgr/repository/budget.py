@@ -49,6 +49,11 @@ class BufferPool:
         self._free: list[mmap.mmap] = []
         self._gate = asyncio.Semaphore(self.count)
 
+    @property
+    def has_free(self) -> bool:
+        """Whether a lease would not wait now."""
+        return not self._gate.locked()
+
     @asynccontextmanager
     async def lease(self) -> AsyncIterator[memoryview]:
         """A buffer, for as long as the block lasts."""

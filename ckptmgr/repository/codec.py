@@ -20,6 +20,9 @@ ZSTD_LEVEL = 1
 GAIN_MIN = 0.97
 """A chunk that does not shrink below this share is stored raw: it reads back without a codec."""
 
+SAMPLE_BYTES = 64 * 1024
+"""From the middle of a chunk: 1/64 of the work of compressing it, with each of two codecs."""
+
 _PLANES_HEAD = struct.Struct("<B7xQ")
 _local = threading.local()
 
@@ -48,6 +51,27 @@ def best_for(cut: Cut) -> Codec:
     have no such plane.
     """
     return Codec.PLANES if cut.is_float and cut.itemsize >= 2 else Codec.ZSTD
+
+
+def choose_codec(name: str, raw: memoryview, cut: Cut) -> Codec:
+    """The codec of one chunk under a codec name that compresses."""
+    if name == "zstd":
+        return Codec.ZSTD
+    return _smallest(raw, cut) if name == "auto" else best_for(cut)
+
+
+def _smallest(raw: memoryview, cut: Cut) -> Codec:
+    """What makes a sample of the chunk smallest: zeros and repetition shrink best as a whole, and
+    what does not shrink is not worth the time.
+    """
+    start = (len(raw) - SAMPLE_BYTES) // 2 // cut.itemsize * cut.itemsize
+    sample = raw if start <= 0 else raw[start : start + SAMPLE_BYTES]
+    room = memoryview(bytearray(len(sample)))
+    lengths = {}
+    for codec in {best_for(cut), Codec.ZSTD}:
+        lengths[codec] = encode(codec, sample, cut, room) or len(sample)
+    best = min(sorted(lengths, reverse=True), key=lambda codec: lengths[codec])
+    return best if lengths[best] < len(sample) else Codec.NONE
 
 
 def _compressor() -> zstandard.ZstdCompressor:
@@ -131,47 +155,3 @@ def _decode_planes(stored: memoryview, raw: memoryview, subject: str) -> None:
     elements = np.frombuffer(raw, np.uint8).reshape(-1, itemsize)
     elements[:, -1] = np.frombuffer(top, np.uint8)
     elements[:, :-1] = np.frombuffer(stored[rest_at:], np.uint8).reshape(-1, itemsize - 1)
-
-
-class AutoCodec:
-    """Decides per pack whether compression finishes sooner, from what was measured so far.
-
-    `store_rate` and `codec_rate` are bytes per second (of stored bytes and of raw bytes), `ratio`
-    is raw/stored; each a moving average. Every `PROBE_EVERY` packs one is compressed whatever
-    the decision, so that the measurement stays fresh.
-    """
-
-    PROBE_EVERY = 16
-    _KEEP = 0.7  # weight of the past in the moving averages
-
-    def __init__(self) -> None:
-        self.store_rate = 0.0
-        self.codec_rate = 0.0
-        self.ratio = 0.0
-        self._packs = 0
-
-    def saw_store(self, stored_bytes: int, seconds: float) -> None:
-        """Learn from a finished put."""
-        self.store_rate = self._mix(self.store_rate, stored_bytes / max(seconds, 1e-6))
-
-    def saw_codec(self, raw_bytes: int, stored_bytes: int, seconds: float) -> None:
-        """Learn from a compressed pack."""
-        self.codec_rate = self._mix(self.codec_rate, raw_bytes / max(seconds, 1e-6))
-        self.ratio = self._mix(self.ratio, raw_bytes / max(stored_bytes, 1))
-
-    def _mix(self, old: float, new: float) -> float:
-        return new if old == 0 else self._KEEP * old + (1 - self._KEEP) * new
-
-    def compress_next(self) -> bool:
-        """Whether the next pack is compressed."""
-        self._packs += 1
-        if self.store_rate == 0:
-            return False  # the first pack measures the store
-        if self.codec_rate == 0 or self._packs % self.PROBE_EVERY == 0:
-            return True
-        return compression_pays(self.store_rate, self.codec_rate, self.ratio)
-
-
-def compression_pays(store_rate: float, codec_rate: float, ratio: float) -> bool:
-    """Whether codec and store, overlapped, finish clearly (5 %) before the store alone."""
-    return max(1 / codec_rate, 1 / (store_rate * ratio)) < 0.95 / store_rate

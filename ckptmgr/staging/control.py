@@ -39,6 +39,7 @@ class Attach(Message, frozen=True):
     `attempt` and `nonce` are given when the attempt was claimed before: by rank 0, or by the
     same trainer through a daemon that died meanwhile, which then also names its `buffer`. When it
     is answered, what this host's memory holds of the job is published for the attempt.
+    `max_d2h_gbps` is only shown to people.
     """
 
     url: str
@@ -53,6 +54,7 @@ class Attach(Message, frozen=True):
     nonce: str = ""
     buffer: str = ""
     run_id: str = ""
+    max_d2h_gbps: float = 0.0
     protocol: int = PROTOCOL
 
 

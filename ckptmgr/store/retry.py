@@ -40,7 +40,15 @@ OnFailure = Callable[[str, Exception], None]
 """Told of each failed try: the name of the operation and its error."""
 
 
+Pace = Callable[[int], Awaitable[None]]
+"""Awaited before so many bytes of objects are moved; waits as long as a limit asks."""
+
+
 def _ignore(_operation: str, _error: Exception) -> None:
+    pass
+
+
+async def _at_once(_nbytes: int) -> None:
     pass
 
 
@@ -73,6 +81,9 @@ class RetryingStore(Store):
 
     `landmark` is the key of an object that every such store holds. Where it can be read, and
     another object has failed UNREADABLE_TRIES times by `MediumError`, that object is damaged.
+
+    `pace` is awaited before the bytes of each try, outside its deadlines. A read to the end of an
+    object, whose length nobody knows before, is paced afterwards.
     """
 
     def __init__(
@@ -84,6 +95,7 @@ class RetryingStore(Store):
         jitter: Callable[[], float] = random.random,
         landmark: str = "",
         on_failure: OnFailure = _ignore,
+        pace: Pace = _at_once,
     ) -> None:
         self.durable_on_return = inner.durable_on_return
         self.visibility_lag_seconds = inner.visibility_lag_seconds
@@ -94,6 +106,7 @@ class RetryingStore(Store):
         self._jitter = jitter
         self._landmark = landmark
         self._on_failure = on_failure
+        self._pace = pace
 
     @property
     def url(self) -> str:
@@ -139,6 +152,7 @@ class RetryingStore(Store):
                 raise
 
         found, _ = await self._tries("get", key, read, count)
+        await self._pace(len(found) - count)  # nothing, where it was known
         return found
 
     async def get_many(self, wanted: Sequence[Wanted]) -> None:
@@ -146,6 +160,7 @@ class RetryingStore(Store):
         object and what can be read is read.
         """
         count = sum(len(one.into) for one in wanted)
+        await self._pace(count)
         try:
             async with asyncio.timeout(self._timeout_seconds + count / BYTES_PER_SECOND_MIN):
                 await self._inner.get_many(wanted)
@@ -199,6 +214,9 @@ class RetryingStore(Store):
         failed = 0
         reason: StoreError | None = None
         while True:
+            begun = time.monotonic()
+            await self._pace(nbytes)
+            ends_at += time.monotonic() - begun
             left = max(ends_at - time.monotonic(), 0.0)
             patience = min(self._timeout_seconds + nbytes / BYTES_PER_SECOND_MIN, left)
             try:

@@ -113,12 +113,16 @@ def daemon_side(runtime: Path, place: Path, note: Any) -> None:
 
 
 def ranks_side(runtime: Path, place: Path, note: Any) -> None:
-    """A step of two ranks, of which one has not come yet."""
-    url = f"file://{place}/ranks"
-    with Daemon(runtime), Rank(runtime, url, world=2) as rank:
+    """A step of two ranks, of which one has not come yet; limits, and a codec that was tried."""
+    url, limits = f"file://{place}/ranks", {"codec": "auto", "max_d2h_gbps": 100.0}
+    with (
+        Daemon(runtime, "--max-store-gbps=80"),
+        Rank(runtime, url, world=2, **limits) as rank,  # type: ignore[arg-type]
+    ):
         rank.save(1)
         until(lambda: any(s["ranks_missing"] == [1] for s in note("ls", url)), "it waits")
         note("show", url, "1")
+        note("status")
 
 
 def store_side(store: Path, place: Path, note: Any) -> None:

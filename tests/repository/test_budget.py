@@ -42,6 +42,18 @@ def test_no_more_leases_than_the_budget_allows() -> None:
     asyncio.run(main())
 
 
+def test_it_says_whether_a_lease_would_wait() -> None:
+    async def main() -> None:
+        pool = BufferPool(2 * (LEASE_BYTES + MIB))
+        async with pool.lease():
+            assert pool.has_free
+            async with pool.lease():
+                assert not pool.has_free
+        assert pool.has_free
+
+    asyncio.run(main())
+
+
 def test_a_failing_or_cancelled_user_gives_its_lease_back() -> None:
     async def main() -> None:
         pool = BufferPool(1)

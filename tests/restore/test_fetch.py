@@ -5,23 +5,29 @@ from __future__ import annotations
 import asyncio
 import mmap
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ckptmgr.config import CHUNK_BYTES
 from ckptmgr.errors import (
     ChunkDamagedError,
     MissingObjectError,
+    StoreError,
     StoreUnreachableError,
 )
-from ckptmgr.repository.budget import BufferPool
+from ckptmgr.repository.budget import LEASE_BYTES, BufferPool
 from ckptmgr.repository.catalog import Catalog
+from ckptmgr.repository.chunk import Chunk
+from ckptmgr.repository.codec import Codec
 from ckptmgr.repository.manifest import Manifest
-from ckptmgr.restore.fetch import fetch
-from ckptmgr.restore.plan import Plan, plan_whole
-from ckptmgr.store.base import Store
+from ckptmgr.restore.fetch import BATCH_READS_MAX, LANES, _batches, _room_bytes, fetch
+from ckptmgr.restore.plan import Move, Plan, Read, plan_whole
+from ckptmgr.store.base import Store, Wanted
 from ckptmgr.testing import Fault, FaultyStore
 from small_step import (
     Objects,
@@ -196,3 +202,59 @@ def test_chunks_of_another_pack_are_not_taken(codec: str) -> None:
     shelf_of(store)[manifest.packs[0][0]] = bytearray(others[other.packs[0][0]])
     with pytest.raises(ChunkDamagedError):
         bring(store, plan_whole(manifest))
+
+
+class BatchStore(FaultyStore):
+    """Serves many ranges at once; its errors do not say which of them is at fault."""
+
+    def __init__(self, inner: Store) -> None:
+        super().__init__(inner)
+        self.batches: list[int] = []
+        self.under_way = self.most = 0
+
+    async def get_many(self, wanted: Sequence[Wanted]) -> None:
+        self.batches.append(len(wanted))
+        self.under_way += len(wanted)
+        self.most = max(self.most, self.under_way)
+        try:
+            await asyncio.sleep(0)
+            await self._inner.get_many(wanted)
+        except StoreError as error:
+            raise type(error)("one of many failed", subject="batch") from error
+        finally:
+            self.under_way -= len(wanted)
+
+
+@CODECS
+def test_many_ranges_are_asked_for_at_once_and_fit_the_lease(codec: str) -> None:
+    saved, objects, manifest = MADE[codec]
+    whole = plan_whole(manifest)
+    reads = whole.reads * 12  # the same places again and again: only the number of reads counts
+    store = BatchStore(memory_store(objects))
+    assert bring(store, Plan(reads, whole.target_bytes)) == saved.encoded.data
+    assert sum(store.batches) == len(reads)
+    assert max(store.batches) > 1
+    assert store.most <= LANES * BATCH_READS_MAX
+    for batch in _batches(reads):
+        assert len(batch) <= BATCH_READS_MAX
+        assert sum(map(_room_bytes, batch)) <= LEASE_BYTES // LANES
+
+
+@given(count=st.integers(1, 40))
+def test_a_batch_never_needs_more_room_than_its_lane(count: int) -> None:
+    """The largest chunks that the format allows, all to be spread: nothing is cut short."""
+    chunk = Chunk(0, 4096, CHUNK_BYTES, 0, CHUNK_BYTES, Codec.ZSTD, b"", b"")
+    read = Read("pack", chunk, (Move(0, 0, CHUNK_BYTES - 1),))
+    batches = list(_batches((read,) * count))
+    assert sum(map(len, batches)) == count
+    assert all(sum(map(_room_bytes, batch)) <= LEASE_BYTES // LANES for batch in batches)
+
+
+@CODECS
+@pytest.mark.parametrize("how", ["cut", "gone"])
+def test_what_failed_in_a_batch_is_named(codec: str, how: str) -> None:
+    objects, manifest = broken(codec, how, 4)
+    kind = MissingObjectError if how == "gone" else ChunkDamagedError
+    with pytest.raises(kind) as caught:
+        bring(BatchStore(memory_store(objects)), plan_whole(manifest))
+    assert caught.value.subject.startswith(manifest.packs[0][0])

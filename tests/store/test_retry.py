@@ -287,6 +287,31 @@ async def test_a_batch_that_fails_is_read_one_by_one() -> None:
         await outer.get_many([*wanted, Wanted("d", 0, room[:1])])
 
 
+async def test_bytes_of_every_try_are_paced_and_the_wait_is_not_the_stores() -> None:
+    told: list[int] = []
+    outer, inner = stores(Fault(LOST), deadline_seconds=0.5)
+
+    async def pace(nbytes: int) -> None:
+        if nbytes:
+            told.append(nbytes)
+            await asyncio.sleep(0.6)  # longer than the deadline
+
+    outer._pace = pace
+    assert await outer.put_new("key", views(b"12345", b"678")) is PutResult.OK
+    assert told == [8, 8], "the second try sends them again"
+    told.clear()
+    assert bytes(await outer.get("key")) == b"12345678"
+    await outer.get("key", 2, 3)
+    await outer.get("key", 1, into=memoryview(bytearray(4)))
+    await outer.get_many([Wanted("key", 0, memoryview(bytearray(n))) for n in (1, 6)])
+    assert told == [8, 3, 4, 7]
+    await outer.list("")
+    await outer.make_durable("key")
+    await outer.delete("key")
+    assert told == [8, 3, 4, 7]
+    assert inner.operations
+
+
 def test_it_declares_what_its_inner_store_does() -> None:
     inner = MemoryStore("x")
     inner.durable_on_return, inner.visibility_lag_seconds, inner.exclusive = False, 6.0, None

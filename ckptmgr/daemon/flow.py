@@ -1,0 +1,77 @@
+"""The packs of one snapshot: started as the route to the store says, ended together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+from ckptmgr.daemon.route import Route, Send, Work
+
+
+class Packs(Protocol):
+    """What a flow has done with packs, which it knows by their number."""
+
+    def spare(self) -> bool:
+        """Whether a pack could be compressed without waiting for a buffer."""
+
+    async def raw(self, index: int) -> None:
+        """Put a pack as it is; it has a place."""
+
+    async def compressed(self, index: int, encoded: Callable[[], None]) -> None:
+        """Compress a pack, say that it is encoded, and put it when there is a place."""
+
+    async def probe(self) -> None:
+        """Measure the codec on a little of the snapshot."""
+
+
+async def flow(route: Route, sizes: Sequence[int], codec: str, packs: Packs) -> None:
+    """Bring packs of `sizes` raw bytes to the store.
+
+    Raises:
+        CkptmgrError: the first failure; whatever else was under way has ended.
+    """
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            if codec == "auto" and route.probe_is_due(sum(sizes)):
+                tasks.create_task(packs.probe())
+            await _start_all(route, sizes, codec, packs, tasks)
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+
+
+async def _start_all(
+    route: Route, sizes: Sequence[int], codec: str, packs: Packs, tasks: asyncio.TaskGroup
+) -> None:
+    pending = deque(enumerate(sizes))
+    route.pending_bytes += sum(sizes)
+    try:
+        while pending:
+            index, nbytes = pending[0]
+            bell, send = route.bell, route.next(codec, nbytes, spare=packs.spare())
+            if send is None:
+                await bell.wait()
+                continue
+            pending.popleft()
+            route.pending_bytes -= nbytes
+            if send is Send.RAW:
+                _start(tasks, packs.raw(index), route.leave_place, route.take_place(nbytes))
+            else:
+                work = route.start_encoding(nbytes)
+                ended = partial(route.stop_encoding, work)
+                _start(tasks, packs.compressed(index, ended), route.stop_encoding, work)
+            await asyncio.sleep(0)  # it takes its buffer, so that `spare` tells the truth
+    finally:
+        route.pending_bytes -= sum(nbytes for _, nbytes in pending)
+
+
+def _start(
+    tasks: asyncio.TaskGroup,
+    work: Coroutine[Any, Any, None],
+    ended: Callable[[Work], None],
+    token: Work,
+) -> None:
+    """Start a task; `ended` hears of its end even if it is cancelled before it has begun."""
+    tasks.create_task(work).add_done_callback(lambda _: ended(token))
