@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from ckptmgr import __version__, foreground, present
-from ckptmgr.config import BUDGET_BYTES, DRAIN_SECONDS, DaemonSettings, runtime_dir
+from ckptmgr.config import BUDGET_BYTES, DRAIN_SECONDS, GIB, DaemonSettings, runtime_dir
 from ckptmgr.errors import (
     EXIT_FELL_BACK,
     EXIT_OK,
@@ -105,8 +105,21 @@ def daemon(
     metrics_port: Annotated[
         int | None, typer.Option(help="Prometheus port on 127.0.0.1; 0 any, -1 off.")
     ] = None,
+    spool: Annotated[
+        Path | None, typer.Option(help="Directory for snapshots while a store is down or slow.")
+    ] = None,
+    spool_max_gib: Annotated[
+        float | None, typer.Option(help="Most that the spool may take; 0 what the disk has.")
+    ] = None,
+    mirror: Annotated[
+        str | None, typer.Option(help="Second store, with a place for each job below it.")
+    ] = None,
 ) -> None:
-    """Run the daemon of this user on this host in the foreground."""
+    """Run the daemon of this user on this host in the foreground.
+
+    Also set by CKPTMGR_SPOOL, CKPTMGR_SPOOL_MAX_GIB and CKPTMGR_MIRROR, which a daemon that a
+    trainer starts takes from it.
+    """
     from dataclasses import replace
 
     from ckptmgr.daemon import log
@@ -117,6 +130,12 @@ def daemon(
         settings = replace(settings, idle_seconds=idle_seconds)
     if metrics_port is not None:
         settings = replace(settings, metrics_port=metrics_port)
+    if spool is not None:
+        settings = replace(settings, spool_dir=spool.absolute())
+    if spool_max_gib is not None:
+        settings = replace(settings, spool_bytes_max=int(spool_max_gib * GIB))
+    if mirror is not None:
+        settings = replace(settings, mirror_url=mirror)
     log.configure()
     try:
         asyncio.run(Service(settings).run())

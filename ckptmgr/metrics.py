@@ -48,6 +48,19 @@ class Metrics:
         self.queue = Gauge(
             "ckptmgr_queue_snapshots", "Sealed snapshots not decided yet.", job, registry=r
         )
+        self.spooled = Counter(
+            "ckptmgr_spooled", "Snapshots written to the spool of this host.", job, registry=r
+        )
+        self.drained = Counter(
+            "ckptmgr_drained", "Snapshots of the spool that became commits.", job, registry=r
+        )
+        self.spool_parts = Gauge(
+            "ckptmgr_spool_snapshots", "Snapshots in the spool, not decided yet.", job, registry=r
+        )
+        self.spool_bytes = Gauge("ckptmgr_spool_bytes", "Bytes in the spool.", job, registry=r)
+        self.spool_full = Gauge(
+            "ckptmgr_spool_full", "1 while the spool has no room for a snapshot.", job, registry=r
+        )
         self.failures = Counter(
             "ckptmgr_failures", "Failures by kind of error.", [*job, "kind"], registry=r
         )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from hashlib import blake2b
 
-from ckptmgr.config import STUCK_SECONDS, DaemonSettings
+from ckptmgr.config import SPOOL_SECONDS, STUCK_SECONDS, DaemonSettings
 from ckptmgr.daemon.committer import Committer
-from ckptmgr.daemon.log import event, warning
+from ckptmgr.daemon.log import event, label_of, warning
 from ckptmgr.daemon.resume import ActiveMarks
 from ckptmgr.daemon.retain import collect
+from ckptmgr.daemon.spool import Spool
 from ckptmgr.errors import CkptmgrError
 from ckptmgr.metrics import Metrics
 from ckptmgr.repository import keys
@@ -21,11 +21,6 @@ from ckptmgr.store.base import Store
 from ckptmgr.store.registry import open_store
 from ckptmgr.store.retry import RetryingStore
 from ckptmgr.types import StepId
-
-
-def label_of(url: str) -> str:
-    """Short name of a job in metrics: no path and no bucket name leaves the host."""
-    return blake2b(url.encode(), digest_size=4).hexdigest()
 
 
 @dataclass(slots=True)
@@ -43,6 +38,8 @@ class Job:
     metrics: Metrics
     pool: BufferPool
     stuck_seconds: float = STUCK_SECONDS
+    spool: Spool | None = None
+    spool_seconds: float = SPOOL_SECONDS
     last_commit: StepId | None = None
     resumed_from: dict[int, StepId] = field(default_factory=dict)
     active: ActiveMarks = field(default_factory=ActiveMarks)
@@ -55,7 +52,14 @@ class Job:
         self.committer = Committer(self.catalog, self.committed, self.stuck_seconds)
 
     @classmethod
-    def open(cls, url: str, metrics: Metrics, pool: BufferPool, settings: DaemonSettings) -> Job:
+    def open(
+        cls,
+        url: str,
+        metrics: Metrics,
+        pool: BufferPool,
+        settings: DaemonSettings,
+        spool: Spool | None = None,
+    ) -> Job:
         """Open the job's store. Nothing is read yet.
 
         Raises:
@@ -74,7 +78,17 @@ class Job:
             on_failure=failed,
             landmark=keys.FORMAT,
         )
-        return cls(url, store, Catalog(store), label, metrics, pool, settings.stuck_seconds)
+        return cls(
+            url,
+            store,
+            Catalog(store),
+            label,
+            metrics,
+            pool,
+            stuck_seconds=settings.stuck_seconds,
+            spool=spool,
+            spool_seconds=settings.spool_seconds,
+        )
 
     def committed(self, decision: Decision) -> None:
         """Take note of a commit."""

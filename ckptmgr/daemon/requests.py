@@ -7,9 +7,10 @@ import contextlib
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, TypeVar
 
+from ckptmgr.config import STORE_TIMEOUT_SECONDS
 from ckptmgr.daemon.intake import Held
 from ckptmgr.daemon.job import Job
-from ckptmgr.daemon.log import event
+from ckptmgr.daemon.log import event, warning
 from ckptmgr.daemon.reader import Session
 from ckptmgr.daemon.resume import (
     Standing,
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
     from ckptmgr.daemon.service import Service
 
 T = TypeVar("T")
+
+RESUME_DRAIN_SECONDS_MAX = 2 * STORE_TIMEOUT_SECONDS
+"""How long attaching waits for the spool, so that the newest step in it can be resumed from: half
+of what a rank waits for the answer."""
 
 
 class Requests:
@@ -82,7 +87,7 @@ class Requests:
                 return control.Stated(self._service.state())
             case control.Stop():
                 self._service.end()
-                return control.Done(self._service.intake.undecided())
+                return control.Done(self._service.undecided())
 
     async def close(self) -> None:
         """The connection is over: whatever was lent is freed, the buffer is an orphan."""
@@ -118,7 +123,8 @@ class Requests:
         binding = Binding(url, request.rank, request.world, request.codec, request.keep)
         capacity = Capacity(request.slots, request.table_bytes, request.data_bytes)
         session = Session(job, request.rank, request.world, attempt, nonce)
-        if not request.buffer:
+        if not request.buffer and attempt not in job.published:
+            await self._drained(job)
             await self._publish(job, attempt)
         held, new_buffer = self._service.intake.place_for(binding, capacity, request.buffer)
         if new_buffer:
@@ -136,16 +142,27 @@ class Requests:
 
     async def _publish(self, job: Job, attempt: int) -> None:
         """Tell the other hosts of an attempt what this one holds, before its first rank joins."""
-        if attempt in job.published:
-            return
         found = [
             snapshot
             for held in self._service.intake.of_job(job.url)
             for snapshot in usable_in_memory(held.snapshots())
         ]
-        ours = [s for s in found if await standing_of(job.store, s) is Standing.OURS]
-        await publish_have(job.store, attempt, self._service.host, ours)
+        ours = {
+            (s.attempt, s.step, s.rank)
+            for s in found
+            if await standing_of(job.store, s) is Standing.OURS
+        }
+        if job.spool is not None:  # what was copied, and waits for the parts of other hosts
+            ours |= {(p.id.attempt, p.id.step, p.rank) for p in job.spool.copied}
+        await publish_have(job.store, attempt, self._service.host, sorted(ours))
         job.published.add(attempt)
+
+    async def _drained(self, job: Job) -> None:
+        """The store answers: what the spool holds comes first, so that it can be resumed from."""
+        drainer = self._service.drainers.get(job.url)
+        if drainer is not None and not await drainer.drained(RESUME_DRAIN_SECONDS_MAX):
+            left = len(job.spool.parts) if job.spool is not None else 0
+            warning("spool_behind", job=job.label, parts=left, waited=RESUME_DRAIN_SECONDS_MAX)
 
     async def _remember_resume(self, session: Session) -> None:
         """A daemon before this one knew what the attempt resumed from; the store still does."""
@@ -246,8 +263,12 @@ class Requests:
         buffers = self._service.intake.of_rank(session.job.url, session.rank)
         if any(wanted in one.results for one in buffers):
             return True
-        pending = [s for one in buffers for s, o in one.snapshots() if o is Outcome.UNDECIDED]
+        pending = [s for one in buffers for s, o in one.snapshots() if not o.decided]
         pending += [snapshot for one in buffers for snapshot in one.busy.values()]
+        spool = session.job.spool
+        step = StepId(session.attempt, wanted[1])
+        if spool is not None and spool.has(session.nonce, step, session.rank):
+            return False
         return wanted not in [(s.nonce, s.step) for s in pending]
 
     async def _look_up(self, session: Session, step: int) -> control.Reply:

@@ -16,17 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from ckptmgr.config import DRAIN_SECONDS, DaemonSettings
+from ckptmgr.daemon.drain import Drainer
 from ckptmgr.daemon.http import MetricsServer
 from ckptmgr.daemon.intake import Held, Intake
 from ckptmgr.daemon.job import Job
-from ckptmgr.daemon.log import event, fault, warning
+from ckptmgr.daemon.log import event, fault, label_of, warning
 from ckptmgr.daemon.pipeline import Pipeline
 from ckptmgr.daemon.reader import Reader
 from ckptmgr.daemon.requests import Requests
+from ckptmgr.daemon.spool import Part, Spool, SpoolDirectory
 from ckptmgr.daemon.writer import Writer
 from ckptmgr.errors import CkptmgrError, DaemonError, StoreError, UsageError
 from ckptmgr.metrics import Metrics
-from ckptmgr.repository.budget import BufferPool
+from ckptmgr.repository.budget import LEASE_BYTES, BufferPool
 from ckptmgr.repository.hold import host_name
 from ckptmgr.staging import control
 from ckptmgr.staging.inbox import LOCK, SOCKET, InboxWatch, prepare, take_tickets
@@ -54,6 +56,11 @@ class Service:
         self.jobs: dict[str, Job] = {}
         self.metrics_port = -1
         self.host = ""
+        self.spools: SpoolDirectory | None = None
+        self.drainers: dict[str, Drainer] = {}
+        self._draining: dict[str, asyncio.Task[None]] = {}
+        # Of its own: while a store hangs, what it has been lent can not hold up the spool.
+        self._drain_pool = BufferPool(LEASE_BYTES)
         self._pipeline = Pipeline(self.pool)
         self._connections: set[asyncio.Task[None]] = set()
         self._serving: set[Requests] = set()
@@ -85,6 +92,7 @@ class Service:
             server = await control.listen(runtime / SOCKET, self._connected)
             event("started", pid=os.getpid(), runtime=str(runtime), metrics_port=self.metrics_port)
             try:
+                await self._open_spools()
                 for held in self.intake.adopt():
                     self._employ(held)
                 await self._until_ended()
@@ -105,6 +113,24 @@ class Service:
         self.metrics_port = server.port
         return server
 
+    async def _open_spools(self) -> None:
+        """Go on draining what a daemon before this one left, whether its trainer lives or not."""
+        path = self.settings.spool_dir
+        if path is None:
+            return
+        try:
+            self.spools = await SpoolDirectory.open(path, self.settings.spool_bytes_max)
+        except CkptmgrError as error:
+            # Training must not depend on a disk that is only there for bad days.
+            warning("spool_off", path=str(path), why=error.message)
+            return
+        for spool in self.spools.unfinished():
+            event("spool_found", job=label_of(spool.url), parts=len(spool.parts))
+            try:
+                self.job(spool.url)
+            except CkptmgrError as error:
+                warning("spool_refused", path=label_of(spool.url), why=str(error))
+
     async def _until_ended(self) -> None:
         while not self._ending.is_set():
             await self._wait_for_change()
@@ -113,7 +139,7 @@ class Service:
             if self._idle_for() > self.settings.idle_seconds > 0:
                 event("idle", seconds=self.settings.idle_seconds)
                 return
-        event("draining", undecided=self.intake.undecided())
+        event("draining", undecided=self.undecided())
         left = await self.drain(_SIGTERM_DRAIN_SECONDS)
         if left:
             warning("drain_incomplete", left=left)
@@ -128,7 +154,7 @@ class Service:
             await asyncio.wait_for(self._ending.wait(), pause)
 
     def _idle_for(self) -> float:
-        if self._connections or self.intake.busy():
+        if self._connections or self.intake.busy() or self._spooled():
             self._last_activity = time.monotonic()
         return time.monotonic() - self._last_activity
 
@@ -147,10 +173,12 @@ class Service:
         """Close the stores of jobs that have neither a buffer nor a connection any more."""
         used = {held.binding.url for held in self.intake.held.values()}
         used = used.union(*(requests.urls for requests in self._serving))
+        used |= {spool.url for spool in self.spools.unfinished()} if self.spools else set()
         for url in self.jobs.keys() - used:
             if not self.jobs[url].collecting:
                 # Out of the list first: whoever asks for it meanwhile opens it anew.
                 job = self.jobs.pop(url)
+                await self._end_drain(url)
                 with contextlib.suppress(StoreError):  # what can not be closed is not used again
                     await job.aclose()
 
@@ -159,7 +187,7 @@ class Service:
     ) -> None:
         server.close()
         workers = [held.worker for held in self.intake.held.values() if held.worker]
-        tasks = [*self._connections, *workers]
+        tasks = [*self._connections, *workers, *self._draining.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -172,7 +200,9 @@ class Service:
                 self.intake.release(held)
         for job in self.jobs.values():
             await job.aclose()
-        event("ended", undecided=self.intake.undecided())
+        event("ended", undecided=self.undecided())
+        if self.spools is not None:
+            self.spools.close()
 
     # -- buffers and jobs ---------------------------------------------------------------------
 
@@ -185,8 +215,31 @@ class Service:
         if len(url) > URL_CHARS_MAX:
             raise UsageError(f"has more than {URL_CHARS_MAX} characters", subject=url[:80] + "...")
         if url not in self.jobs:
-            self.jobs[url] = Job.open(url, self.metrics, self.pool, self.settings)
+            spool = self.spools.of(url) if self.spools is not None else None
+            job = Job.open(url, self.metrics, self.pool, self.settings, spool)
+            self.jobs[url] = job
+            if spool is not None:
+                self._drain(job, spool)
         return self.jobs[url]
+
+    def _drain(self, job: Job, spool: Spool) -> None:
+        """Start to drain the spool of a job."""
+        drainer = self.drainers[job.url] = Drainer(job, spool, self._drain_pool, self.intake)
+        task = asyncio.create_task(drainer.run(), name=f"drain {job.label}")
+        task.add_done_callback(self._drain_ended)
+        self._draining[job.url] = task
+
+    def _drain_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            self._fault = task.exception()
+            self._ending.set()
+
+    async def _end_drain(self, url: str) -> None:
+        self.drainers.pop(url, None)
+        task = self._draining.pop(url, None)
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
     def employ(self, held: Held) -> None:
         """Start the worker of a new buffer."""
@@ -198,6 +251,7 @@ class Service:
         except CkptmgrError as error:
             warning("buffer_stranded", buffer=held.buffer.id, why=str(error))
             return
+        held.spool = job.spool
         writer = Writer(held, job, self._pipeline, self._count)
         task = asyncio.create_task(writer.run(), name=f"writer {held.buffer.id[:8]}")
         task.add_done_callback(partial(self._writer_ended, held, writer))
@@ -230,6 +284,10 @@ class Service:
                 queued[job.label] += held.undecided()
         for label, count in queued.items():
             self.metrics.queue.labels(label).set(count)
+        for job in self.jobs.values():
+            if job.spool is not None:
+                self.metrics.spool_parts.labels(job.label).set(len(job.spool.parts))
+                self.metrics.spool_bytes.labels(job.label).set(job.spool.used_bytes)
         self.metrics.trainers.set(sum(held.writer_alive for held in self.intake.held.values()))
 
     def _ticket(self) -> None:
@@ -303,11 +361,30 @@ class Service:
             async with asyncio.timeout(timeout_seconds):
                 for held in list(self.intake.held.values()):
                     await held.wait_decided()
-        return self.intake.undecided()
+                for spool in self.spools.unfinished() if self.spools else ():
+                    await spool.wait_empty()
+        return self.undecided()
+
+    def undecided(self) -> int:
+        """Snapshots that are not decided yet, in host memory or in the spool."""
+        return self.intake.undecided() + self._spooled()
+
+    def _spooled(self) -> int:
+        return sum(len(spool.parts) for spool in self.spools.unfinished()) if self.spools else 0
 
     def end(self) -> None:
         """Drain and end."""
         self._ending.set()
+
+    def _spool_state(self, job: Job) -> dict[str, Any] | None:
+        if job.spool is None:
+            return None
+        copied = job.spool.copied
+        return {
+            "full": job.spool.full,
+            "last_failure": self.drainers[job.url].last_failure,
+            "parts": [_part_state(part, copied=part in copied) for part in job.spool.parts],
+        }
 
     def state(self) -> dict[str, Any]:
         """What `ckptmgr status --json` prints (docs/cli-json.md)."""
@@ -315,12 +392,14 @@ class Service:
             "pid": os.getpid(),
             "runtime_dir": str(self.settings.runtime_dir),
             "metrics_port": self.metrics_port,
-            "undecided": self.intake.undecided(),
+            "undecided": self.undecided(),
+            "spool": self.spools.state() if self.spools else None,
             "trainers": sum(held.writer_alive for held in self.intake.held.values()),
             "jobs": [
                 {
                     "url": job.url,
                     "last_commit": str(job.last_commit) if job.last_commit else None,
+                    "spool": self._spool_state(job),
                     "buffers": [
                         _buffer_state(h)
                         for h in self.intake.held.values()
@@ -330,6 +409,16 @@ class Service:
                 for job in self.jobs.values()
             ],
         }
+
+
+def _part_state(part: Part, *, copied: bool) -> dict[str, Any]:
+    return {
+        "step": str(part.id),
+        "rank": part.rank,
+        "bytes": part.nbytes,
+        "sealed_at": part.sealed_at,
+        "copied": copied,
+    }
 
 
 def _buffer_state(held: Held) -> dict[str, Any]:
