@@ -195,14 +195,14 @@ def drain(
 @command
 def ls(url: Url, as_json: Json = False) -> None:
     """List the steps of a job, newest first."""
-    memory = _in_memory(url)
-    entries = present.with_memory(_with_store(url, lambda catalog: catalog.entries()), memory)
-    rows = [present.entry_json(entry, memory) for entry in entries]
-    _out(rows, as_json, lambda: present.entries(entries, memory))
+    tiers = _tiers(url)
+    entries = present.with_tiers(_with_store(url, lambda catalog: catalog.entries()), tiers)
+    rows = [present.entry_json(entry, tiers) for entry in entries]
+    _out(rows, as_json, lambda: present.entries(entries, tiers))
 
 
-def _in_memory(url: str) -> dict[str, list[int]]:
-    """Steps of a job that the memory of this host holds, if a daemon runs here."""
+def _tiers(url: str) -> present.Tiers:
+    """What the memory and the spool of this host hold of a job, if a daemon runs here."""
     from ckptmgr.staging.control import Stated, Status
     from ckptmgr.staging.launch import connect
     from ckptmgr.store.registry import normalise_url
@@ -211,13 +211,8 @@ def _in_memory(url: str) -> dict[str, list[int]]:
         with connect(runtime_dir()) as client:
             jobs = client.ask(Status(), Stated).state["jobs"]
     except DaemonError:
-        return {}
-    found: dict[str, set[int]] = {}
-    for job in jobs:
-        for buffer in job["buffers"] if job["url"] == normalise_url(url) else ():
-            for snapshot in buffer["snapshots"]:
-                found.setdefault(snapshot["step"], set()).add(buffer["rank"])
-    return {step: sorted(ranks) for step, ranks in found.items()}
+        jobs = []
+    return present.Tiers.of(jobs, normalise_url(url))
 
 
 @command
@@ -230,13 +225,13 @@ def show(
     """Show one step: state, ranks, bytes, packs, tags, leaves, and who is missing."""
     from ckptmgr.restore.choose import find_entry
 
-    memory = _in_memory(url)
+    tiers = _tiers(url)
 
     async def use(catalog: Any) -> dict[str, Any]:
         entry = await find_entry(catalog, step)
         committed = entry.decision is not None and entry.decision.committed
         manifests = await catalog.manifests(entry.decision) if committed else []
-        return present.step_json(entry, memory, [m.manifest for m in manifests], tensors=tensors)
+        return present.step_json(entry, tiers, [m.manifest for m in manifests], tensors=tensors)
 
     document = _with_store(url, use)
     _out(document, as_json, lambda: present.step(document))

@@ -61,6 +61,15 @@ class Metrics:
         self.spool_full = Gauge(
             "ckptmgr_spool_full", "1 while the spool has no room for a snapshot.", job, registry=r
         )
+        self.mirrored = Counter(
+            "ckptmgr_mirrored", "Commits copied to the mirror.", job, registry=r
+        )
+        self.mirror_behind = Gauge(
+            "ckptmgr_mirror_behind_commits", "Commits the mirror lacks.", job, registry=r
+        )
+        self.mirror_reads = Counter(
+            "ckptmgr_mirror_reads", "Objects read from the mirror.", job, registry=r
+        )
         self.failures = Counter(
             "ckptmgr_failures", "Failures by kind of error.", [*job, "kind"], registry=r
         )

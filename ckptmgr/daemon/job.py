@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from ckptmgr.config import SPOOL_SECONDS, STUCK_SECONDS, DaemonSettings
 from ckptmgr.daemon.committer import Committer
 from ckptmgr.daemon.log import event, label_of, warning
+from ckptmgr.daemon.mirror import Mirror
 from ckptmgr.daemon.resume import ActiveMarks
 from ckptmgr.daemon.retain import collect
 from ckptmgr.daemon.spool import Spool
@@ -18,6 +19,7 @@ from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.catalog import Catalog
 from ckptmgr.repository.commit import Decision
 from ckptmgr.store.base import Store
+from ckptmgr.store.mirrored import MirroredStore
 from ckptmgr.store.registry import open_store
 from ckptmgr.store.retry import RetryingStore
 from ckptmgr.types import StepId
@@ -44,12 +46,28 @@ class Job:
     resumed_from: dict[int, StepId] = field(default_factory=dict)
     active: ActiveMarks = field(default_factory=ActiveMarks)
     published: set[int] = field(default_factory=set)
+    mirror: Mirror | None = None
     committer: Committer = field(init=False)
+    reading: Catalog = field(init=False)
+    _following: asyncio.Task[None] | None = None
     _retention: asyncio.Task[None] | None = None
     _retain_again: bool = False
 
     def __post_init__(self) -> None:
         self.committer = Committer(self.catalog, self.committed, self.stuck_seconds)
+        self.reading = self.catalog
+
+    def follow(self, url: str, pool: BufferPool, settings: DaemonSettings) -> None:
+        """Keep a mirror at `url`, and read from it what the store does not give.
+
+        Raises:
+            UsageError: the URL names no store.
+        """
+        timeout = settings.store_timeout_seconds
+        copy = RetryingStore(open_store(url), timeout_seconds=timeout, deadline_seconds=timeout)
+        self.mirror = mirror = Mirror(self, copy, pool)
+        self.reading = Catalog(MirroredStore(self.store, copy, mirror.read, keys.FORMAT))
+        self._following = asyncio.create_task(mirror.run(), name=f"mirror {self.label}")
 
     @classmethod
     def open(
@@ -108,6 +126,8 @@ class Job:
     def retain_soon(self, keep: int) -> None:
         """Give old steps up in the background, so that the next snapshot need not wait for it."""
         self._retain_again = True
+        if self.mirror is not None:
+            self.mirror.soon()
         if not self.collecting:
             self._retention = asyncio.create_task(self._retain(keep), name=f"retain {self.label}")
 
@@ -122,6 +142,8 @@ class Job:
                 await collect(self.catalog, self.pool, keep, protected)
             except CkptmgrError as error:
                 warning("retention_failed", job=self.label, why=str(error))
+            if self.mirror is not None:
+                self.mirror.soon()
 
     @property
     def collecting(self) -> bool:
@@ -131,7 +153,8 @@ class Job:
     async def aclose(self) -> None:
         """End the waits and the collection that are under way, and close the store."""
         await self.committer.aclose()
-        if self._retention is not None:
-            self._retention.cancel()
-            await asyncio.gather(self._retention, return_exceptions=True)
-        await self.store.aclose()
+        tasks = [task for task in (self._retention, self._following) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.reading.store.aclose()

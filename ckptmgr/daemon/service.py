@@ -32,6 +32,7 @@ from ckptmgr.repository.budget import LEASE_BYTES, BufferPool
 from ckptmgr.repository.hold import host_name
 from ckptmgr.staging import control
 from ckptmgr.staging.inbox import LOCK, SOCKET, InboxWatch, prepare, take_tickets
+from ckptmgr.store.mirrored import place_of
 
 FETCHED = "fetched"
 HOST = "host"
@@ -61,6 +62,7 @@ class Service:
         self._draining: dict[str, asyncio.Task[None]] = {}
         # Of its own: while a store hangs, what it has been lent can not hold up the spool.
         self._drain_pool = BufferPool(LEASE_BYTES)
+        self._mirror_pool = BufferPool(LEASE_BYTES)
         self._pipeline = Pipeline(self.pool)
         self._connections: set[asyncio.Task[None]] = set()
         self._serving: set[Requests] = set()
@@ -218,9 +220,20 @@ class Service:
             spool = self.spools.of(url) if self.spools is not None else None
             job = Job.open(url, self.metrics, self.pool, self.settings, spool)
             self.jobs[url] = job
+            self._mirror(job)
             if spool is not None:
                 self._drain(job, spool)
         return self.jobs[url]
+
+    def _mirror(self, job: Job) -> None:
+        """Start the mirror of a job; training must not depend on it."""
+        if not self.settings.mirror_url:
+            return
+        try:
+            place = place_of(self.settings.mirror_url, job.url)
+            job.follow(place, self._mirror_pool, self.settings)
+        except CkptmgrError as error:
+            warning("mirror_off", job=job.label, why=str(error))
 
     def _drain(self, job: Job, spool: Spool) -> None:
         """Start to drain the spool of a job."""
@@ -400,6 +413,7 @@ class Service:
                     "url": job.url,
                     "last_commit": str(job.last_commit) if job.last_commit else None,
                     "spool": self._spool_state(job),
+                    "mirror": job.mirror.state() if job.mirror else None,
                     "buffers": [
                         _buffer_state(h)
                         for h in self.intake.held.values()

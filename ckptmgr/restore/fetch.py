@@ -19,6 +19,7 @@ from ckptmgr.repository.codec import Codec
 from ckptmgr.restore.plan import Plan, Read
 from ckptmgr.restore.verify import check_stored, subject_of, unpack
 from ckptmgr.store.base import Store
+from ckptmgr.store.mirrored import from_either
 
 LANES = 6
 """Chunks in flight: each needs room for a stored and a raw chunk, together below one pack."""
@@ -82,6 +83,10 @@ async def _one(store: Store, read: Read, target: memoryview, room: memoryview) -
 
 
 async def _bring(store: Store, read: Read, raw: memoryview, room: memoryview) -> None:
+    await from_either(store, read.key, lambda one: _bring_from(one, read, raw, room))
+
+
+async def _bring_from(store: Store, read: Read, raw: memoryview, room: memoryview) -> None:
     """Fill `raw` with the verified bytes of a chunk; `room` is for the stored ones."""
     chunk, subject = read.chunk, subject_of(read.key, read.chunk)
     plain = chunk.codec == Codec.NONE

@@ -1,4 +1,4 @@
-"""The spool: a store that is down, slow or gone costs no snapshot, as long as a local disk has room."""
+"""The spool: a store that is down or slow costs no snapshot while a local disk has room."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_killed_daemon_and_a_lost_memory_cost_nothing(
             for step in (2, 3, 4):
                 rank.save(step)
             until(lambda: len(spooled(tmp_path, rig.url)) == 3, "all are in the spool")
-            daemon.end(signal.SIGKILL)
+        daemon.end(signal.SIGKILL)
     for path in (runtime / "buffers").iterdir():
         path.unlink()
     rig.obey()
