@@ -15,7 +15,14 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from ckptmgr import __version__, foreground, present
-from ckptmgr.config import BUDGET_BYTES, DRAIN_SECONDS, GIB, DaemonSettings, runtime_dir
+from ckptmgr.config import (
+    BUDGET_BYTES,
+    DRAIN_SECONDS,
+    GIB,
+    STORE_TIMEOUT_SECONDS,
+    DaemonSettings,
+    runtime_dir,
+)
 from ckptmgr.errors import (
     EXIT_FELL_BACK,
     EXIT_OK,
@@ -47,6 +54,12 @@ Url = Annotated[
 Step = Annotated[
     str | None, typer.Argument(help="1200, or 3.1200 for attempt 3; the newest if left out.")
 ]
+Mirror = Annotated[
+    str,
+    typer.Option(
+        envvar="CKPTMGR_MIRROR", help="Mirror to read what the store does not give, as of daemon."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 T = TypeVar("T")
@@ -69,20 +82,38 @@ def _nothing() -> None:
 
 
 def _with_store(
-    url: str, use: Callable[[Any], Awaitable[T]], leave_nothing: Callable[[], None] = _nothing
+    url: str,
+    use: Callable[[Any], Awaitable[T]],
+    leave_nothing: Callable[[], None] = _nothing,
+    *,
+    mirror: str = "",
+    objects: bool = True,
 ) -> T:
     """Run `use` on a catalog of the store at `url`; nothing is created.
 
     `leave_nothing` deletes what `use` made, when an interrupt has to end the process without it.
+    What the store does not give is read from its place below `mirror`, and told; single objects
+    only with `objects`.
     """
     from ckptmgr.repository import keys
     from ckptmgr.repository.catalog import Catalog
     from ckptmgr.repository.commit import check_format
+    from ckptmgr.store.base import Store
+    from ckptmgr.store.mirrored import MirroredStore, place_of
     from ckptmgr.store.registry import open_store
     from ckptmgr.store.retry import RetryingStore
 
+    def opened() -> Store:
+        if not mirror:
+            return RetryingStore(open_store(url), landmark=keys.FORMAT)
+        # There is somewhere else to read: one deadline is patience enough.
+        patience = STORE_TIMEOUT_SECONDS
+        first = RetryingStore(open_store(url), deadline_seconds=patience, landmark=keys.FORMAT)
+        second = RetryingStore(open_store(place_of(mirror, url)), deadline_seconds=patience)
+        return MirroredStore(first, second, present.read_mirror, keys.FORMAT, objects=objects)
+
     async def run() -> T:
-        store = RetryingStore(open_store(url), landmark=keys.FORMAT)
+        store = opened()
         try:
             if not await check_format(store, create=False):
                 raise NothingToRestoreError("is not a ckptmgr store", subject=store.url)
@@ -193,10 +224,11 @@ def drain(
 
 
 @command
-def ls(url: Url, as_json: Json = False) -> None:
+def ls(url: Url, mirror: Mirror = "", as_json: Json = False) -> None:
     """List the steps of a job, newest first."""
     tiers = _tiers(url)
-    entries = present.with_tiers(_with_store(url, lambda catalog: catalog.entries()), tiers)
+    found = _with_store(url, lambda catalog: catalog.entries(), mirror=mirror)
+    entries = present.with_tiers(found, tiers)
     rows = [present.entry_json(entry, tiers) for entry in entries]
     _out(rows, as_json, lambda: present.entries(entries, tiers))
 
@@ -243,6 +275,7 @@ def verify(
     step: Step = None,
     every: Annotated[bool, typer.Option("--all", help="All committed steps.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Existence and lengths only.")] = False,
+    mirror: Mirror = "",
     as_json: Json = False,
 ) -> None:
     """Read committed steps back and name everything in them that does not hold."""
@@ -256,7 +289,7 @@ def verify(
             return await verify_store(catalog, step, every=every, quick=quick, progress=advance)
 
     try:
-        reports = _with_store(url, use)
+        reports = _with_store(url, use, mirror=mirror, objects=False)
     except (
         RecordDamagedError,
         MissingObjectError,
@@ -277,6 +310,7 @@ def restore(
     form: Annotated[
         str, typer.Option("--format", help="safetensors, torch or dcp.")
     ] = "safetensors",
+    mirror: Mirror = "",
     as_json: Json = False,
 ) -> None:
     """Write a committed step as files. Needs no daemon."""
@@ -302,7 +336,7 @@ def restore(
         for directory in made:
             shutil.rmtree(directory, ignore_errors=True)
 
-    document = _with_store(url, use, leave_nothing)
+    document = _with_store(url, use, leave_nothing, mirror=mirror)
     _out(document, as_json, lambda: present.restored(document))
     raise typer.Exit(EXIT_FELL_BACK if document["skipped"] else EXIT_OK)
 

@@ -58,6 +58,12 @@ def age(then: float) -> str:
     return f"{seconds:.0f} s"
 
 
+def read_mirror(key: str, why: str) -> None:
+    """Say, beside whatever is printed, that something came from the mirror."""
+    line = f"ckptmgr: read from the mirror: {key}: {why}".partition("\n")[0]
+    Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(printable(line))
+
+
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[int], None]]:
     """A running count of bytes on a terminal; silent elsewhere."""

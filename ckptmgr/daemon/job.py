@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ckptmgr.config import SPOOL_SECONDS, STUCK_SECONDS, DaemonSettings
 from ckptmgr.daemon.committer import Committer
-from ckptmgr.daemon.log import event, label_of, warning
+from ckptmgr.daemon.log import event, fault, label_of, warning
 from ckptmgr.daemon.mirror import Mirror
 from ckptmgr.daemon.resume import ActiveMarks
 from ckptmgr.daemon.retain import collect
@@ -64,10 +64,21 @@ class Job:
             UsageError: the URL names no store.
         """
         timeout = settings.store_timeout_seconds
-        copy = RetryingStore(open_store(url), timeout_seconds=timeout, deadline_seconds=timeout)
+
+        def patient(place: str) -> Store:
+            """Where there is another place to read from, one deadline is patience enough."""
+            return RetryingStore(
+                open_store(place),
+                timeout_seconds=timeout,
+                deadline_seconds=timeout,
+                landmark=keys.FORMAT,
+            )
+
+        copy = patient(url)
         self.mirror = mirror = Mirror(self, copy, pool)
-        self.reading = Catalog(MirroredStore(self.store, copy, mirror.read, keys.FORMAT))
+        self.reading = Catalog(MirroredStore(patient(self.url), copy, mirror.read, keys.FORMAT))
         self._following = asyncio.create_task(mirror.run(), name=f"mirror {self.label}")
+        self._following.add_done_callback(_tell_fault)
 
     @classmethod
     def open(
@@ -157,4 +168,12 @@ class Job:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self.reading.store.aclose()
+        await self.store.aclose()
+        if self.reading is not self.catalog:
+            await self.reading.store.aclose()
+
+
+def _tell_fault(following: asyncio.Task[None]) -> None:
+    """A mirror that ends over a fault of ours ends nothing else; the next daemon follows again."""
+    if not following.cancelled() and (error := following.exception()) is not None:
+        fault(error)

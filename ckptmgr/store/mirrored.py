@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from hashlib import blake2b
 from typing import TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from ckptmgr.errors import (
     DamageError,
@@ -16,7 +17,7 @@ from ckptmgr.errors import (
     StorePermissionError,
     StoreUnreachableError,
 )
-from ckptmgr.store.base import Buffers, PutResult, Store
+from ckptmgr.store.base import Buffers, PutResult, Store, Wanted
 from ckptmgr.store.registry import normalise_url
 
 AGAIN_SECONDS = 30.0
@@ -36,7 +37,7 @@ def place_of(mirror: str, url: str) -> str:
         UsageError: one of them is not a URL.
     """
     mirror, parts = normalise_url(mirror), urlsplit(normalise_url(url))
-    path = f"{parts.netloc}/{unquote(parts.path)}".strip("/")
+    path = "/".join(filter(None, (parts.netloc, parts.path.strip("/"))))
     if parts.query:
         path += f"-{blake2b(parts.query.encode(), digest_size=4).hexdigest()}"
     base, question, query = mirror.partition("?")
@@ -132,6 +133,14 @@ class MirroredStore(Store):
             if not (self._objects and key.startswith(_HEALED)):
                 raise
             return await self._from_mirror(error, key, offset, length, into)
+
+    async def get_many(self, wanted: Sequence[Wanted]) -> None:
+        """As `Store.get_many`: all from the first, or each from whichever has it."""
+        if await self._stands():
+            with contextlib.suppress(StoreError):
+                await self.first.get_many(wanted)
+                return
+        await super().get_many(wanted)
 
     async def _from_mirror(
         self,
