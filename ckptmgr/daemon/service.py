@@ -91,10 +91,11 @@ class Service:
             (runtime / FETCHED).mkdir(mode=0o700)
             metrics = self._serve_metrics()
             watch = InboxWatch(runtime, lambda: loop.call_soon_threadsafe(self._ticket))
+            # Before anybody can ask: what is not known to be in the spool is taken for lost.
+            await self._open_spools()
             server = await control.listen(runtime / SOCKET, self._connected)
             event("started", pid=os.getpid(), runtime=str(runtime), metrics_port=self.metrics_port)
             try:
-                await self._open_spools()
                 for held in self.intake.adopt():
                     self._employ(held)
                 await self._until_ended()

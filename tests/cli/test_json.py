@@ -88,6 +88,11 @@ def daemon_side(runtime: Path, place: Path, note: Any) -> None:
     rig = Rig(place / "rig")
     with Daemon(runtime, environment=rig.environment()):
         note("status")
+    spool = ["--spool", str(place / "spool"), "--mirror", str(place / "mirror")]
+    environment = rig.environment(CKPTMGR_SPOOL_SECONDS="0.3")
+    with Daemon(runtime, *spool, "--spool-max-gib=1", environment=environment):
+        spool_side(runtime, f"rigged://{place}/rig/store", rig, note)
+    with Daemon(runtime, environment=rig.environment()):
         with Rank(runtime, rig.url) as rank:
             note("status")
             rank.save(1)
@@ -110,6 +115,19 @@ def daemon_side(runtime: Path, place: Path, note: Any) -> None:
                 assert rank.wait(3).outcome == Outcome.ABORTED
                 note("status")
                 note("drain", status=6)
+
+
+def spool_side(runtime: Path, url: str, rig: Rig, note: Any) -> None:
+    """An outage of the store, while the daemon has a spool and a mirror."""
+    with Rank(runtime, url) as rank:
+        rank.save(1)
+        assert rank.wait(1).outcome == Outcome.COMMITTED
+        rig.obey(("put_new", "data/", "dead"))
+        rank.save(2)
+        until(lambda: note("status")["jobs"][0]["spool"]["parts"], "it is spooled")
+        note("ls", rig.file_url)
+        rig.obey()
+        assert rank.wait(2).outcome == Outcome.COMMITTED
 
 
 def ranks_side(runtime: Path, place: Path, note: Any) -> None:
