@@ -156,17 +156,15 @@ def daemon(
     from ckptmgr.daemon import log
     from ckptmgr.daemon.service import Service
 
-    settings = DaemonSettings.from_env(auto=auto)
-    if idle_seconds is not None:
-        settings = replace(settings, idle_seconds=idle_seconds)
-    if metrics_port is not None:
-        settings = replace(settings, metrics_port=metrics_port)
-    if spool is not None:
-        settings = replace(settings, spool_dir=spool.absolute())
-    if spool_max_gib is not None:
-        settings = replace(settings, spool_bytes_max=int(spool_max_gib * GIB))
-    if mirror is not None:
-        settings = replace(settings, mirror_url=mirror)
+    given: dict[str, Any] = {
+        "idle_seconds": idle_seconds,
+        "metrics_port": metrics_port,
+        "spool_dir": None if spool is None else spool.absolute(),
+        "spool_bytes_max": None if spool_max_gib is None else int(spool_max_gib * GIB),
+        "mirror_url": mirror,
+    }
+    changes = {name: value for name, value in given.items() if value is not None}
+    settings = replace(DaemonSettings.from_env(auto=auto), **changes)
     log.configure()
     try:
         asyncio.run(Service(settings).run())

@@ -48,6 +48,22 @@ class Metrics:
         self.queue = Gauge(
             "ckptmgr_queue_snapshots", "Sealed snapshots not decided yet.", job, registry=r
         )
+        self.failures = Counter(
+            "ckptmgr_failures", "Failures by kind of error.", [*job, "kind"], registry=r
+        )
+        self.restores = Counter(
+            "ckptmgr_restores", "Restores by source: memory or store.", [*job, "source"], registry=r
+        )
+        self.fallbacks = Counter(
+            "ckptmgr_restore_fallbacks",
+            "Restores that fell back to an older step.",
+            job,
+            registry=r,
+        )
+        self.trainers = Gauge("ckptmgr_trainers", "Trainers attached.", registry=r)
+        self._of_spool_and_mirror(r, job)
+
+    def _of_spool_and_mirror(self, r: CollectorRegistry, job: list[str]) -> None:
         self.spooled = Counter(
             "ckptmgr_spooled", "Snapshots written to the spool of this host.", job, registry=r
         )
@@ -70,16 +86,3 @@ class Metrics:
         self.mirror_reads = Counter(
             "ckptmgr_mirror_reads", "Objects read from the mirror.", job, registry=r
         )
-        self.failures = Counter(
-            "ckptmgr_failures", "Failures by kind of error.", [*job, "kind"], registry=r
-        )
-        self.restores = Counter(
-            "ckptmgr_restores", "Restores by source: memory or store.", [*job, "source"], registry=r
-        )
-        self.fallbacks = Counter(
-            "ckptmgr_restore_fallbacks",
-            "Restores that fell back to an older step.",
-            job,
-            registry=r,
-        )
-        self.trainers = Gauge("ckptmgr_trainers", "Trainers attached.", registry=r)

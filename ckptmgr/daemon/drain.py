@@ -199,7 +199,8 @@ class Drainer:
             return sealed
         # A write that was given up for the spool may have put one all the same, of the same bits.
         found = await adopt_manifest(store, *place)
-        assert found is not None, "a store without the object that it was in conflict with"
+        if found is None:  # the step was given up, and its manifests deleted, at this moment
+            raise StoreError("was there and is gone again", subject=sealed.key)
         return found
 
     async def _decide(self, part: Part, sealed: SealedManifest) -> None:

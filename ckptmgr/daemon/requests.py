@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+REMEMBER_SECONDS = 2.0
+"""How long attaching again waits to learn what the attempt resumed from: a store that answers does
+it in milliseconds, and retention, which must know it, needs a store that answers."""
+
 RESUME_DRAIN_SECONDS_MAX = 2 * STORE_TIMEOUT_SECONDS
 """How long attaching waits for the spool, so that the newest step in it can be resumed from: half
 of what a rank waits for the answer."""
@@ -52,6 +56,7 @@ class Requests:
         self._service = service
         self._reader = service.reader
         self._session: Session | None = None
+        self._remembering: asyncio.Task[None] | None = None
         self.urls: set[str] = set()
 
     async def answer(self, request: control.Request) -> control.Reply:
@@ -92,6 +97,9 @@ class Requests:
     async def close(self) -> None:
         """The connection is over: whatever was lent is freed, the buffer is an orphan."""
         session, self._session = self._session, None
+        if self._remembering is not None:
+            self._remembering.cancel()
+            await asyncio.gather(self._remembering, return_exceptions=True)
         if session is not None:
             await session.release()
             session.job.resumed_from.pop(session.attempt, None)
@@ -136,7 +144,9 @@ class Requests:
         if is_new:
             self._reader.start_prefetch(session)
         else:
-            await self._remember_resume(session)
+            self._remembering = asyncio.create_task(self._remember_resume(session))
+            # A trainer that changes daemons in an outage must not wait for the store.
+            await asyncio.wait([self._remembering], timeout=REMEMBER_SECONDS)
         event("attached", job=job.label, attempt=attempt, rank=request.rank, new=new_buffer)
         return control.Attached(str(held.buffer.path), attempt, nonce, held.note)
 

@@ -123,9 +123,9 @@ class Service:
             return
         try:
             self.spools = await SpoolDirectory.open(path, self.settings.spool_bytes_max)
-        except CkptmgrError as error:
+        except (CkptmgrError, OSError) as error:
             # Training must not depend on a disk that is only there for bad days.
-            warning("spool_off", path=str(path), why=error.message)
+            warning("spool_off", path=str(path), why=str(error).partition("\n")[0])
             return
         for spool in self.spools.unfinished():
             event("spool_found", job=label_of(spool.url), parts=len(spool.parts))
