@@ -19,7 +19,6 @@ from ckptmgr.config import (
     BUDGET_BYTES,
     DRAIN_SECONDS,
     GIB,
-    STORE_TIMEOUT_SECONDS,
     DaemonSettings,
     runtime_dir,
 )
@@ -98,22 +97,10 @@ def _with_store(
     from ckptmgr.repository import keys
     from ckptmgr.repository.catalog import Catalog
     from ckptmgr.repository.commit import check_format
-    from ckptmgr.store.base import Store
-    from ckptmgr.store.mirrored import MirroredStore, place_of
-    from ckptmgr.store.registry import open_store
-    from ckptmgr.store.retry import RetryingStore
-
-    def opened() -> Store:
-        if not mirror:
-            return RetryingStore(open_store(url), landmark=keys.FORMAT)
-        # There is somewhere else to read: one deadline is patience enough.
-        patience = STORE_TIMEOUT_SECONDS
-        first = RetryingStore(open_store(url), deadline_seconds=patience, landmark=keys.FORMAT)
-        second = RetryingStore(open_store(place_of(mirror, url)), deadline_seconds=patience)
-        return MirroredStore(first, second, present.read_mirror, keys.FORMAT, objects=objects)
+    from ckptmgr.store.mirrored import open_for_reading
 
     async def run() -> T:
-        store = opened()
+        store = open_for_reading(url, mirror, present.read_mirror, keys.FORMAT, objects=objects)
         try:
             if not await check_format(store, create=False):
                 raise NothingToRestoreError("is not a ckptmgr store", subject=store.url)

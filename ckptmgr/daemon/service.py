@@ -24,7 +24,8 @@ from ckptmgr.daemon.log import event, fault, label_of, warning
 from ckptmgr.daemon.pipeline import Pipeline
 from ckptmgr.daemon.reader import Reader
 from ckptmgr.daemon.requests import Requests
-from ckptmgr.daemon.spool import Part, Spool, SpoolDirectory
+from ckptmgr.daemon.spool import Spool, SpoolDirectory
+from ckptmgr.daemon.state import job_state
 from ckptmgr.daemon.writer import Writer
 from ckptmgr.errors import CkptmgrError, DaemonError, StoreError, UsageError
 from ckptmgr.metrics import Metrics
@@ -390,16 +391,6 @@ class Service:
         """Drain and end."""
         self._ending.set()
 
-    def _spool_state(self, job: Job) -> dict[str, Any] | None:
-        if job.spool is None:
-            return None
-        copied = job.spool.copied
-        return {
-            "full": job.spool.full,
-            "last_failure": self.drainers[job.url].last_failure,
-            "parts": [_part_state(part, copied=part in copied) for part in job.spool.parts],
-        }
-
     def state(self) -> dict[str, Any]:
         """What `ckptmgr status --json` prints (docs/cli-json.md)."""
         return {
@@ -410,53 +401,10 @@ class Service:
             "spool": self.spools.state() if self.spools else None,
             "trainers": sum(held.writer_alive for held in self.intake.held.values()),
             "jobs": [
-                {
-                    "url": job.url,
-                    "last_commit": str(job.last_commit) if job.last_commit else None,
-                    "spool": self._spool_state(job),
-                    "mirror": job.mirror.state() if job.mirror else None,
-                    "buffers": [
-                        _buffer_state(h)
-                        for h in self.intake.held.values()
-                        if h.binding.url == job.url
-                    ],
-                }
+                job_state(job, self.drainers.get(job.url), self.intake.of_job(job.url))
                 for job in self.jobs.values()
             ],
         }
-
-
-def _part_state(part: Part, *, copied: bool) -> dict[str, Any]:
-    return {
-        "step": str(part.id),
-        "rank": part.rank,
-        "bytes": part.nbytes,
-        "sealed_at": part.sealed_at,
-        "copied": copied,
-    }
-
-
-def _buffer_state(held: Held) -> dict[str, Any]:
-    return {
-        "id": held.buffer.id,
-        "rank": held.binding.rank,
-        "world": held.binding.world,
-        "bytes": held.buffer.capacity.file_bytes,
-        "trainer_alive": held.writer_alive,
-        "superseded_by": held.superseded_by,
-        "writing": next((str(snapshot.id) for snapshot in held.busy.values()), None),
-        "last_failure": held.last_failure,
-        "snapshots": [
-            {
-                "step": str(snapshot.id),
-                "outcome": outcome.name.lower(),
-                "bytes": snapshot.data_bytes,
-                "sealed_at": snapshot.sealed_at,
-                "stall_seconds": snapshot.stall_seconds,
-            }
-            for snapshot, outcome in held.snapshots()
-        ],
-    }
 
 
 def host_identity(runtime: Path) -> str:

@@ -9,6 +9,7 @@ from hashlib import blake2b
 from typing import TypeVar
 from urllib.parse import urlsplit
 
+from ckptmgr.config import STORE_TIMEOUT_SECONDS
 from ckptmgr.errors import (
     DamageError,
     ObjectNotFoundError,
@@ -18,7 +19,8 @@ from ckptmgr.errors import (
     StoreUnreachableError,
 )
 from ckptmgr.store.base import Buffers, PutResult, Store, Wanted
-from ckptmgr.store.registry import normalise_url
+from ckptmgr.store.registry import normalise_url, open_store
+from ckptmgr.store.retry import RetryingStore
 
 AGAIN_SECONDS = 30.0
 """How long a store that did not answer is not asked again: each of its deadlines is minutes."""
@@ -42,6 +44,26 @@ def place_of(mirror: str, url: str) -> str:
         path += f"-{blake2b(parts.query.encode(), digest_size=4).hexdigest()}"
     base, question, query = mirror.partition("?")
     return f"{base}/{parts.scheme}/{path}{question}{query}"
+
+
+def open_for_reading(
+    url: str, mirror: str, tell: Callable[[str, str], None], landmark: str, *, objects: bool
+) -> Store:
+    """The store at `url`, behind it its place below `mirror` if there is one.
+
+    Raises:
+        UsageError: one of them names no store.
+    """
+    if not mirror:
+        return RetryingStore(open_store(url), landmark=landmark)
+
+    def patient(place: str) -> Store:
+        """Where there is another place to read from, one deadline is patience enough."""
+        inner, seconds = open_store(place), STORE_TIMEOUT_SECONDS
+        return RetryingStore(inner, deadline_seconds=seconds, landmark=landmark)
+
+    copy = patient(place_of(mirror, url))
+    return MirroredStore(patient(url), copy, tell, landmark, objects=objects)
 
 
 class MirroredStore(Store):
