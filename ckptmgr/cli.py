@@ -18,6 +18,7 @@ from ckptmgr import __version__, foreground, present
 from ckptmgr.config import (
     BUDGET_BYTES,
     DRAIN_SECONDS,
+    GIB,
     DaemonSettings,
     checked_limit,
     runtime_dir,
@@ -53,6 +54,12 @@ Url = Annotated[
 Step = Annotated[
     str | None, typer.Argument(help="1200, or 3.1200 for attempt 3; the newest if left out.")
 ]
+Mirror = Annotated[
+    str,
+    typer.Option(
+        envvar="CKPTMGR_MIRROR", help="Mirror to read what the store does not give, as of daemon."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 T = TypeVar("T")
@@ -75,20 +82,26 @@ def _nothing() -> None:
 
 
 def _with_store(
-    url: str, use: Callable[[Any], Awaitable[T]], leave_nothing: Callable[[], None] = _nothing
+    url: str,
+    use: Callable[[Any], Awaitable[T]],
+    leave_nothing: Callable[[], None] = _nothing,
+    *,
+    mirror: str = "",
+    objects: bool = True,
 ) -> T:
     """Run `use` on a catalog of the store at `url`; nothing is created.
 
     `leave_nothing` deletes what `use` made, when an interrupt has to end the process without it.
+    What the store does not give is read from its place below `mirror`, and told; single objects
+    only with `objects`.
     """
     from ckptmgr.repository import keys
     from ckptmgr.repository.catalog import Catalog
     from ckptmgr.repository.commit import check_format
-    from ckptmgr.store.registry import open_store
-    from ckptmgr.store.retry import RetryingStore
+    from ckptmgr.store.mirrored import open_for_reading
 
     async def run() -> T:
-        store = RetryingStore(open_store(url), landmark=keys.FORMAT)
+        store = open_for_reading(url, mirror, present.read_mirror, keys.FORMAT, objects=objects)
         try:
             if not await check_format(store, create=False):
                 raise NothingToRestoreError("is not a ckptmgr store", subject=store.url)
@@ -117,21 +130,37 @@ def daemon(
             help="Gigabits (10^9 bits) per second to and from all stores; 8 are 1 GB/s; 0 no limit."
         ),
     ] = None,
+    spool: Annotated[
+        Path | None, typer.Option(help="Directory for snapshots while a store is down or slow.")
+    ] = None,
+    spool_max_gib: Annotated[
+        float | None, typer.Option(help="Most that the spool may take; 0 what the disk has.")
+    ] = None,
+    mirror: Annotated[
+        str | None, typer.Option(help="Second store, with a place for each job below it.")
+    ] = None,
 ) -> None:
-    """Run the daemon of this user on this host in the foreground."""
+    """Run the daemon of this user on this host in the foreground.
+
+    Also set by CKPTMGR_SPOOL, CKPTMGR_SPOOL_MAX_GIB and CKPTMGR_MIRROR, which a daemon that a
+    trainer starts takes from it.
+    """
     from dataclasses import replace
 
     from ckptmgr.daemon import log
     from ckptmgr.daemon.service import Service
 
-    settings = DaemonSettings.from_env(auto=auto)
-    if idle_seconds is not None:
-        settings = replace(settings, idle_seconds=idle_seconds)
-    if metrics_port is not None:
-        settings = replace(settings, metrics_port=metrics_port)
-    if max_store_gbps is not None:
-        limit = checked_limit(max_store_gbps, "--max-store-gbps")
-        settings = replace(settings, max_store_gbps=limit)
+    limit = None if max_store_gbps is None else checked_limit(max_store_gbps, "--max-store-gbps")
+    given: dict[str, Any] = {
+        "idle_seconds": idle_seconds,
+        "metrics_port": metrics_port,
+        "max_store_gbps": limit,
+        "spool_dir": None if spool is None else spool.absolute(),
+        "spool_bytes_max": None if spool_max_gib is None else int(spool_max_gib * GIB),
+        "mirror_url": mirror,
+    }
+    changes = {name: value for name, value in given.items() if value is not None}
+    settings = replace(DaemonSettings.from_env(auto=auto), **changes)
     log.configure()
     try:
         asyncio.run(Service(settings).run())
@@ -189,16 +218,17 @@ def drain(
 
 
 @command
-def ls(url: Url, as_json: Json = False) -> None:
+def ls(url: Url, mirror: Mirror = "", as_json: Json = False) -> None:
     """List the steps of a job, newest first."""
-    memory = _in_memory(url)
-    entries = present.with_memory(_with_store(url, lambda catalog: catalog.entries()), memory)
-    rows = [present.entry_json(entry, memory) for entry in entries]
-    _out(rows, as_json, lambda: present.entries(entries, memory))
+    tiers = _tiers(url)
+    found = _with_store(url, lambda catalog: catalog.entries(), mirror=mirror)
+    entries = present.with_tiers(found, tiers)
+    rows = [present.entry_json(entry, tiers) for entry in entries]
+    _out(rows, as_json, lambda: present.entries(entries, tiers))
 
 
-def _in_memory(url: str) -> dict[str, list[int]]:
-    """Steps of a job that the memory of this host holds, if a daemon runs here."""
+def _tiers(url: str) -> present.Tiers:
+    """What the memory and the spool of this host hold of a job, if a daemon runs here."""
     from ckptmgr.staging.control import Stated, Status
     from ckptmgr.staging.launch import connect
     from ckptmgr.store.registry import normalise_url
@@ -207,13 +237,8 @@ def _in_memory(url: str) -> dict[str, list[int]]:
         with connect(runtime_dir()) as client:
             jobs = client.ask(Status(), Stated).state["jobs"]
     except DaemonError:
-        return {}
-    found: dict[str, set[int]] = {}
-    for job in jobs:
-        for buffer in job["buffers"] if job["url"] == normalise_url(url) else ():
-            for snapshot in buffer["snapshots"]:
-                found.setdefault(snapshot["step"], set()).add(buffer["rank"])
-    return {step: sorted(ranks) for step, ranks in found.items()}
+        jobs = []
+    return present.Tiers.of(jobs, normalise_url(url))
 
 
 @command
@@ -226,13 +251,13 @@ def show(
     """Show one step: state, ranks, bytes, packs, tags, leaves, and who is missing."""
     from ckptmgr.restore.choose import find_entry
 
-    memory = _in_memory(url)
+    tiers = _tiers(url)
 
     async def use(catalog: Any) -> dict[str, Any]:
         entry = await find_entry(catalog, step)
         committed = entry.decision is not None and entry.decision.committed
         manifests = await catalog.manifests(entry.decision) if committed else []
-        return present.step_json(entry, memory, [m.manifest for m in manifests], tensors=tensors)
+        return present.step_json(entry, tiers, [m.manifest for m in manifests], tensors=tensors)
 
     document = _with_store(url, use)
     _out(document, as_json, lambda: present.step(document))
@@ -244,6 +269,7 @@ def verify(
     step: Step = None,
     every: Annotated[bool, typer.Option("--all", help="All committed steps.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Existence and lengths only.")] = False,
+    mirror: Mirror = "",
     as_json: Json = False,
 ) -> None:
     """Read committed steps back and name everything in them that does not hold."""
@@ -257,7 +283,7 @@ def verify(
             return await verify_store(catalog, step, every=every, quick=quick, progress=advance)
 
     try:
-        reports = _with_store(url, use)
+        reports = _with_store(url, use, mirror=mirror, objects=False)
     except (
         RecordDamagedError,
         MissingObjectError,
@@ -278,6 +304,7 @@ def restore(
     form: Annotated[
         str, typer.Option("--format", help="safetensors, torch or dcp.")
     ] = "safetensors",
+    mirror: Mirror = "",
     as_json: Json = False,
 ) -> None:
     """Write a committed step as files. Needs no daemon."""
@@ -303,7 +330,7 @@ def restore(
         for directory in made:
             shutil.rmtree(directory, ignore_errors=True)
 
-    document = _with_store(url, use, leave_nothing)
+    document = _with_store(url, use, leave_nothing, mirror=mirror)
     _out(document, as_json, lambda: present.restored(document))
     raise typer.Exit(EXIT_FELL_BACK if document["skipped"] else EXIT_OK)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from ckptmgr.errors import HostMemoryError, UsageError
 
 MIB = 1 << 20
+GIB = 1 << 30
 
 CHUNK_BYTES = 4 * MIB
 """Unit of hashing, compression and verification. Large enough that a codec call (0.1 ms) and a
@@ -62,6 +63,11 @@ STUCK_SECONDS = 120.0
 """A step of which nothing new has come into the store for so long is given up. Twice the deadline
 of a store operation, so that a slow store is not taken for a dead rank."""
 
+SPOOL_SECONDS = 5.0
+"""With a spool, how long a write to the store may stand still, or last while a newer snapshot
+waits, before it is given up and the snapshot goes to the spool. Half of PATIENCE_SECONDS_MIN, so
+that a trainer gives nothing up that a local disk can take."""
+
 PATIENCE_SECONDS_MIN = 10.0
 """A stuck undecided snapshot is superseded after max(this, the interval) without progress."""
 
@@ -102,9 +108,9 @@ class DaemonSettings:
 
     Units are in the names. `max_store_gbps` is in gigabits (10^9 bits) per second, as networks are
     sold: 8 are 1 GB/s; 0 is no limit. `metrics_port` 0 takes any free port (see `ckptmgr
-    status`), a negative one switches the metrics endpoint off. `single_decider` leaves all
-    decisions to the daemon of rank 0, on a store whose exclusion is not to be trusted, whatever a
-    race shows.
+    status`), a negative one switches the metrics endpoint off. `spool_bytes_max` 0 leaves the spool
+    as much as its file system has. `single_decider` leaves all decisions to the daemon of rank 0,
+    on a store whose exclusion is not to be trusted, whatever a race shows.
     """
 
     runtime_dir: Path
@@ -116,6 +122,10 @@ class DaemonSettings:
     stuck_seconds: float = STUCK_SECONDS
     single_decider: bool = False
     max_store_gbps: float = 0.0
+    spool_dir: Path | None = None
+    spool_bytes_max: int = 0
+    spool_seconds: float = SPOOL_SECONDS
+    mirror_url: str = ""
 
     @classmethod
     def from_env(cls, *, auto: bool) -> DaemonSettings:
@@ -132,6 +142,10 @@ class DaemonSettings:
             stuck_seconds=_env_float("CKPTMGR_STUCK_SECONDS", STUCK_SECONDS),
             single_decider=bool(_env_float("CKPTMGR_SINGLE_DECIDER", 0)),
             max_store_gbps=env_limit("CKPTMGR_MAX_STORE_GBPS"),
+            spool_dir=Path(spool) if (spool := os.environ.get("CKPTMGR_SPOOL")) else None,
+            spool_bytes_max=int(_env_float("CKPTMGR_SPOOL_MAX_GIB", 0.0) * GIB),
+            spool_seconds=_env_float("CKPTMGR_SPOOL_SECONDS", SPOOL_SECONDS),
+            mirror_url=os.environ.get("CKPTMGR_MIRROR", ""),
         )
 
 

@@ -61,3 +61,28 @@ class Metrics:
             registry=r,
         )
         self.trainers = Gauge("ckptmgr_trainers", "Trainers attached.", registry=r)
+        self._of_spool_and_mirror(r, job)
+
+    def _of_spool_and_mirror(self, r: CollectorRegistry, job: list[str]) -> None:
+        self.spooled = Counter(
+            "ckptmgr_spooled", "Snapshots written to the spool of this host.", job, registry=r
+        )
+        self.drained = Counter(
+            "ckptmgr_drained", "Snapshots of the spool that became commits.", job, registry=r
+        )
+        self.spool_parts = Gauge(
+            "ckptmgr_spool_snapshots", "Snapshots in the spool, not decided yet.", job, registry=r
+        )
+        self.spool_bytes = Gauge("ckptmgr_spool_bytes", "Bytes in the spool.", job, registry=r)
+        self.spool_full = Gauge(
+            "ckptmgr_spool_full", "1 while the spool has no room for a snapshot.", job, registry=r
+        )
+        self.mirrored = Counter(
+            "ckptmgr_mirrored", "Commits copied to the mirror.", job, registry=r
+        )
+        self.mirror_behind = Gauge(
+            "ckptmgr_mirror_behind_commits", "Commits the mirror lacks.", job, registry=r
+        )
+        self.mirror_reads = Counter(
+            "ckptmgr_mirror_reads", "Objects read from the mirror.", job, registry=r
+        )

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -57,6 +58,12 @@ def age(then: float) -> str:
     return f"{seconds:.0f} s"
 
 
+def read_mirror(key: str, why: str) -> None:
+    """Say, beside whatever is printed, that something came from the mirror."""
+    line = f"ckptmgr: read from the mirror: {key}: {why}".partition("\n")[0]
+    Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(printable(line))
+
+
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[int], None]]:
     """A running count of bytes on a terminal; silent elsewhere."""
@@ -79,11 +86,35 @@ def waiting(what: str) -> Iterator[None]:
         yield
 
 
-MemoryTier = dict[str, list[int]]
-"""Steps (`attempt.step`) in this host's memory, and the ranks whose part it is."""
+Ranks = dict[str, list[int]]
+"""Steps (`attempt.step`), and the ranks whose part is there."""
 
 
-def entry_json(entry: StepEntry, memory: MemoryTier) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Tiers:
+    """What this host holds of a job outside of the store, as its daemon tells."""
+
+    memory: Ranks
+    spool: Ranks
+
+    @classmethod
+    def of(cls, jobs: list[dict[str, Any]], url: str) -> Tiers:
+        """The tiers of one of the jobs in a daemon's state."""
+        memory: dict[str, set[int]] = {}
+        spool: dict[str, set[int]] = {}
+        for job in jobs:
+            if job["url"] != url:
+                continue
+            for buffer in job["buffers"]:
+                for snapshot in buffer["snapshots"]:
+                    memory.setdefault(snapshot["step"], set()).add(buffer["rank"])
+            for part in job["spool"]["parts"] if job["spool"] else ():
+                spool.setdefault(part["step"], set()).add(part["rank"])
+        memory_ranks = {step: sorted(ranks) for step, ranks in memory.items()}
+        return cls(memory_ranks, {step: sorted(ranks) for step, ranks in spool.items()})
+
+
+def entry_json(entry: StepEntry, tiers: Tiers) -> dict[str, Any]:
     """One step as `ls --json` prints it (docs/cli-json.md)."""
     decision = entry.decision
     return {
@@ -94,7 +125,8 @@ def entry_json(entry: StepEntry, memory: MemoryTier) -> dict[str, Any]:
         "world": entry.world or None,
         "ranks_present": len(entry.ranks),
         "ranks_missing": list(entry.missing),
-        "ranks_in_memory": memory.get(str(entry.id), []),
+        "ranks_in_memory": tiers.memory.get(str(entry.id), []),
+        "ranks_in_spool": tiers.spool.get(str(entry.id), []),
         "raw_bytes": decision.raw_bytes if decision else None,
         "stored_bytes": decision.stored_bytes if decision else None,
         "sealed_at": decision.sealed_at if decision and decision.committed else None,
@@ -123,15 +155,16 @@ def shown_ranks(ranks: Sequence[int]) -> str:
     return ",".join(map(str, ranks[:RANKS_SHOWN_MAX])) + more
 
 
-def _tier(entry: StepEntry, memory: MemoryTier) -> str:
-    in_memory = memory.get(str(entry.id), [])
-    tiers = ["store"] if entry.ranks else []
-    if in_memory:
-        tiers.append(f"memory ({len(in_memory)}/{entry.world})" if entry.world > 1 else "memory")
-    return "+".join(tiers)
+def _tier(entry: StepEntry, tiers: Tiers) -> str:
+    found = ["store"] if entry.ranks else []
+    for name, of_name in (("spool", tiers.spool), ("memory", tiers.memory)):
+        ranks = of_name.get(str(entry.id), [])
+        if ranks:
+            found.append(f"{name} ({len(ranks)}/{entry.world})" if entry.world > 1 else name)
+    return "+".join(found)
 
 
-def entries(found: list[StepEntry], memory: MemoryTier) -> None:
+def entries(found: list[StepEntry], tiers: Tiers) -> None:
     """The table of `ls`."""
     columns = ("step", "state", "age", "raw", "stored", "ranks", "tier", "held", "tags")
     table = Table(*columns, box=None)
@@ -145,7 +178,7 @@ def entries(found: list[StepEntry], memory: MemoryTier) -> None:
             size(decision.raw_bytes) if decision and done else "",
             size(decision.stored_bytes) if decision and done else "",
             f"{len(entry.ranks)}/{entry.world or '?'}",
-            _tier(entry, memory),
+            _tier(entry, tiers),
             str(len(entry.holds) or ""),
             " ".join(f"{k}={v}" for k, v in (decision.tags if decision else {}).items()),
         )
@@ -153,19 +186,23 @@ def entries(found: list[StepEntry], memory: MemoryTier) -> None:
     _console.print(table)
 
 
-def with_memory(found: list[StepEntry], memory: MemoryTier) -> list[StepEntry]:
+def with_tiers(found: list[StepEntry], tiers: Tiers) -> list[StepEntry]:
     """The steps of a store, and those of which it has nothing yet, newest first."""
     known = {str(entry.id) for entry in found}
-    ids = [StepId(*map(int, text.split("."))) for text in memory if text not in known]
+    ids = [
+        StepId(*map(int, text.split(".")))
+        for text in {**tiers.memory, **tiers.spool}
+        if text not in known
+    ]
     added = [StepEntry(step, StepState.UNDECIDED, None) for step in ids]
     return sorted([*found, *added], key=lambda entry: entry.id, reverse=True)
 
 
 def step_json(
-    entry: StepEntry, memory: MemoryTier, manifests: list[Manifest], *, tensors: bool
+    entry: StepEntry, tiers: Tiers, manifests: list[Manifest], *, tensors: bool
 ) -> dict[str, Any]:
     """One step as `show --json` prints it (docs/cli-json.md)."""
-    document = entry_json(entry, memory)
+    document = entry_json(entry, tiers)
     document |= {"nonce": entry.decision.nonce if entry.decision else "", "ranks": []}
     digests = entry.decision.manifests if entry.decision else ()
     for manifest, digest in zip(manifests, digests, strict=True):
@@ -198,6 +235,8 @@ def step(document: dict[str, Any]) -> None:
         _print(f"{'missing':<8} rank {shown_ranks(document['ranks_missing'])}")
     if document["ranks_in_memory"]:
         _print(f"{'memory':<8} rank {shown_ranks(document['ranks_in_memory'])} on this host")
+    if document["ranks_in_spool"]:
+        _print(f"{'spool':<8} rank {shown_ranks(document['ranks_in_spool'])} on this host")
     for name in ("raw", "stored"):
         if document[f"{name}_bytes"] is not None:
             _print(f"{name:<8} {size(document[f'{name}_bytes'])}")
@@ -258,6 +297,22 @@ def _writing(seen: dict[str, Any]) -> str:
     )
 
 
+def _spool(spool: dict[str, Any]) -> str:
+    parts = spool["parts"]
+    line = f"  spool: {len(parts)} snapshots, {size(sum(part['bytes'] for part in parts))}"
+    line += f", from {parts[0]['step']} to {parts[-1]['step']}" if parts else ""
+    line += ", FULL" if spool["full"] else ""
+    why = spool["last_failure"].partition(chr(10))[0]
+    return line + (f"; failing: {why}" if why else "")
+
+
+def _mirror(mirror: dict[str, Any]) -> str:
+    line = f"  mirror {mirror['url']}: {mirror['behind']} commits behind"
+    line += f", {mirror['reads']} reads from it" if mirror["reads"] else ""
+    why = mirror["last_failure"].partition(chr(10))[0]
+    return line + (f"; failing: {why}" if why else "")
+
+
 def status(state: dict[str, Any]) -> None:
     """The lines of `status`."""
     _print(
@@ -268,6 +323,10 @@ def status(state: dict[str, Any]) -> None:
         _print(f"at most {state['max_store_gbps']:g} Gbit/s to and from all stores")
     for job in state["jobs"]:
         _print(f"{job['url']}: last commit {job['last_commit'] or '-'}{_writing(job['writing'])}")
+        if job["spool"] and (job["spool"]["parts"] or job["spool"]["full"]):
+            _print(_spool(job["spool"]))
+        if job["mirror"]:
+            _print(_mirror(job["mirror"]))
         for buffer in job["buffers"]:
             alive = "alive" if buffer["trainer_alive"] else "gone"
             line = f"  rank {buffer['rank']} {size(buffer['bytes'])}, trainer {alive}"

@@ -94,11 +94,20 @@ class SlotState(IntEnum):
 
 
 class Outcome(IntEnum):
-    """What became of a sealed snapshot; written by the daemon into the host buffer."""
+    """What became of a sealed snapshot; written by the daemon into the host buffer.
+
+    SPOOLED: its step is undecided, but all of it is on stable storage in the spool of this host.
+    """
 
     UNDECIDED = 0
     COMMITTED = 1
     ABORTED = 2
+    SPOOLED = 3
+
+    @property
+    def decided(self) -> bool:
+        """Whether the register of the step says so, for ever."""
+        return self in (Outcome.COMMITTED, Outcome.ABORTED)
 
 
 @dataclass(frozen=True, slots=True)

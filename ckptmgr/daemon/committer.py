@@ -69,6 +69,7 @@ class Watch:
     packs: frozenset[str] = frozenset()
     awaited: int | None = None
     listed_at: float = 0.0
+    answered_at: float = 0.0
 
 
 class Committer:
@@ -100,7 +101,8 @@ class Committer:
         watch = self._watches.get(step)
         if watch is None:
             now = time.monotonic()
-            watch = self._watches[step] = Watch(step, nonce, world, since=now, news_at=now)
+            watch = Watch(step, nonce, world, since=now, news_at=now, answered_at=now)
+            self._watches[step] = watch
             task = asyncio.create_task(self._decide(watch), name=f"commit {step}")
             task.add_done_callback(lambda _: self._forget(step))
             self._tasks[step] = task
@@ -108,6 +110,11 @@ class Committer:
         watch.news.set()
         # Shielded: the ranks of a host wait for one task, and one that leaves ends only its wait.
         return await asyncio.shield(self._tasks[step])
+
+    def silent_seconds(self, step: StepId) -> float:
+        """How long the store has not answered what was asked about a step that is watched."""
+        watch = self._watches.get(step)
+        return 0.0 if watch is None else time.monotonic() - watch.answered_at
 
     def _forget(self, step: StepId) -> None:
         task = self._tasks.pop(step)
@@ -129,6 +136,7 @@ class Committer:
             try:
                 decision = await self._look(watch)
                 retry = RETRY_SECONDS_MIN
+                watch.answered_at = time.monotonic()
             except StoreError as error:
                 warning("write_failed", step=str(watch.id), why=str(error), retry_in=retry)
                 await asyncio.sleep(retry)

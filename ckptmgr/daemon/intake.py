@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ckptmgr.daemon.log import event, warning
+from ckptmgr.daemon.spool import Spool
 from ckptmgr.errors import HostMemoryError, HostMemoryFullError
 from ckptmgr.staging.bufferfile import Capacity
 from ckptmgr.staging.hostbuffer import HostBuffer
 from ckptmgr.staging.inbox import BUFFERS
-from ckptmgr.types import Binding, Outcome, Snapshot
+from ckptmgr.types import Binding, Outcome, Snapshot, StepId
 
 _RESULTS_MAX = 1000
 """Decided steps remembered per buffer for `wait`; older ones are looked up in the store."""
@@ -30,7 +31,7 @@ def pick(
     skipped: frozenset[int] = frozenset(),
 ) -> Snapshot | None:
     """The undecided snapshot to write next; those with a generation in `skipped` are left alone:
-    they are on their way, or have failed by a fault of ours.
+    they are on their way, in the spool, or have failed by a fault of ours.
 
     In order while the job runs. When its trainer is dead the newest goes first: it is what the
     next attempt resumes from, and the host may be the next to go.
@@ -38,7 +39,7 @@ def pick(
     undecided = [
         snapshot
         for snapshot, outcome in snapshots
-        if outcome is Outcome.UNDECIDED and snapshot.generation not in skipped
+        if not outcome.decided and snapshot.generation not in skipped
     ]
     if not undecided:
         return None
@@ -52,7 +53,8 @@ class Held:
     `owner` is the session that it was given to; None when that is over, though its trainer may
     live on without a connection. `worker` writes its snapshots. `results` are by nonce and step:
     attempts are numbered anew in a store that was emptied. `busy` are the snapshots on their way,
-    by generation: being written, or waiting for the other ranks.
+    by generation: being written, or waiting for the other ranks. `spool` is where they go when the
+    store does not take them.
     """
 
     buffer: HostBuffer
@@ -68,6 +70,7 @@ class Held:
     results: OrderedDict[tuple[str, int], tuple[Outcome, str]] = field(default_factory=OrderedDict)
     last_failure: str = ""
     busy: dict[int, Snapshot] = field(default_factory=dict)
+    spool: Spool | None = None
     _freed: bool = False
     _faulted: int = 0
     _skipped: frozenset[int] = frozenset()
@@ -135,8 +138,18 @@ class Held:
 
     def next(self) -> Snapshot | None:
         """The snapshot to write next."""
-        skipped = self._skipped | frozenset(self.busy)
-        return pick(self.snapshots(), writer_alive=self.writer_alive, skipped=skipped)
+        found = self.snapshots()
+        spooled = {snapshot.generation for snapshot, _ in found if self._in_spool(snapshot)}
+        skipped = self._skipped.union(self.busy, spooled)
+        return pick(found, writer_alive=self.writer_alive, skipped=skipped)
+
+    def waits_behind(self, snapshot: Snapshot) -> bool:
+        """Whether a newer snapshot waits for this one to be written."""
+        found = self.next()
+        return found is not None and found.generation > snapshot.generation
+
+    def _in_spool(self, snapshot: Snapshot) -> bool:
+        return self.spool is not None and self.spool.holds(snapshot)
 
     def faulted(self, snapshot: Snapshot, error: BaseException) -> bool:
         """Take note of a fault of ours over a snapshot; True if it is the second in a row.
@@ -150,22 +163,35 @@ class Held:
             sealed = {found.generation for found, _ in self.snapshots()}
             self._skipped = (self._skipped & sealed) | {snapshot.generation}
             self.last_failure = f"a fault of the daemon: {error!r}"
-            self._remember(snapshot, Outcome.ABORTED, self.last_failure)
+            self._remember(snapshot.nonce, snapshot.step, Outcome.ABORTED, self.last_failure)
         return again
 
     def undecided(self) -> int:
-        """How many snapshots are not decided yet."""
-        return sum(outcome is Outcome.UNDECIDED for _, outcome in self.snapshots())
+        """How many snapshots are not decided yet, without those in the spool."""
+        return sum(
+            not outcome.decided and not self._in_spool(snapshot)
+            for snapshot, outcome in self.snapshots()
+        )
 
     async def settle(self, snapshot: Snapshot, outcome: Outcome, why: str = "") -> None:
         """Record what became of a snapshot, in the buffer and for those who wait."""
         if self.buffer.unchanged(snapshot):  # else its slot may be settled for a newer one already
             self.buffer.settle(snapshot.slot, snapshot.generation, outcome)
-        self._remember(snapshot, outcome, why)
+        if outcome.decided:
+            self._remember(snapshot.nonce, snapshot.step, outcome, why)
         await self.tell()
 
-    def _remember(self, snapshot: Snapshot, outcome: Outcome, why: str) -> None:
-        self.results[snapshot.nonce, snapshot.step] = (outcome, why)
+    async def settle_step(self, nonce: str, step: int, outcome: Outcome, why: str = "") -> None:
+        """Record what became of a step whose slot may hold another one by now."""
+        for snapshot, before in self.snapshots():
+            if (snapshot.nonce, snapshot.step) == (nonce, step) and not before.decided:
+                await self.settle(snapshot, outcome, why)
+        self._remember(nonce, step, outcome, why)
+        self.wake.set()
+        await self.tell()
+
+    def _remember(self, nonce: str, step: int, outcome: Outcome, why: str) -> None:
+        self.results[nonce, step] = (outcome, why)
         while len(self.results) > _RESULTS_MAX:
             self.results.popitem(last=False)
 
@@ -274,8 +300,34 @@ class Intake:
         """The buffers of one rank of a job."""
         return [held for held in self.of_job(url) if held.binding.rank == rank]
 
+    def has(self, url: str, nonce: str, step: StepId, rank: int) -> bool:
+        """Whether host memory holds a rank's part of a step."""
+        return any(
+            (snapshot.nonce, snapshot.id) == (nonce, step)
+            for held in self.of_rank(url, rank)
+            for snapshot, _ in held.snapshots()
+        )
+
+    async def settle_step(
+        self, url: str, rank: int, nonce: str, step: int, outcome: Outcome, why: str
+    ) -> None:
+        """Record what became of a step that was in the spool."""
+        for held in self.of_rank(url, rank):
+            await held.settle_step(nonce, step, outcome, why)
+
+    def supersede(self, url: str, rank: int, nonce: str, newest: int) -> None:
+        """Tell the trainers of an attempt that `newest` has taken over."""
+        for held in self.of_rank(url, rank):
+            if any(snapshot.nonce == nonce for snapshot, _ in held.snapshots()):
+                held.buffer.supersede(newest)
+
+    def wake(self, url: str) -> None:
+        """Let the writers of a job look again."""
+        for held in self.of_job(url):
+            held.wake.set()
+
     def undecided(self) -> int:
-        """Sealed snapshots that are not decided yet."""
+        """Sealed snapshots that are not decided yet, without those in the spool."""
         return sum(held.undecided() for held in self.held.values())
 
     def busy(self) -> bool:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from dataclasses import dataclass, field
-from hashlib import blake2b
 
 from ckptmgr.bucket import Bucket
-from ckptmgr.config import STUCK_SECONDS, DaemonSettings
+from ckptmgr.config import SPOOL_SECONDS, STUCK_SECONDS, DaemonSettings
 from ckptmgr.daemon.committer import Committer
-from ckptmgr.daemon.log import event, warning
+from ckptmgr.daemon.log import event, fault, label_of, warning
+from ckptmgr.daemon.mirror import Mirror
 from ckptmgr.daemon.resume import ActiveMarks
 from ckptmgr.daemon.retain import collect
+from ckptmgr.daemon.spool import Spool
 from ckptmgr.errors import CkptmgrError, DamageError
 from ckptmgr.metrics import Metrics
 from ckptmgr.repository import keys
@@ -20,14 +21,10 @@ from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.catalog import Catalog
 from ckptmgr.repository.commit import Decision, check_format
 from ckptmgr.store.base import Store
+from ckptmgr.store.mirrored import MirroredStore
 from ckptmgr.store.registry import open_store
 from ckptmgr.store.retry import RetryingStore
 from ckptmgr.types import StepId
-
-
-def label_of(url: str) -> str:
-    """Short name of a job in metrics: no path and no bucket name leaves the host."""
-    return blake2b(url.encode(), digest_size=4).hexdigest()
 
 
 @dataclass(slots=True)
@@ -45,17 +42,46 @@ class Job:
     metrics: Metrics
     pool: BufferPool
     stuck_seconds: float = STUCK_SECONDS
+    spool: Spool | None = None
+    spool_seconds: float = SPOOL_SECONDS
     last_commit: StepId | None = None
     resumed_from: dict[int, StepId] = field(default_factory=dict)
     active: ActiveMarks = field(default_factory=ActiveMarks)
     published: set[int] = field(default_factory=set)
+    mirror: Mirror | None = None
     committer: Committer = field(init=False)
+    reading: Catalog = field(init=False)
+    _following: asyncio.Task[None] | None = None
     _retention: asyncio.Task[None] | None = None
     _retain_again: bool = False
     _settled: bool = False
 
     def __post_init__(self) -> None:
         self.committer = Committer(self.catalog, self.committed, self.stuck_seconds)
+        self.reading = self.catalog
+
+    def follow(self, url: str, pool: BufferPool, settings: DaemonSettings) -> None:
+        """Keep a mirror at `url`, and read from it what the store does not give.
+
+        Raises:
+            UsageError: the URL names no store.
+        """
+        timeout = settings.store_timeout_seconds
+
+        def patient(place: str) -> Store:
+            """Where there is another place to read from, one deadline is patience enough."""
+            return RetryingStore(
+                open_store(place),
+                timeout_seconds=timeout,
+                deadline_seconds=timeout,
+                landmark=keys.FORMAT,
+            )
+
+        copy = patient(url)
+        self.mirror = mirror = Mirror(self, copy, pool)
+        self.reading = Catalog(MirroredStore(patient(self.url), copy, mirror.read, keys.FORMAT))
+        self._following = asyncio.create_task(mirror.run(), name=f"mirror {self.label}")
+        self._following.add_done_callback(_tell_fault)
 
     @classmethod
     def open(
@@ -65,6 +91,7 @@ class Job:
         pool: BufferPool,
         settings: DaemonSettings,
         limit: Bucket | None = None,
+        spool: Spool | None = None,
     ) -> Job:
         """Open the job's store, whose bytes go no faster than `limit`. Nothing is read yet.
 
@@ -92,7 +119,17 @@ class Job:
         )
         if settings.single_decider:
             store.exclusive = False
-        return cls(url, store, Catalog(store), label, metrics, pool, settings.stuck_seconds)
+        return cls(
+            url,
+            store,
+            Catalog(store),
+            label,
+            metrics,
+            pool,
+            stuck_seconds=settings.stuck_seconds,
+            spool=spool,
+            spool_seconds=settings.spool_seconds,
+        )
 
     def committed(self, decision: Decision) -> None:
         """Take note of a commit."""
@@ -112,6 +149,8 @@ class Job:
     def retain_soon(self, keep: int) -> None:
         """Give old steps up in the background, so that the next snapshot need not wait for it."""
         self._retain_again = True
+        if self.mirror is not None:
+            self.mirror.soon()
         if not self.collecting:
             self._retention = asyncio.create_task(self._retain(keep), name=f"retain {self.label}")
 
@@ -126,6 +165,8 @@ class Job:
                 await collect(self.catalog, self.pool, keep, protected)
             except CkptmgrError as error:
                 warning("retention_failed", job=self.label, why=str(error))
+            if self.mirror is not None:
+                self.mirror.soon()
 
     async def settle_exclusion(self) -> None:
         """Know whether the store decides once, before anything rests on it. Where its mark does
@@ -149,7 +190,16 @@ class Job:
     async def aclose(self) -> None:
         """End the waits and the collection that are under way, and close the store."""
         await self.committer.aclose()
-        if self._retention is not None:
-            self._retention.cancel()
-            await asyncio.gather(self._retention, return_exceptions=True)
+        tasks = [task for task in (self._retention, self._following) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self.store.aclose()
+        if self.reading is not self.catalog:
+            await self.reading.store.aclose()
+
+
+def _tell_fault(following: asyncio.Task[None]) -> None:
+    """A mirror that ends over a fault of ours ends nothing else; the next daemon follows again."""
+    if not following.cancelled() and (error := following.exception()) is not None:
+        fault(error)

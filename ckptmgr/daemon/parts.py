@@ -121,7 +121,7 @@ async def _bring(job: Job, part: FetchedPart, wanted: Iterable[int]) -> None:
     missing = sorted(set(wanted) - part.chunks)
     where = part.manifest, part.buffer, part.slot
     if part.snapshot is None:
-        part.snapshot = await fetch_into_slot(job.store, *where, job.pool, chunks=missing)
+        part.snapshot = await fetch_into_slot(job.reading.store, *where, job.pool, chunks=missing)
     elif missing:
-        await fetch_more(job.store, *where, job.pool, missing)
+        await fetch_more(job.reading.store, *where, job.pool, missing)
     part.chunks.update(missing)

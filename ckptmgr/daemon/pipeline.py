@@ -30,7 +30,7 @@ from ckptmgr.repository.pack import pack_header, padded
 from ckptmgr.staging.hostbuffer import HostBuffer, Table
 from ckptmgr.staging.layout import decode_layout
 from ckptmgr.store.base import PutResult, Store
-from ckptmgr.types import PAGE_BYTES, Snapshot
+from ckptmgr.types import PAGE_BYTES, Snapshot, StepId
 
 CORES_PER_ENCODER = 8
 """One core of eight compresses, at least ENCODERS_MIN: the others are for training."""
@@ -109,7 +109,8 @@ class Pipeline:
             RegisterConflictError: another incarnation holds this manifest's key.
             StoreError: the store failed for longer than its deadline.
         """
-        adopted = await _adopt_manifest(source)
+        snapshot = source.snapshot
+        adopted = await adopt_manifest(source.store, snapshot.id, snapshot.rank, snapshot.nonce)
         if adopted is not None:
             return adopted
         table = await in_thread(source.buffer.table, source.snapshot)
@@ -278,19 +279,24 @@ def _manifest(source: Source, table: Table, packs: list[_Pack]) -> SealedManifes
     )
 
 
-async def _adopt_manifest(source: Source) -> SealedManifest | None:
+async def adopt_manifest(
+    store: Store, step: StepId, rank: int, nonce: str
+) -> SealedManifest | None:
     """The manifest that a daemon before this one put for the same snapshot, made durable.
 
     Its packs are durable: they were, before it was put.
+
+    Raises:
+        RegisterConflictError: it is of another incarnation.
+        DamageError: it does not hold.
     """
-    snapshot = source.snapshot
-    key = keys.manifest(snapshot.id, snapshot.rank)
+    key = keys.manifest(step, rank)
     try:
-        await source.store.make_durable(key)
-        record = await source.store.get(key)
+        await store.make_durable(key)
+        record = await store.get(key)
     except ObjectNotFoundError:
         return None
-    sealed = read_manifest(snapshot.id, snapshot.rank, record)
-    if sealed.manifest.nonce != snapshot.nonce:
+    sealed = read_manifest(step, rank, record)
+    if sealed.manifest.nonce != nonce:
         raise RegisterConflictError("belongs to another incarnation", subject=key)
     return sealed

@@ -95,7 +95,7 @@ class Session:
             DamageError: it is retired already.
         """
         if step not in self.kept:
-            await self.holds.enter_async_context(held_step(self.job.store, step))
+            await self.holds.enter_async_context(held_step(self.job.reading.store, step))
             self.kept.add(step)
 
     @property
@@ -143,7 +143,7 @@ class Reader:
         try:
             if await self._in_memory(session):
                 return
-            for step in await standing_steps(session.job.store):
+            for step in await standing_steps(session.job.reading.store):
                 if await self._prefetched(session, step):
                     event("prefetched", step=str(step))
                     return
@@ -153,12 +153,12 @@ class Reader:
 
     async def _prefetched(self, session: Session, step: StepId) -> bool:
         try:
-            decision = await session.job.catalog.decision(step)
+            decision = await session.job.reading.decision(step)
             if not decision.committed:
                 return False
             own = session.rank % decision.world
             await session.keep(step)
-            manifest = (await session.job.catalog.manifest(decision, own)).manifest
+            manifest = (await session.job.reading.manifest(decision, own)).manifest
             await self._lend(session, manifest, _everything(manifest))
         except (DamageError, ObjectNotFoundError) as error:
             event("prefetch_failed", why=str(error))
@@ -225,7 +225,7 @@ class Reader:
         if session.world > 1:
             held = await held_by_hosts(session.job.store, session.attempt)
             others = complete_steps(held.ranks, held.worlds)
-        standing = await standing_steps(session.job.store)
+        standing = await standing_steps(session.job.reading.store)
         for candidate in candidates(standing, {*complete, *others}, rejected, step, of_attempt):
             try:
                 chosen = await self._usable(session, candidate, complete, standing)
@@ -254,7 +254,7 @@ class Reader:
         """The step if it may be used; None if it was given up."""
         if step not in complete and step in standing:
             try:
-                decision = await session.job.catalog.decision(step)
+                decision = await session.job.reading.decision(step)
             except ObjectNotFoundError:
                 return None
             return Chosen(step, decision.world, decision) if decision.committed else None
@@ -266,7 +266,7 @@ class Reader:
             if snapshot.id == step:
                 return Chosen(step, snapshot.world, None)
         try:
-            decision = await session.job.catalog.decision(step)
+            decision = await session.job.reading.decision(step)
             return Chosen(step, decision.world, decision)
         except ObjectNotFoundError:
             claim = await claim_of(session.job.store, step.attempt)
@@ -377,7 +377,7 @@ class Reader:
             found = await _manifest_to_come(session.job, chosen.id, rank)
         else:
             await session.keep(chosen.id)
-            found = (await session.job.catalog.manifest(chosen.decision, rank)).manifest
+            found = (await session.job.reading.manifest(chosen.decision, rank)).manifest
         chosen.manifests[rank] = found
         return found
 

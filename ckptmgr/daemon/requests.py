@@ -7,9 +7,10 @@ import contextlib
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, TypeVar
 
+from ckptmgr.config import STORE_TIMEOUT_SECONDS
 from ckptmgr.daemon.intake import Held
 from ckptmgr.daemon.job import Job
-from ckptmgr.daemon.log import event
+from ckptmgr.daemon.log import event, warning
 from ckptmgr.daemon.reader import Session
 from ckptmgr.daemon.resume import (
     Standing,
@@ -37,6 +38,14 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+REMEMBER_SECONDS = 2.0
+"""How long attaching again waits to learn what the attempt resumed from: a store that answers does
+it in milliseconds, and retention, which must know it, needs a store that answers."""
+
+RESUME_DRAIN_SECONDS_MAX = 2 * STORE_TIMEOUT_SECONDS
+"""How long attaching waits for the spool, so that the newest step in it can be resumed from: half
+of what a rank waits for the answer."""
+
 
 class Requests:
     """Answers the requests of one connection, in order. `urls` are the jobs that it asked for:
@@ -47,6 +56,7 @@ class Requests:
         self._service = service
         self._reader = service.reader
         self._session: Session | None = None
+        self._remembering: asyncio.Task[None] | None = None
         self.urls: set[str] = set()
 
     async def answer(self, request: control.Request) -> control.Reply:
@@ -82,11 +92,14 @@ class Requests:
                 return control.Stated(self._service.state())
             case control.Stop():
                 self._service.end()
-                return control.Done(self._service.intake.undecided())
+                return control.Done(self._service.undecided())
 
     async def close(self) -> None:
         """The connection is over: whatever was lent is freed, the buffer is an orphan."""
         session, self._session = self._session, None
+        if self._remembering is not None:
+            self._remembering.cancel()
+            await asyncio.gather(self._remembering, return_exceptions=True)
         if session is not None:
             await session.release()
             session.job.resumed_from.pop(session.attempt, None)
@@ -119,7 +132,8 @@ class Requests:
         binding = Binding(url, request.rank, request.world, request.codec, request.keep)
         capacity = Capacity(request.slots, request.table_bytes, request.data_bytes)
         session = Session(job, request.rank, request.world, attempt, nonce)
-        if not request.buffer:
+        if not request.buffer and attempt not in job.published:
+            await self._drained(job)
             await self._publish(job, attempt)
         held, new_buffer = self._service.intake.place_for(binding, capacity, request.buffer)
         if new_buffer:
@@ -131,22 +145,35 @@ class Requests:
         if is_new:
             self._reader.start_prefetch(session)
         else:
-            await self._remember_resume(session)
+            self._remembering = asyncio.create_task(self._remember_resume(session))
+            # A trainer that changes daemons in an outage must not wait for the store.
+            await asyncio.wait([self._remembering], timeout=REMEMBER_SECONDS)
         event("attached", job=job.label, attempt=attempt, rank=request.rank, new=new_buffer)
         return control.Attached(str(held.buffer.path), attempt, nonce, held.note)
 
     async def _publish(self, job: Job, attempt: int) -> None:
         """Tell the other hosts of an attempt what this one holds, before its first rank joins."""
-        if attempt in job.published:
-            return
         found = [
             snapshot
             for held in self._service.intake.of_job(job.url)
             for snapshot in usable_in_memory(held.snapshots())
         ]
-        ours = [s for s in found if await standing_of(job.store, s) is Standing.OURS]
-        await publish_have(job.store, attempt, self._service.host, ours)
+        ours = {
+            (s.attempt, s.step, s.rank)
+            for s in found
+            if await standing_of(job.store, s) is Standing.OURS
+        }
+        if job.spool is not None:  # what was copied, and waits for the parts of other hosts
+            ours |= {(p.id.attempt, p.id.step, p.rank) for p in job.spool.copied}
+        await publish_have(job.store, attempt, self._service.host, sorted(ours))
         job.published.add(attempt)
+
+    async def _drained(self, job: Job) -> None:
+        """The store answers: what the spool holds comes first, so that it can be resumed from."""
+        drainer = self._service.drainers.get(job.url)
+        if drainer is not None and not await drainer.drained(RESUME_DRAIN_SECONDS_MAX):
+            left = len(job.spool.parts) if job.spool is not None else 0
+            warning("spool_behind", job=job.label, parts=left, waited=RESUME_DRAIN_SECONDS_MAX)
 
     async def _remember_resume(self, session: Session) -> None:
         """A daemon before this one knew what the attempt resumed from; the store still does."""
@@ -249,8 +276,12 @@ class Requests:
         buffers = self._service.intake.of_rank(session.job.url, session.rank)
         if any(wanted in one.results for one in buffers):
             return True
-        pending = [s for one in buffers for s, o in one.snapshots() if o is Outcome.UNDECIDED]
+        pending = [s for one in buffers for s, o in one.snapshots() if not o.decided]
         pending += [snapshot for one in buffers for snapshot in one.busy.values()]
+        spool = session.job.spool
+        step = StepId(session.attempt, wanted[1])
+        if spool is not None and spool.has(session.nonce, step, session.rank):
+            return False
         return wanted not in [(s.nonce, s.step) for s in pending]
 
     async def _look_up(self, session: Session, step: int) -> control.Reply:

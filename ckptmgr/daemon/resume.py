@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -114,9 +114,11 @@ async def standing_of(store: Store, snapshot: Snapshot) -> Standing:
     return Standing.OURS if claim.nonce == snapshot.nonce else Standing.OTHER
 
 
-async def publish_have(store: Store, attempt: int, host: str, found: list[Snapshot]) -> None:
-    """Say which sealed snapshots the memory of `host` holds, once per attempt."""
-    record = Have(host, tuple((s.attempt, s.step, s.rank) for s in found))
+async def publish_have(
+    store: Store, attempt: int, host: str, found: Iterable[tuple[int, int, int]]
+) -> None:
+    """Say which parts (attempt, step, rank) `host` holds, once per attempt."""
+    record = Have(host, tuple(found))
     await put_record(store, Kind.HAVE, keys.have(attempt, host), record)
 
 

@@ -17,20 +17,24 @@ from typing import Any
 
 from ckptmgr.bucket import Bucket, bytes_per_second
 from ckptmgr.config import DRAIN_SECONDS, DaemonSettings
+from ckptmgr.daemon.drain import Drainer
 from ckptmgr.daemon.http import MetricsServer
 from ckptmgr.daemon.intake import Held, Intake
 from ckptmgr.daemon.job import Job
-from ckptmgr.daemon.log import event, fault, warning
+from ckptmgr.daemon.log import event, fault, label_of, warning
 from ckptmgr.daemon.pipeline import Pipeline
 from ckptmgr.daemon.reader import Reader
 from ckptmgr.daemon.requests import Requests
+from ckptmgr.daemon.spool import Spool, SpoolDirectory
+from ckptmgr.daemon.state import job_state
 from ckptmgr.daemon.writer import Writer
 from ckptmgr.errors import CkptmgrError, DaemonError, StoreError, UsageError
 from ckptmgr.metrics import Metrics
-from ckptmgr.repository.budget import BufferPool
+from ckptmgr.repository.budget import LEASE_BYTES, BufferPool
 from ckptmgr.repository.hold import host_name
 from ckptmgr.staging import control
 from ckptmgr.staging.inbox import LOCK, SOCKET, InboxWatch, prepare, take_tickets
+from ckptmgr.store.mirrored import place_of
 
 FETCHED = "fetched"
 HOST = "host"
@@ -55,6 +59,12 @@ class Service:
         self.jobs: dict[str, Job] = {}
         self.metrics_port = -1
         self.host = ""
+        self.spools: SpoolDirectory | None = None
+        self.drainers: dict[str, Drainer] = {}
+        self._draining: dict[str, asyncio.Task[None]] = {}
+        # Of its own: while a store hangs, what it has been lent can not hold up the spool.
+        self._drain_pool = BufferPool(LEASE_BYTES)
+        self._mirror_pool = BufferPool(LEASE_BYTES)
         self._pipeline = Pipeline(self.pool)
         gbps = settings.max_store_gbps
         self._limit = Bucket(bytes_per_second(gbps)) if gbps else None
@@ -85,6 +95,8 @@ class Service:
             (runtime / FETCHED).mkdir(mode=0o700)
             metrics = self._serve_metrics()
             watch = InboxWatch(runtime, lambda: loop.call_soon_threadsafe(self._ticket))
+            # Before anybody can ask: what is not known to be in the spool is taken for lost.
+            await self._open_spools()
             server = await control.listen(runtime / SOCKET, self._connected)
             event("started", pid=os.getpid(), runtime=str(runtime), metrics_port=self.metrics_port)
             try:
@@ -108,6 +120,24 @@ class Service:
         self.metrics_port = server.port
         return server
 
+    async def _open_spools(self) -> None:
+        """Go on draining what a daemon before this one left, whether its trainer lives or not."""
+        path = self.settings.spool_dir
+        if path is None:
+            return
+        try:
+            self.spools = await SpoolDirectory.open(path, self.settings.spool_bytes_max)
+        except (CkptmgrError, OSError) as error:
+            # Training must not depend on a disk that is only there for bad days.
+            warning("spool_off", path=str(path), why=str(error).partition("\n")[0])
+            return
+        for spool in self.spools.unfinished():
+            event("spool_found", job=label_of(spool.url), parts=len(spool.parts))
+            try:
+                self.job(spool.url)
+            except CkptmgrError as error:
+                warning("spool_refused", path=label_of(spool.url), why=str(error))
+
     async def _until_ended(self) -> None:
         while not self._ending.is_set():
             await self._wait_for_change()
@@ -116,7 +146,7 @@ class Service:
             if self._idle_for() > self.settings.idle_seconds > 0:
                 event("idle", seconds=self.settings.idle_seconds)
                 return
-        event("draining", undecided=self.intake.undecided())
+        event("draining", undecided=self.undecided())
         left = await self.drain(_SIGTERM_DRAIN_SECONDS)
         if left:
             warning("drain_incomplete", left=left)
@@ -131,7 +161,7 @@ class Service:
             await asyncio.wait_for(self._ending.wait(), pause)
 
     def _idle_for(self) -> float:
-        if self._connections or self.intake.busy():
+        if self._connections or self.intake.busy() or self._spooled():
             self._last_activity = time.monotonic()
         return time.monotonic() - self._last_activity
 
@@ -150,10 +180,12 @@ class Service:
         """Close the stores of jobs that have neither a buffer nor a connection any more."""
         used = {held.binding.url for held in self.intake.held.values()}
         used = used.union(*(requests.urls for requests in self._serving))
+        used |= {spool.url for spool in self.spools.unfinished()} if self.spools else set()
         for url in self.jobs.keys() - used:
             if not self.jobs[url].collecting:
                 # Out of the list first: whoever asks for it meanwhile opens it anew.
                 job = self.jobs.pop(url)
+                await self._end_drain(url)
                 with contextlib.suppress(StoreError):  # what can not be closed is not used again
                     await job.aclose()
 
@@ -162,7 +194,7 @@ class Service:
     ) -> None:
         server.close()
         workers = [held.worker for held in self.intake.held.values() if held.worker]
-        tasks = [*self._connections, *workers]
+        tasks = [*self._connections, *workers, *self._draining.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -175,7 +207,9 @@ class Service:
                 self.intake.release(held)
         for job in self.jobs.values():
             await job.aclose()
-        event("ended", undecided=self.intake.undecided())
+        event("ended", undecided=self.undecided())
+        if self.spools is not None:
+            self.spools.close()
 
     # -- buffers and jobs ---------------------------------------------------------------------
 
@@ -188,8 +222,42 @@ class Service:
         if len(url) > URL_CHARS_MAX:
             raise UsageError(f"has more than {URL_CHARS_MAX} characters", subject=url[:80] + "...")
         if url not in self.jobs:
-            self.jobs[url] = Job.open(url, self.metrics, self.pool, self.settings, self._limit)
+            spool = self.spools.of(url) if self.spools is not None else None
+            job = Job.open(url, self.metrics, self.pool, self.settings, self._limit, spool)
+            self.jobs[url] = job
+            self._mirror(job)
+            if spool is not None:
+                self._drain(job, spool)
         return self.jobs[url]
+
+    def _mirror(self, job: Job) -> None:
+        """Start the mirror of a job; training must not depend on it."""
+        if not self.settings.mirror_url:
+            return
+        try:
+            place = place_of(self.settings.mirror_url, job.url)
+            job.follow(place, self._mirror_pool, self.settings)
+        except CkptmgrError as error:
+            warning("mirror_off", job=job.label, why=str(error))
+
+    def _drain(self, job: Job, spool: Spool) -> None:
+        """Start to drain the spool of a job."""
+        drainer = self.drainers[job.url] = Drainer(job, spool, self._drain_pool, self.intake)
+        task = asyncio.create_task(drainer.run(), name=f"drain {job.label}")
+        task.add_done_callback(self._drain_ended)
+        self._draining[job.url] = task
+
+    def _drain_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            self._fault = task.exception()
+            self._ending.set()
+
+    async def _end_drain(self, url: str) -> None:
+        self.drainers.pop(url, None)
+        task = self._draining.pop(url, None)
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
     def employ(self, held: Held) -> None:
         """Start the worker of a new buffer."""
@@ -201,6 +269,7 @@ class Service:
         except CkptmgrError as error:
             warning("buffer_stranded", buffer=held.buffer.id, why=str(error))
             return
+        held.spool = job.spool
         writer = Writer(held, job, self._pipeline, self._count)
         task = asyncio.create_task(writer.run(), name=f"writer {held.buffer.id[:8]}")
         task.add_done_callback(partial(self._writer_ended, held, writer))
@@ -233,6 +302,10 @@ class Service:
                 queued[job.label] += held.undecided()
         for label, count in queued.items():
             self.metrics.queue.labels(label).set(count)
+        for job in self.jobs.values():
+            if job.spool is not None:
+                self.metrics.spool_parts.labels(job.label).set(len(job.spool.parts))
+                self.metrics.spool_bytes.labels(job.label).set(job.spool.used_bytes)
         self.metrics.trainers.set(sum(held.writer_alive for held in self.intake.held.values()))
 
     def _ticket(self) -> None:
@@ -306,7 +379,16 @@ class Service:
             async with asyncio.timeout(timeout_seconds):
                 for held in list(self.intake.held.values()):
                     await held.wait_decided()
-        return self.intake.undecided()
+                for spool in self.spools.unfinished() if self.spools else ():
+                    await spool.wait_empty()
+        return self.undecided()
+
+    def undecided(self) -> int:
+        """Snapshots that are not decided yet, in host memory or in the spool."""
+        return self.intake.undecided() + self._spooled()
+
+    def _spooled(self) -> int:
+        return sum(len(spool.parts) for spool in self.spools.unfinished()) if self.spools else 0
 
     def end(self) -> None:
         """Drain and end."""
@@ -318,48 +400,20 @@ class Service:
             "pid": os.getpid(),
             "runtime_dir": str(self.settings.runtime_dir),
             "metrics_port": self.metrics_port,
-            "undecided": self.intake.undecided(),
+            "undecided": self.undecided(),
+            "spool": self.spools.state() if self.spools else None,
             "trainers": sum(held.writer_alive for held in self.intake.held.values()),
             "max_store_gbps": self.settings.max_store_gbps or None,
             "jobs": [
-                {
-                    "url": job.url,
-                    "last_commit": str(job.last_commit) if job.last_commit else None,
-                    "single_decider": job.store.exclusive is False,
-                    "writing": self._pipeline.state(job.store.url),
-                    "buffers": [
-                        _buffer_state(h)
-                        for h in self.intake.held.values()
-                        if h.binding.url == job.url
-                    ],
-                }
+                job_state(
+                    job,
+                    self.drainers.get(job.url),
+                    self.intake.of_job(job.url),
+                    self._pipeline.state(job.store.url),
+                )
                 for job in self.jobs.values()
             ],
         }
-
-
-def _buffer_state(held: Held) -> dict[str, Any]:
-    return {
-        "id": held.buffer.id,
-        "rank": held.binding.rank,
-        "world": held.binding.world,
-        "bytes": held.buffer.capacity.file_bytes,
-        "trainer_alive": held.writer_alive,
-        "max_d2h_gbps": held.max_d2h_gbps or None,
-        "superseded_by": held.superseded_by,
-        "writing": next((str(snapshot.id) for snapshot in held.busy.values()), None),
-        "last_failure": held.last_failure,
-        "snapshots": [
-            {
-                "step": str(snapshot.id),
-                "outcome": outcome.name.lower(),
-                "bytes": snapshot.data_bytes,
-                "sealed_at": snapshot.sealed_at,
-                "stall_seconds": snapshot.stall_seconds,
-            }
-            for snapshot, outcome in held.snapshots()
-        ],
-    }
 
 
 def host_identity(runtime: Path) -> str:

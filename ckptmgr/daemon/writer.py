@@ -13,10 +13,12 @@ from ckptmgr.daemon.job import Job
 from ckptmgr.daemon.log import event, warning
 from ckptmgr.daemon.pipeline import Pipeline, Source
 from ckptmgr.daemon.resume import Standing, newest_active, put_active, standing_of
+from ckptmgr.daemon.spool import Spool
 from ckptmgr.errors import (
     CkptmgrError,
     RegisterConflictError,
     StoreError,
+    StoreFullError,
     StoreUnreachableError,
     SupersededError,
     TornSnapshotError,
@@ -27,6 +29,9 @@ from ckptmgr.repository.hold import host_name
 from ckptmgr.repository.manifest import SealedManifest
 from ckptmgr.repository.rules import goes_first, may_decide
 from ckptmgr.types import Outcome, Snapshot, StepId
+
+_LOOKS = 10
+"""How often a write is looked at within the time that it may stand still."""
 
 
 class Writer:
@@ -43,6 +48,7 @@ class Writer:
         self._pipeline = pipeline
         self._count = count
         self.snapshot: Snapshot | None = None
+        self._moved_at = 0.0
 
     async def run(self) -> None:
         """Write whatever is sealed and undecided; sleep until woken when there is nothing."""
@@ -90,9 +96,10 @@ class Writer:
         start = time.monotonic()
         handed_over = False
         try:
-            manifest = await self._store(snapshot)
-            deciding.create_task(self._decide(snapshot, manifest, start))
-            handed_over = True
+            manifest = await self._bring(snapshot)
+            if manifest is not None:
+                deciding.create_task(self._decide(snapshot, manifest, start))
+                handed_over = True
         except TornSnapshotError:
             event("superseded", step=str(snapshot.id), why="its slot holds a newer step")
             await self._give_up(snapshot.id, "superseded by a newer snapshot")
@@ -108,6 +115,89 @@ class Writer:
         self._held.busy.pop(snapshot.generation, None)
         await self._held.tell()
 
+    # -- store or spool -----------------------------------------------------------------------
+
+    async def _bring(self, snapshot: Snapshot) -> SealedManifest | None:
+        """A snapshot into the store, or (None) into the spool where the store does not take it.
+
+        Raises:
+            StoreError: neither takes it; the snapshot stays in its slot.
+        """
+        spool = self._job.spool
+        if spool is None:
+            return await self._store(snapshot)
+        if spool.blocks(snapshot.attempt):
+            await self._to_spool(spool, snapshot)
+            return None
+        try:
+            return await self._store_in_time(spool, snapshot)
+        except TimeoutError:
+            why = f"no end in {self._job.spool_seconds:g} s"
+        except StoreUnreachableError as error:
+            why = str(error)
+            if not self._has_room(spool, snapshot):
+                raise
+        event("spooling", job=self._job.label, step=str(snapshot.id), why=why)
+        await self._to_spool(spool, snapshot)
+        return None
+
+    async def _store_in_time(self, spool: Spool, snapshot: Snapshot) -> SealedManifest:
+        """Write to the store for as long as it moves, or the spool has no room.
+
+        Raises:
+            TimeoutError: it was given up for the spool.
+        """
+        writing = asyncio.create_task(self._store(snapshot))
+        started, seconds = time.monotonic(), self._job.spool_seconds
+        self._moved_at = started
+        try:
+            while not writing.done():
+                await asyncio.wait([writing], timeout=seconds / _LOOKS)
+                now = time.monotonic()
+                since = started if self._held.waits_behind(snapshot) else self._moved_at
+                if now - since >= seconds and self._has_room(spool, snapshot):
+                    break
+            if not writing.done():
+                raise TimeoutError
+            return writing.result()
+        finally:
+            writing.cancel()
+            await asyncio.gather(writing, return_exceptions=True)
+
+    def _has_room(self, spool: Spool, snapshot: Snapshot) -> bool:
+        """Whether the spool can take a snapshot; told once that it can not."""
+        room = spool.room_for(snapshot)
+        if not room:
+            self._tell_full(spool, snapshot, "has no room for another snapshot")
+        return room
+
+    def _tell_full(self, spool: Spool, snapshot: Snapshot, why: str) -> None:
+        self._job.metrics.spool_full.labels(self._job.label).set(1)
+        if not spool.full:
+            spool.full = True
+            warning("spool_full", job=self._job.label, step=str(snapshot.id), why=why)
+
+    async def _to_spool(self, spool: Spool, snapshot: Snapshot) -> None:
+        binding = self._held.binding
+        try:
+            async with spool.writing(snapshot, binding.keep) as store:
+                source = Source(self._held.buffer, snapshot, store, host_name())
+                sealed = await self._pipeline.write(source, binding.codec, self._moved)
+        except StoreFullError as error:
+            self._tell_full(spool, snapshot, str(error))
+            raise
+        part = await spool.add(sealed)
+        # Only now: the slot is free for the next snapshot as soon as this is stored.
+        await self._held.settle(snapshot, Outcome.SPOOLED)
+        self._job.metrics.spool_full.labels(self._job.label).set(0)
+        self._job.metrics.spooled.labels(self._job.label).inc()
+        event("spooled", job=self._job.label, step=str(snapshot.id), bytes=part.nbytes)
+
+    def _moved(self, raw_bytes: int, _stored_bytes: int) -> None:
+        """What reached stable storage is progress, wherever that is."""
+        self._moved_at = time.monotonic()
+        self._held.buffer.add_progress(raw_bytes)
+
     async def _store(self, snapshot: Snapshot) -> SealedManifest:
         await self._check_active(snapshot)
         source = Source(self._held.buffer, snapshot, self._job.store, host_name())
@@ -117,7 +207,9 @@ class Writer:
     async def _decide(self, snapshot: Snapshot, manifest: SealedManifest, start: float) -> None:
         """See a written snapshot through to its decision."""
         try:
-            decision = await self._job.committer.decision(snapshot.nonce, manifest)
+            decision = await self._decision(snapshot, manifest)
+            if decision is None:
+                return
             metrics = self._job.metrics
             metrics.commit_duration.labels(self._job.label).observe(time.monotonic() - start)
             metrics.stall.labels(self._job.label).observe(snapshot.stall_seconds)
@@ -134,6 +226,29 @@ class Writer:
             await self._done(snapshot)
             self._held.wake.set()
 
+    async def _decision(self, snapshot: Snapshot, manifest: SealedManifest) -> Decision | None:
+        """Wait for the decision; None if the store fell silent and the spool took the part over.
+
+        Its packs and manifest are in the store, so that the drain only has to see it decided. But
+        somebody must, and a slot that is written again would not remind the next daemon of it.
+        """
+        committer, spool = self._job.committer, self._job.spool
+        deciding = asyncio.ensure_future(committer.decision(snapshot.nonce, manifest))
+        if spool is None:
+            return await deciding
+        seconds = self._job.spool_seconds
+        try:
+            while not deciding.done():
+                await asyncio.wait([deciding], timeout=seconds / _LOOKS)
+                silent = committer.silent_seconds(snapshot.id) >= seconds
+                if silent and not deciding.done() and self._has_room(spool, snapshot):
+                    with contextlib.suppress(StoreError):
+                        await self._to_spool(spool, snapshot)
+                        return None
+            return deciding.result()
+        finally:
+            deciding.cancel()
+
     async def _refuse_in_the_end(self, snapshot: Snapshot, error: CkptmgrError) -> None:
         try:
             await self._refuse(snapshot, error)
@@ -142,7 +257,7 @@ class Writer:
             await asyncio.sleep(RETRY_SECONDS_MIN)
 
     def _stored(self, raw_bytes: int, stored_bytes: int) -> None:
-        self._held.buffer.add_progress(raw_bytes)
+        self._moved(raw_bytes, stored_bytes)
         self._job.metrics.raw_bytes.labels(self._job.label).inc(raw_bytes)
         self._job.metrics.stored_bytes.labels(self._job.label).inc(stored_bytes)
 

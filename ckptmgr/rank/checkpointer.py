@@ -189,7 +189,7 @@ class Checkpointer:
     def _pace(self, link: Link) -> Pace:
         if self._ranks.world == 1:
             return OwnPace(self._every, self._slots, self.stats)
-        courier = Courier(self._ranks, lambda: link.progress_bytes, self._tell)
+        courier = Courier(self._ranks, lambda: link.progress_bytes, self._tell, link.spooled_steps)
         return Planner(
             self._ranks.rank, self._every, self._slots, link.attempt, courier, self.stats
         )

@@ -10,11 +10,11 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from ckptmgr.errors import CkptmgrError, RendezvousError
 from ckptmgr.rank.group import Ranks, ask_pause_seconds
-from ckptmgr.rank.schedule import Window, decode_window, encode_window
+from ckptmgr.rank.schedule import FREE_STEPS_MAX, Window, decode_window, encode_window
 
 AHEAD_MAX = 64
 """Windows that are read ahead by a rank that has fallen behind."""
@@ -38,15 +38,22 @@ class Courier:
         ranks: who takes part.
         progress_bytes: what this rank's host buffer has put into the store.
         tell: is called once for each time that the key-value store fails.
+        spooled: steps of which this rank's part is in the spool of its host.
     """
 
     def __init__(
-        self, ranks: Ranks, progress_bytes: Callable[[], int], tell: Callable[[str], None]
+        self,
+        ranks: Ranks,
+        progress_bytes: Callable[[], int],
+        tell: Callable[[str], None],
+        spooled: Callable[[], Collection[int]] = tuple,
     ) -> None:
         self._rank, self._world = ranks.rank, ranks.world
         self._registers = ranks.registers()
         self._progress_bytes = progress_bytes
         self._tell = tell
+        self._spooled = spooled
+        self._spooled_told: deque[int] = deque(maxlen=FREE_STEPS_MAX)
         self._turn = threading.Condition()
         self._ended = threading.Event()
         self._ahead: deque[Window] = deque()
@@ -66,6 +73,9 @@ class Courier:
         """Snapshots that all ranks together have asked for, as far as rank 0 knows."""
         self.progress = 0
         """Bytes that all ranks together have put into the store, as far as rank 0 knows."""
+        self.safe: frozenset[int] = frozenset()
+        """Steps of which every rank's part is in a spool, as far as rank 0 knows: no slot is
+        needed for them any more."""
         self.step = -1
         """The step that the training thread has reached."""
         self._thread = threading.Thread(target=self._run, name="ckptmgr plan", daemon=True)
@@ -196,10 +206,24 @@ class Courier:
         if more:
             self._registers.count("progress", more)
             self._seen_bytes = here
+        self._count_spooled()
         if self._rank == 0:
             self.requests = self._registers.count("requests")
             self.progress = self._registers.count("progress")
             self._forget()
+
+    def _count_spooled(self) -> None:
+        """Tell, once each, which parts are spooled; rank 0 learns when those of all ranks are."""
+        here = self._spooled()
+        for step in here:
+            if step not in self._spooled_told:
+                self._registers.count(f"spooled/{step}", 1)
+                self._spooled_told.append(step)
+        if self._rank == 0:
+            asked = [step for step in here if step not in self.safe]
+            counts = {step: self._registers.count(f"spooled/{step}") for step in asked}
+            new = {step for step, count in counts.items() if count == self._world}
+            self.safe = frozenset(here) & (self.safe | new)
 
     def _forget(self) -> None:
         """Remove the records that every rank has read: the store lives as long as the job."""

@@ -17,6 +17,7 @@ from ckptmgr.staging.control import Attach, Attached, Client, Detach, Done, Mess
 from ckptmgr.staging.hostbuffer import HostBuffer
 from ckptmgr.staging.inbox import drop_ticket
 from ckptmgr.staging.launch import connect, connect_or_start
+from ckptmgr.types import Outcome
 
 ATTACH_SECONDS_MAX = 4 * STORE_TIMEOUT_SECONDS
 """Attaching claims an attempt in the store: a few operations, each with its own deadline."""
@@ -153,6 +154,19 @@ class Link:
             return self.buffer.progress_bytes
         except ValueError:  # it is just being closed
             return 0
+
+    def spooled_steps(self) -> list[int]:
+        """Steps of this attempt that are in the spool; any thread may ask while another grows."""
+        try:
+            sealed = self.buffer.snapshots()
+            return [
+                snapshot.step
+                for snapshot in sealed
+                if snapshot.attempt == self.attempt
+                and self.buffer.outcome(snapshot) is Outcome.SPOOLED
+            ]
+        except (ValueError, HostMemoryError):  # it is just being closed, or a slot is damaged
+            return []
 
     # -- requests -----------------------------------------------------------------------------
 

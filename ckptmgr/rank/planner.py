@@ -218,7 +218,8 @@ class Planner:
         )
 
     def _undecided(self, look: Look, copying: int | None) -> tuple[int, ...]:
-        counted = [one for one in self._scheduled if one not in self._given_up]
+        needless = self._given_up | self._plans.safe
+        counted = [one for one in self._scheduled if one not in needless]
         begun = look.copying if copying is None else copying
         return still_undecided(counted, look.sealed, self._attempt, begun)
 

@@ -16,7 +16,7 @@ import msgspec
 
 from ckptmgr.errors import ControlProtocolError, UsageError
 from ckptmgr.staging.slots import Sealed
-from ckptmgr.types import MALFORMED, Outcome, StepId
+from ckptmgr.types import MALFORMED, StepId
 
 WINDOW_SECONDS = 1.0
 """Length of a window: how late a request may be heard, how often the key-value store is asked."""
@@ -209,7 +209,7 @@ def still_undecided(
     waiting = {
         snapshot.step
         for snapshot, outcome in sealed
-        if snapshot.attempt == attempt and outcome is Outcome.UNDECIDED
+        if snapshot.attempt == attempt and not outcome.decided
     }
     return tuple(step for step in scheduled if step in waiting or step == copying)
 
@@ -239,8 +239,6 @@ def slot_for(
         snapshot
         for snapshot, outcome in sealed
         if snapshot is not kept
-        and (
-            outcome is not Outcome.UNDECIDED or snapshot.attempt != attempt or snapshot.step in free
-        )
+        and (outcome.decided or snapshot.attempt != attempt or snapshot.step in free)
     ]
     return min(usable, key=lambda s: s.generation).slot if usable else None

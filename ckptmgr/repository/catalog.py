@@ -20,6 +20,7 @@ from ckptmgr.repository.commit import Decision, Retired, claim_of, get_record, r
 from ckptmgr.repository.manifest import SealedManifest, read_manifest
 from ckptmgr.repository.record import Kind
 from ckptmgr.store.base import Store
+from ckptmgr.store.mirrored import from_either
 from ckptmgr.types import StepId, StepState
 
 _READS_AT_ONCE = 16
@@ -262,14 +263,18 @@ class Catalog:
     async def manifest(self, decision: Decision, rank: int) -> SealedManifest:
         """One rank's manifest of a commit; errors as `manifests`."""
         key = keys.manifest(decision.id, rank)
-        try:
-            record = await read_record(self.store, key)
-        except ObjectNotFoundError as error:
-            raise MissingObjectError("is gone", subject=key) from error
-        sealed = read_manifest(decision.id, rank, record)
-        if sealed.digest.hex() != decision.manifests[rank]:
-            raise RecordDamagedError("is not the manifest that was committed", subject=key)
-        return sealed
+
+        async def read(store: Store) -> SealedManifest:
+            try:
+                record = await read_record(store, key)
+            except ObjectNotFoundError as error:
+                raise MissingObjectError("is gone", subject=key) from error
+            sealed = read_manifest(decision.id, rank, record)
+            if sealed.digest.hex() != decision.manifests[rank]:
+                raise RecordDamagedError("is not the manifest that was committed", subject=key)
+            return sealed
+
+        return await from_either(self.store, key, read)
 
 
 def _state(step: StepId, decision: Decision | None, listing: Listing) -> StepState:

@@ -28,6 +28,7 @@ from ckptmgr.repository.exclusion import is_exclusive
 from ckptmgr.repository.manifest import SealedManifest
 from ckptmgr.repository.record import HEADER_BYTES, VERSION, Kind, declared_bytes, seal, unseal
 from ckptmgr.store.base import PutResult, Store
+from ckptmgr.store.mirrored import from_either
 from ckptmgr.types import StepId, Tags
 
 T = TypeVar("T")
@@ -155,7 +156,11 @@ async def get_record(store: Store, kind: Kind, key: str, type_: type[T]) -> T:
         ObjectNotFoundError: no such key.
         DamageError: it does not hold.
     """
-    return unseal(kind, key, await read_record(store, key), type_)
+
+    async def read(one: Store) -> T:
+        return unseal(kind, key, await read_record(one, key), type_)
+
+    return await from_either(store, key, read)
 
 
 async def claim_of(store: Store, attempt: int) -> Claim | None:

@@ -45,6 +45,7 @@ class Kind(IntEnum):
     VERIFIED = 10
     TAGS = 11
     PACK = 12
+    SPOOL = 13
 
 
 def _digest(head: bytes, key: str, stored: bytes | memoryview) -> bytes:

@@ -6,11 +6,13 @@ import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 from ckptmgr.config import CHUNK_BYTES, MIB
 from ckptmgr.errors import (
     ChunkDamagedError,
     CkptmgrError,
+    DamageError,
     MissingObjectError,
     ObjectNotFoundError,
     StoreError,
@@ -21,6 +23,7 @@ from ckptmgr.repository.codec import Codec
 from ckptmgr.restore.plan import Plan, Read
 from ckptmgr.restore.verify import check_stored, subject_of, unpack
 from ckptmgr.store.base import Store, Wanted
+from ckptmgr.store.mirrored import from_either
 from ckptmgr.types import PAGE_BYTES
 
 LANES = 3
@@ -141,28 +144,29 @@ async def _bring(store: Store, batch: list[Read], target: memoryview, room: memo
             stored = raw if plain else room[at : at + chunk.stored_bytes]
             at += 0 if plain else chunk.stored_bytes
             parts.append(_Part(read, stored, raw))
-        await _get(store, parts)
-        await in_thread(_finish, parts, target)
-
-
-async def _get(store: Store, parts: list[_Part]) -> None:
-    """Read the stored bytes of all parts."""
-    try:
-        await store.get_many([part.wanted for part in parts])
-        return
-    except StoreUnreachableError:
-        raise
-    except StoreError:
-        pass  # of one object, and which one is told by reading one after the other
-    for part in parts:
         try:
-            await store.get(part.read.key, part.read.chunk.pack_offset, into=part.stored)
-        except ObjectNotFoundError as error:
-            raise MissingObjectError("is gone", subject=part.read.key) from error
+            await store.get_many([part.wanted for part in parts])
+            await in_thread(_finish, parts, target)
         except StoreUnreachableError:
             raise
-        except StoreError as error:
-            raise ChunkDamagedError(error.message, subject=part.read.key) from error
+        except (StoreError, DamageError):
+            # Of one object: which it is, and whether a mirror has it whole, tells one after the
+            # other.
+            for part in parts:
+                await from_either(store, part.read.key, partial(_bring_one, part, target))
+
+
+async def _bring_one(part: _Part, target: memoryview, store: Store) -> None:
+    """Bring one chunk from one store."""
+    try:
+        await store.get(part.read.key, part.read.chunk.pack_offset, into=part.stored)
+    except ObjectNotFoundError as error:
+        raise MissingObjectError("is gone", subject=part.read.key) from error
+    except StoreUnreachableError:
+        raise
+    except StoreError as error:
+        raise ChunkDamagedError(error.message, subject=part.read.key) from error
+    await in_thread(_finish, [part], target)
 
 
 def _finish(parts: list[_Part], target: memoryview) -> None:

@@ -89,7 +89,7 @@ async def _verify(store: Store, key: str) -> list[Damage]:
             check_pack_header(key, await store.get(key, 0, PAGE_BYTES))
             return []
         record = await read_record(store, key)
-        _check(key, record)
+        check_record(key, record)
         return await verify_end(store, key, len(record))
     except StoreUnreachableError:
         raise
@@ -99,7 +99,12 @@ async def _verify(store: Store, key: str) -> list[Damage]:
         return [Damage(key, 0, error.message)]
 
 
-def _check(key: str, record: memoryview) -> None:
+def check_record(key: str, record: memoryview) -> None:
+    """Refuse a record that is not what its key says.
+
+    Raises:
+        DamageError: it does not hold.
+    """
     parts = key.split("/")
     if parts[0] == "man":
         read_manifest(StepId(int(parts[1]), int(parts[2])), int(parts[3]), record)

@@ -162,7 +162,8 @@ class Job:
             found = [] if held is None else [self._snapshot(rank, held) for rank in host.ranks]
             for snapshot in found:
                 assert await standing_of(host.door, snapshot) is Standing.OURS
-            await publish_have(host.door, attempt, f"host-{number:06d}-0123abcd", found)
+            held_here = [(s.attempt, s.step, s.rank) for s in found]
+            await publish_have(host.door, attempt, f"host-{number:06d}-0123abcd", held_here)
 
         await asyncio.gather(*(join(*one) for one in enumerate(self.hosts)))
         asked = [await_resume(h.door, attempt, 0) for h in self.hosts for r in h.ranks if r]

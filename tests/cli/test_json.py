@@ -76,6 +76,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, li
 
     try:
         daemon_side(runtime, place, note)
+        spool_side(runtime, place, note)
         ranks_side(runtime, place, note)
         store_side(make_store(place, runtime), place, note)
         yield found
@@ -88,28 +89,48 @@ def daemon_side(runtime: Path, place: Path, note: Any) -> None:
     rig = Rig(place / "rig")
     with Daemon(runtime, environment=rig.environment()):
         note("status")
-        with Rank(runtime, rig.url) as rank:
+    with Daemon(runtime, environment=rig.environment()), Rank(runtime, rig.url) as rank:
+        note("status")
+        rank.save(1)
+        assert rank.wait(1).outcome == Outcome.COMMITTED
+        rig.obey(("put_new", "data/", "full"))
+        rank.save(2)
+        until(lambda: rig.asked("put_new", "data/00000001/000000000002"), "it is tried")
+        note("status")
+        note("drain", "--timeout=0.1", status=1)
+        rig.obey(("put_new", "data/", "hold"))
+        until(lambda: note("status")["jobs"][0]["buffers"][0]["writing"], "it is written")
+        rig.obey()
+        note("drain")
+        (runtime / "host2").mkdir(mode=0o700)
+        with Daemon(runtime / "host2", environment=rig.environment()):
+            with Rank(runtime / "host2", rig.url) as newer:
+                newer.save(1)
+                assert newer.wait(1).outcome == Outcome.COMMITTED
+            rank.save(3)
+            assert rank.wait(3).outcome == Outcome.ABORTED
             note("status")
-            rank.save(1)
-            assert rank.wait(1).outcome == Outcome.COMMITTED
-            rig.obey(("put_new", "data/", "full"))
-            rank.save(2)
-            until(lambda: rig.asked("put_new", "data/00000001/000000000002"), "it is tried")
-            note("status")
-            note("drain", "--timeout=0.1", status=1)
-            rig.obey(("put_new", "data/", "hold"))
-            until(lambda: note("status")["jobs"][0]["buffers"][0]["writing"], "it is written")
-            rig.obey()
-            note("drain")
-            (runtime / "host2").mkdir(mode=0o700)
-            with Daemon(runtime / "host2", environment=rig.environment()):
-                with Rank(runtime / "host2", rig.url) as newer:
-                    newer.save(1)
-                    assert newer.wait(1).outcome == Outcome.COMMITTED
-                rank.save(3)
-                assert rank.wait(3).outcome == Outcome.ABORTED
-                note("status")
-                note("drain", status=6)
+            note("drain", status=6)
+
+
+def spool_side(runtime: Path, place: Path, note: Any) -> None:
+    """An outage of the store, while the daemon has a spool and a mirror."""
+    (place / "spooled").mkdir()
+    rig = Rig(place / "spooled")
+    given = ["--spool", place / "spool", "--spool-max-gib=1", "--mirror", place / "mirror"]
+    environment = rig.environment(CKPTMGR_SPOOL_SECONDS="0.3")
+    with (
+        Daemon(runtime, *map(str, given), environment=environment),
+        Rank(runtime, rig.url) as rank,
+    ):
+        rank.save(1)
+        assert rank.wait(1).outcome == Outcome.COMMITTED
+        rig.obey(("put_new", "data/", "dead"))
+        rank.save(2)
+        until(lambda: note("status")["jobs"][-1]["spool"]["parts"], "it is spooled")
+        note("show", rig.file_url, "1")
+        rig.obey()
+        assert rank.wait(2).outcome == Outcome.COMMITTED
 
 
 def ranks_side(runtime: Path, place: Path, note: Any) -> None:

@@ -7,10 +7,9 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable, Mapping
 from functools import cache
-from typing import Any
 
 from ckptmgr.daemon.committer import Committer, Watch
-from ckptmgr.daemon.pipeline import Source, _adopt_manifest
+from ckptmgr.daemon.pipeline import adopt_manifest
 from ckptmgr.daemon.resume import (
     Standing,
     candidates,
@@ -105,7 +104,7 @@ class Job:
         self.attempt, self.nonce = await claim_attempt(self.store, self.world, "")
         held = self.inner.ledger.sealed
         for rank in range(self.world):
-            found = [_snapshot(sealed, rank, self.world) for sealed in held]
+            found = [(sealed.attempt, sealed.step, rank) for sealed in held]
             await publish_have(self.store, self.attempt, f"host{rank}", found)
         decided = {await self._choose() for _ in range(self.world)}
         if len(decided) > 1:
@@ -175,8 +174,7 @@ class Job:
         if await standing_of(self.store, snapshot) is not Standing.OURS:
             raise ViolatedError(f"the claim of {sealed} is not there")
         await put_active(self.store, sealed.attempt, sealed.nonce)
-        source: Any = Source(None, snapshot, self.store, "")  # type: ignore[arg-type]
-        if await _adopt_manifest(source) is not None:
+        if await adopt_manifest(self.store, sealed.id, rank, sealed.nonce) is not None:
             return
         key = keys.new_pack(sealed.id, rank)
         pack = pack_of(key, sealed.id, rank, sealed.nonce)

@@ -126,7 +126,7 @@ def test_a_claim_whose_answer_is_lost_is_not_used_by_two() -> None:
 def test_what_memory_holds_is_published_once() -> None:
     async def main() -> None:
         store = memory_store()
-        await publish_have(store, 1, host_name(), [snapshot(1, 5), snapshot(1, 6)])
+        await publish_have(store, 1, host_name(), [(1, 5, 0), (1, 6, 0)])
         await publish_have(store, 1, host_name(), [])
         (key,) = await store.list("attempts/")
         have = await get_record(store, Kind.HAVE, key, Have)

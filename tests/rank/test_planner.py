@@ -15,7 +15,7 @@ import pytest
 import torch.distributed as dist
 from registers import MemberOf, MemoryRegisters
 
-from ckptmgr.rank import schedule
+from ckptmgr.rank import courier, schedule
 from ckptmgr.rank.courier import BLOCK_WINDOWS, Courier
 from ckptmgr.rank.handle import Stats
 from ckptmgr.rank.pace import Look
@@ -70,7 +70,9 @@ class Rank:
         every: Every,
         slots: int = 2,
         clock: Callable[[], float] = time.monotonic,
+        spools: bool = False,
     ) -> None:
+        self.spools = spools
         self.told: list[str] = []
         self.slots: list[Snapshot | None] = [None] * slots
         self.taken: list[int] = []
@@ -78,12 +80,20 @@ class Rank:
         self.stats = Stats()
         self._commits = commits
         self._generation = 0
-        courier = Courier(MemberOf(rank, world, registers), lambda: 0, self.told.append)
-        self.planner = Planner(rank, every, slots, ATTEMPT, courier, self.stats, clock)
+        plans = Courier(MemberOf(rank, world, registers), lambda: 0, self.told.append, self.spooled)
+        self.planner = Planner(rank, every, slots, ATTEMPT, plans, self.stats, clock)
 
     def look(self) -> Look:
         held = [one for one in self.slots if one is not None]
-        return Look([(one, self._commits.outcome(one.step)) for one in held], None, 0)
+        return Look([(one, self.outcome(one.step)) for one in held], None, 0)
+
+    def outcome(self, step: int) -> Outcome:
+        found = self._commits.outcome(step)
+        return Outcome.SPOOLED if self.spools and not found.decided else found
+
+    def spooled(self) -> list[int]:
+        held = [one.step for one in self.slots if one is not None]
+        return [step for step in held if self.outcome(step) is Outcome.SPOOLED]
 
     def step(self, step: int) -> None:
         before = time.monotonic()
@@ -356,3 +366,32 @@ def test_records_that_all_have_read_are_removed() -> None:
     run(ranks, train)
     assert "window/1" not in registers.records
     assert f"window/{3 * BLOCK_WINDOWS - 1}" in registers.records
+
+
+def test_a_store_that_decides_nothing_holds_nobody_up_once_all_parts_are_spooled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And while one rank has a part in its slot only, that slot is left alone."""
+    monkeypatch.setattr(courier, "COUNT_SECONDS", 0.01)
+    world = 3
+    registers, commits = MemoryRegisters(), Commits(world, lambda: 3600.0)
+    ranks = [
+        Rank(number, world, registers, commits, every=Every(steps=5), spools=number != 2)
+        for number in range(world)
+    ]
+    met = threading.Barrier(world)
+
+    def train(number: int, rank: Rank) -> None:
+        for step in range(1, 301):
+            time.sleep(0.002)
+            if number == 2 and step == 150:
+                assert rank.taken == [5], "its only copy was in the way of nothing"
+                rank.spools = True
+            rank.step(step)
+            if step % 10 == 0:
+                met.wait(JOIN_SECONDS)
+
+    run(ranks, train)
+    assert all(rank.taken == ranks[0].taken for rank in ranks)
+    assert len(ranks[0].taken) > 3
+    assert ranks[0].stats.superseded == 0

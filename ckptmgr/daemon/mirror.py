@@ -1,0 +1,184 @@
+"""The mirror: a second store that follows the commits of the first one, in the background.
+
+It is a store by itself: a step is put there as everywhere, its register last. A step is given up
+there only after everything that stands in the first store has come.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+from ckptmgr.config import RETRY_SECONDS_MAX, RETRY_SECONDS_MIN
+from ckptmgr.daemon.log import event, warning
+from ckptmgr.daemon.retain import _delete_retired, _drop_dead_holds
+from ckptmgr.errors import (
+    CkptmgrError,
+    DamageError,
+    ObjectNotFoundError,
+    RegisterConflictError,
+)
+from ckptmgr.repository import keys
+from ckptmgr.repository.budget import BufferPool
+from ckptmgr.repository.catalog import Catalog, decided_steps, is_retired
+from ckptmgr.repository.commit import Decision, check_format, read_record
+from ckptmgr.repository.lanes import in_lanes
+from ckptmgr.restore.copying import copy_packs, put_manifest
+from ckptmgr.restore.records import check_record
+from ckptmgr.store.base import PutResult, Store
+from ckptmgr.types import StepId
+
+if TYPE_CHECKING:
+    from ckptmgr.daemon.job import Job
+
+_RECORDS_AT_ONCE = 8
+
+
+class Mirror:
+    """One job's copy. `run` ends only by cancellation; what fails is tried again, and delays
+    nothing else.
+    """
+
+    def __init__(self, job: Job, store: Store, pool: BufferPool) -> None:
+        self._job = job
+        self._first = job.store
+        self._store = store
+        self._pool = pool
+        self._wake = asyncio.Event()
+        self._wake.set()
+        self._behind = 0
+        self._last_failure = ""
+        self.reads = 0
+
+    def soon(self) -> None:
+        """Something was committed or given up."""
+        self._wake.set()
+
+    def read(self, key: str, why: str) -> None:
+        """An object had to be read from here."""
+        self.reads += 1
+        self._job.metrics.mirror_reads.labels(self._job.label).inc()
+        warning("mirror_read", job=self._job.label, key=key, why=why)
+
+    def state(self) -> dict[str, Any]:
+        """What `status` says of it."""
+        return {
+            "url": self._store.url,
+            "behind": self._behind,
+            "reads": self.reads,
+            "last_failure": self._last_failure,
+        }
+
+    async def run(self) -> None:
+        """Follow the first store."""
+        pause = RETRY_SECONDS_MIN
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            try:
+                await self._follow()
+                pause, self._last_failure = RETRY_SECONDS_MIN, ""
+            except CkptmgrError as error:
+                self._last_failure = str(error)
+                warning("mirror_failed", job=self._job.label, why=str(error), retry_in=pause)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, RETRY_SECONDS_MAX)
+                self._wake.set()
+
+    async def _follow(self) -> None:
+        """Bring the mirror up to what the first store holds now.
+
+        Raises:
+            RegisterConflictError: the mirror holds another incarnation of the job.
+            StoreError: one of the stores failed.
+        """
+        if not await check_format(self._first, create=False):
+            return
+        await self._check_same_job()
+        await check_format(self._store, create=True)
+        await _drop_dead_holds(self._store)
+        attempts = await self._first.list("attempts/")
+        await self._copy_records([k for k in attempts if k.endswith(("/claim", "/active"))])
+        decided, retired = await decided_steps(self._first)
+        there, gone = await decided_steps(self._store)
+        # The mark before the register: what is not there must never look as if it stood.
+        ended = sorted((decided & retired) - there)
+        await self._copy_records([keys.retired(step) for step in ended])
+        await self._copy_records([keys.commit(step) for step in ended])
+        missing = sorted(decided - retired - there, reverse=True)
+        self._tell_behind(len(missing))
+        left = 0
+        for step in missing:
+            left += not await self._bring(step)
+            self._tell_behind(self._behind - 1)
+        self._tell_behind(left)
+        if not left:
+            for step in sorted((there & retired) - gone):
+                await self._retire(step)
+
+    def _tell_behind(self, steps: int) -> None:
+        self._behind = steps
+        self._job.metrics.mirror_behind.labels(self._job.label).set(steps)
+
+    async def _check_same_job(self) -> None:
+        """The newest attempt of the mirror is one of the first store's."""
+        attempts = [keys.parse_attempt(key) for key in await self._store.list("attempts/")]
+        newest = max((attempt for attempt in attempts if attempt is not None), default=None)
+        if newest is None:
+            return
+        key = keys.claim(newest)
+        with contextlib.suppress(ObjectNotFoundError):
+            if await read_record(self._store, key) == await read_record(self._first, key):
+                return
+        raise RegisterConflictError(
+            "the mirror holds another incarnation of this job",
+            subject=self._store.url,
+            hint="Empty that place, or give the daemon another mirror.",
+        )
+
+    async def _copy_records(self, found: list[str]) -> None:
+        await in_lanes(self._copy_record, found, _RECORDS_AT_ONCE)
+
+    async def _copy_record(self, key: str) -> None:
+        """One small object; one that is gone or damaged in the first store is left out."""
+        with contextlib.suppress(ObjectNotFoundError):
+            await self._store.get(key, length=0)
+            return
+        try:
+            record = await read_record(self._first, key)
+            check_record(key, record)
+        except (ObjectNotFoundError, DamageError):
+            return
+        if await self._store.put_new(key, [record]) is PutResult.CONFLICT:
+            await self._store.make_durable(key)
+
+    async def _bring(self, step: StepId) -> bool:
+        """One step; False if it does not hold in the first store and stands there all the same."""
+        try:
+            decision = await self._job.catalog.decision(step)
+            if decision.committed:
+                await self._copy_step(decision)
+        except (DamageError, ObjectNotFoundError) as error:
+            if await is_retired(self._first, step):
+                return True
+            warning("mirror_skipped", job=self._job.label, step=str(step), why=str(error))
+            return False
+        await self._copy_records([keys.commit(step), keys.tags(step)])
+        if decision.committed:
+            self._job.metrics.mirrored.labels(self._job.label).inc()
+            event("mirrored", job=self._job.label, step=str(step), bytes=decision.stored_bytes)
+        return True
+
+    async def _copy_step(self, decision: Decision) -> None:
+        for rank in range(decision.world):
+            sealed = await self._job.catalog.manifest(decision, rank)
+            await copy_packs(self._first, self._store, sealed.manifest, self._pool)
+            if not await put_manifest(self._store, sealed):
+                await Catalog(self._store).manifest(decision, rank)
+                await self._store.make_durable(sealed.key)
+
+    async def _retire(self, step: StepId) -> None:
+        await self._copy_record(keys.retired(step))
+        if await is_retired(self._store, step):
+            await _delete_retired(self._store, step)

@@ -1,0 +1,240 @@
+"""Reading a store that has a mirror: what the first one does not give is read from the second."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from hashlib import blake2b
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+from ckptmgr.config import STORE_TIMEOUT_SECONDS
+from ckptmgr.errors import (
+    DamageError,
+    ObjectNotFoundError,
+    StoreError,
+    StoreFullError,
+    StorePermissionError,
+    StoreUnreachableError,
+)
+from ckptmgr.store.base import Buffers, PutResult, Store, Wanted
+from ckptmgr.store.registry import normalise_url, open_store
+from ckptmgr.store.retry import RetryingStore
+
+AGAIN_SECONDS = 30.0
+"""How long a store that did not answer is not asked again: each of its deadlines is minutes."""
+
+_HEALED = ("data/", "man/", "commit/")
+"""What the mirror is asked for where the first store answers that it is not there. Everything else
+may be missing by right, and only the first store knows."""
+
+T = TypeVar("T")
+
+
+def place_of(mirror: str, url: str) -> str:
+    """The URL of a job's copy below a mirror: its scheme, its host and its path.
+
+    Raises:
+        UsageError: one of them is not a URL.
+    """
+    mirror, parts = normalise_url(mirror), urlsplit(normalise_url(url))
+    path = "/".join(filter(None, (parts.netloc, parts.path.strip("/"))))
+    if parts.query:
+        path += f"-{blake2b(parts.query.encode(), digest_size=4).hexdigest()}"
+    base, question, query = mirror.partition("?")
+    return f"{base}/{parts.scheme}/{path}{question}{query}"
+
+
+def open_for_reading(
+    url: str, mirror: str, tell: Callable[[str, str], None], landmark: str, *, objects: bool
+) -> Store:
+    """The store at `url`, behind it its place below `mirror` if there is one.
+
+    Raises:
+        UsageError: one of them names no store.
+    """
+    if not mirror:
+        return RetryingStore(open_store(url), landmark=landmark)
+
+    def patient(place: str) -> Store:
+        """Where there is another place to read from, one deadline is patience enough."""
+        inner, seconds = open_store(place), STORE_TIMEOUT_SECONDS
+        return RetryingStore(inner, deadline_seconds=seconds, landmark=landmark)
+
+    copy = patient(place_of(mirror, url))
+    return MirroredStore(patient(url), copy, tell, landmark, objects=objects)
+
+
+class MirroredStore(Store):
+    """For readers: `first`, and where that fails its copy `mirror`. The puts of readers are holds,
+    which go where is read. `tell` hears of each object that came from the mirror, and why.
+
+    All of the mirror stands in for a first store that does not answer, or that has lost even
+    `landmark`. With `objects`, single objects do, too.
+    """
+
+    def __init__(
+        self,
+        first: Store,
+        mirror: Store,
+        tell: Callable[[str, str], None],
+        landmark: str,
+        *,
+        objects: bool = True,
+    ) -> None:
+        self.durable_on_return = first.durable_on_return and mirror.durable_on_return
+        self.visibility_lag_seconds = max(
+            first.visibility_lag_seconds, mirror.visibility_lag_seconds
+        )
+        self.exclusive = first.exclusive
+        self.first, self.mirror = first, mirror
+        self._tell = tell
+        self._landmark = landmark
+        self._objects = objects
+        self._again_at = {first: 0.0, mirror: 0.0}
+        self._known = False
+
+    @property
+    def url(self) -> str:
+        """As `Store.url`, of the first."""
+        return self.first.url
+
+    def healed(self, key: str, why: str) -> None:
+        """An object was read from the mirror."""
+        self._tell(key, why)
+
+    @property
+    def heals(self) -> bool:
+        """Whether single objects are read from the mirror now."""
+        return self._objects and self._answers(self.mirror)
+
+    def _answers(self, store: Store) -> bool:
+        return time.monotonic() >= self._again_at[store]
+
+    def _silent(self, store: Store) -> None:
+        self._again_at[store] = time.monotonic() + AGAIN_SECONDS
+
+    async def _stands(self) -> bool:
+        """Whether the first store is to be asked: it answers, and is one."""
+        if not self._answers(self.first):
+            return False
+        if self._known:
+            return True
+        try:
+            await self.first.get(self._landmark, length=0)
+            self._known = True
+        except StoreUnreachableError as error:
+            self._silent(self.first)
+            self._tell(self.first.url, error.message)
+        except ObjectNotFoundError:
+            try:
+                await self.mirror.get(self._landmark, length=0)
+            except StoreError:
+                return True  # neither is a store yet
+            self._silent(self.first)
+            self._tell(self.first.url, "is not a store any more")
+        return self._answers(self.first)
+
+    async def get(
+        self,
+        key: str,
+        offset: int = 0,
+        length: int | None = None,
+        into: memoryview | None = None,
+    ) -> memoryview:
+        """As `Store.get`, of whichever has the object."""
+        if not await self._stands():
+            return await self.mirror.get(key, offset, length, into)
+        try:
+            return await self.first.get(key, offset, length, into)
+        except StoreUnreachableError as error:
+            self._silent(self.first)
+            return await self._from_mirror(error, key, offset, length, into)
+        except StoreError as error:
+            if not (self._objects and key.startswith(_HEALED)):
+                raise
+            return await self._from_mirror(error, key, offset, length, into)
+
+    async def get_many(self, wanted: Sequence[Wanted]) -> None:
+        """As `Store.get_many`: all from the first, or each from whichever has it."""
+        if await self._stands():
+            with contextlib.suppress(StoreError):
+                await self.first.get_many(wanted)
+                return
+        await super().get_many(wanted)
+
+    async def _from_mirror(
+        self,
+        error: StoreError,
+        key: str,
+        offset: int,
+        length: int | None,
+        into: memoryview | None,
+    ) -> memoryview:
+        if not self._answers(self.mirror):
+            raise error
+        try:
+            found = await self.mirror.get(key, offset, length, into)
+        except StoreUnreachableError:
+            self._silent(self.mirror)
+            raise error from None
+        except StoreError:
+            raise error from None
+        self._tell(key, error.message)
+        return found
+
+    async def list(self, prefix: str) -> list[str]:
+        """As `Store.list`: what the first tells is the truth wherever it tells anything."""
+        if await self._stands():
+            try:
+                return await self.first.list(prefix)
+            except StoreUnreachableError as error:
+                self._silent(self.first)
+                self._tell(self.first.url, error.message)
+        return await self.mirror.list(prefix)
+
+    async def put_new(self, key: str, buffers: Buffers) -> PutResult:
+        """As `Store.put_new`, where is read."""
+        if await self._stands():
+            try:
+                return await self.first.put_new(key, buffers)
+            except (StoreFullError, StorePermissionError):
+                raise
+            except StoreUnreachableError:
+                self._silent(self.first)
+        return await self.mirror.put_new(key, buffers)
+
+    async def delete(self, key: str) -> None:
+        """As `Store.delete`, where is read."""
+        await (self.first if await self._stands() else self.mirror).delete(key)
+
+    async def make_durable(self, key: str) -> None:
+        """As `Store.make_durable`, where is read."""
+        await (self.first if await self._stands() else self.mirror).make_durable(key)
+
+    async def aclose(self) -> None:
+        """As `Store.aclose`, of both."""
+        try:
+            await self.first.aclose()
+        finally:
+            await self.mirror.aclose()
+
+
+async def from_either(store: Store, key: str, read: Callable[[Store], Awaitable[T]]) -> T:
+    """What `read` makes of an object, or of its copy where the first one is damaged.
+
+    Raises:
+        DamageError: neither holds; it tells of the first.
+    """
+    try:
+        return await read(store)
+    except DamageError as error:
+        if not (isinstance(store, MirroredStore) and store.heals):
+            raise
+        try:
+            found = await read(store.mirror)
+        except (StoreError, DamageError):
+            raise error from None
+        store.healed(key, error.message)
+        return found

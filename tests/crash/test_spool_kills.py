@@ -1,0 +1,108 @@
+"""kill -9 of daemons while snapshots are spooled and drained, through outages of the store."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from ckptmgr.repository.catalog import Catalog
+from ckptmgr.restore.check import restore_files
+from ckptmgr.store.registry import open_store
+from ckptmgr.types import Outcome
+from crash.content import fault_in
+from driven import Daemon, Rank, until
+from processes import end_processes_of
+from rigged import Rig
+from scale import scaled
+
+pytestmark = [pytest.mark.kill, pytest.mark.reliability]
+
+MIB = 1
+
+
+@pytest.fixture
+def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rig:
+    found = Rig(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", found.python_path)
+    monkeypatch.setenv("CKPTMGR_SPOOL", str(tmp_path / "spool"))
+    monkeypatch.setenv("CKPTMGR_SPOOL_SECONDS", "0.3")
+    return found
+
+
+def parents(url: str, directory: Path) -> list[tuple[str, str]]:
+    """Commits and the commit before each, oldest first; every bit of each is compared."""
+
+    async def read() -> list[tuple[str, str]]:
+        store = open_store(url)
+        catalog = Catalog(store)
+        found = []
+        async for decision in catalog.committed():
+            out = directory / f"out-{decision.id}"
+            out.mkdir()
+            await restore_files(catalog, str(decision.id), "safetensors", out, lambda _: None)
+            blob = (out / "state.safetensors").read_bytes()
+            body = blob[8 + int.from_bytes(blob[:8], "little") :]
+            assert not fault_in(body, decision.attempt, decision.step, MIB << 20)
+            shutil.rmtree(out)
+            found.append((str(decision.id), "{}.{}".format(*decision.parent)))
+        await store.aclose()
+        return found[::-1]
+
+    return asyncio.run(read())
+
+
+def parts(tmp_path: Path) -> int:
+    return sum(path.is_file() for path in (tmp_path / "spool").glob("*/man/**/*"))
+
+
+def test_all_snapshots_of_an_outage_arrive_in_order(
+    runtime: Path, rig: Rig, tmp_path: Path
+) -> None:
+    """Without host memory in the end, and with a daemon that is killed among them."""
+    last = 1 + scaled(16, 50)
+    with Rank(runtime, rig.url, keep=100, mib=MIB) as rank:
+        rank.save(1)
+        assert rank.wait(1).outcome == Outcome.COMMITTED
+        rig.obey(("*", "", "dead"))
+        for step in range(2, last + 1):
+            rank.save(step)
+            if step % 10 == 0:
+                end_processes_of(runtime)
+        until(lambda: parts(tmp_path) == last - 1, "all are in the spool")
+    end_processes_of(runtime)
+    for path in (runtime / "buffers").iterdir():
+        path.unlink()
+    rig.obey()
+    with Daemon(runtime) as daemon:
+        daemon.await_event("drained_step", 5)
+        daemon.end(signal.SIGKILL)
+    with Daemon(runtime):
+        until(lambda: parts(tmp_path) == 0, "the spool is empty")
+        with Rank(runtime, rig.url, mib=MIB) as rank:
+            assert rank.restore().step == last
+    found = parents(rig.file_url, tmp_path)
+    assert found == [(f"1.{s}", f"1.{s - 1}" if s > 1 else "0.0") for s in range(1, last + 1)]
+
+
+def test_no_kill_loses_anything_that_was_spooled(runtime: Path, rig: Rig, tmp_path: Path) -> None:
+    chance = random.Random(scaled(1, random.randrange(1 << 30)))
+    expected = []
+    kills = scaled(6, 400)
+    with Rank(runtime, rig.url, keep=10_000, mib=MIB) as rank:
+        for step in range(1, kills + 1):
+            rig.obey(*[("*", "", "dead")] * (chance.random() < 0.6))
+            rank.save(step)
+            expected.append(f"1.{step}")
+            time.sleep(chance.uniform(0, 0.4))
+            end_processes_of(runtime)
+        rig.obey()
+        assert rank.wait(kills).outcome == Outcome.COMMITTED
+        until(lambda: parts(tmp_path) == 0, "the spool is empty")
+    found = parents(rig.file_url, tmp_path)
+    assert [step for step, _ in found] == expected
