@@ -29,7 +29,7 @@ COPIES = 2
 EMPTY = b"MFSM NEW"
 """The metadata of a master that has none yet."""
 
-READY_SECONDS_MAX = 60.0
+READY_SECONDS_MAX = 180.0
 
 
 @dataclass
