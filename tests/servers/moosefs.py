@@ -44,8 +44,10 @@ class Server:
     def start(self) -> None:
         """Start it, for the first time or again."""
         with self.log.open("ab") as log:
+            # Killed with this process, however that ends.
+            command = ["setpriv", "--pdeathsig", "KILL", *self.host.command(*self.command)]
             self.process = subprocess.Popen(
-                self.host.command(*self.command), stdout=log, stderr=log, stdin=subprocess.DEVNULL
+                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL
             )
 
     def kill(self) -> None:
@@ -85,7 +87,7 @@ class Cluster:
 
 def needs_moosefs() -> None:
     """Skip the calling test, with the reason, where MooseFS can not run."""
-    needs_network()
+    needs_network("setpriv")
     missing = [tool for tool in ("mfsmaster", "mfschunkserver", "mfsmount") if not _find(tool)]
     missing += [path for path in ("/dev/fuse",) if not os.path.exists(path)]
     if missing:

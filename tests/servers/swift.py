@@ -111,8 +111,12 @@ class Node:
     def revive(self) -> None:
         """Start its servers, on what the disk holds."""
         with self.log.open("ab") as log:
+            # Killed with this process, however that ends.
+            prefix = ["setpriv", "--pdeathsig", "KILL"]
             self.processes = [
-                subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+                subprocess.Popen(
+                    [*prefix, *command], stdout=log, stderr=log, stdin=subprocess.DEVNULL
+                )
                 for command in self.commands
             ]
 
@@ -172,7 +176,9 @@ def swift(place: Path) -> Iterator[Swift]:
     common = {"etc": etc, "user": os.environ.get("USER", "root")}
     ports = {kind: [_free_port(_address(n)) for n in range(NODES)] for kind in KINDS}
     _make_rings(etc, ports)
-    nodes = [_node(place, n, {kind: ports[kind][n] for kind in KINDS}, common) for n in range(NODES)]
+    nodes = [
+        _node(place, n, {kind: ports[kind][n] for kind in KINDS}, common) for n in range(NODES)
+    ]
     port = _free_port("127.0.0.1")
     (etc / "proxy.conf").write_text(
         PROXY.format(port=port, forgiven=FORGIVEN_SECONDS, password=ACCOUNT_PASSWORD, **common)

@@ -1,4 +1,4 @@
-"""Child of swift.py: writes the rings of a cluster, and exits. Usage: swift_rings.py DIRECTORY PORTS
+"""Child of swift.py: writes the rings of a cluster. Usage: swift_rings.py DIRECTORY PORTS
 
 A process of its own, because importing Swift changes logging and threads of whoever does it. PORTS
 is JSON: the name of a ring to one [address, port, device] for each node.
