@@ -77,7 +77,8 @@ class DaemonSettings:
     """What the operator of a daemon may set; `from_env` reads CKPTMGR_* variables.
 
     Units are in the names. `metrics_port` 0 takes any free port (see `ckptmgr status`), a
-    negative one switches the metrics endpoint off.
+    negative one switches the metrics endpoint off. `single_decider` leaves all decisions to the
+    daemon of rank 0, on a store whose exclusion is not to be trusted, whatever a race shows.
     """
 
     runtime_dir: Path
@@ -87,6 +88,7 @@ class DaemonSettings:
     metrics_port: int = 0
     memory_seconds: float = MEMORY_SECONDS
     stuck_seconds: float = STUCK_SECONDS
+    single_decider: bool = False
 
     @classmethod
     def from_env(cls, *, auto: bool) -> DaemonSettings:
@@ -101,6 +103,7 @@ class DaemonSettings:
             metrics_port=int(_env_float("CKPTMGR_METRICS_PORT", 0)),
             memory_seconds=_env_float("CKPTMGR_MEMORY_SECONDS", MEMORY_SECONDS),
             stuck_seconds=_env_float("CKPTMGR_STUCK_SECONDS", STUCK_SECONDS),
+            single_decider=bool(_env_float("CKPTMGR_SINGLE_DECIDER", 0)),
         )
 
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -229,6 +229,18 @@ class Rank:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def ranks(url: str, *places: Path) -> Iterator[list[Rank]]:
+    """A rank at each place, all of one new attempt."""
+    with contextlib.ExitStack() as stack:
+        world = len(places)
+        found = [stack.enter_context(Rank(places[0], url, world=world))]
+        for number, place in enumerate(places[1:], start=1):
+            rank = Rank(place, url, rank=number, world=world, first=found[0])
+            found.append(stack.enter_context(rank))
+        yield found
 
 
 def check_slot(buffer: HostBuffer, reply: Came) -> None:

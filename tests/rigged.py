@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import secrets
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -88,6 +89,32 @@ class RiggedStore(Store):
         return await work()
 
 
+class SloppyStore(RiggedStore):
+    """Create-exclusive without exclusion, as OpenStack Swift has it: whoever does not see the key
+    when it looks puts its own, and the last one stays.
+    """
+
+    exclusive = None
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url.replace("sloppy://", "rigged://"))
+        self._url = url
+
+    async def put_new(self, key: str, buffers: Buffers) -> PutResult:
+        return await self._obey("put_new", key, lambda: self._put(key, buffers))
+
+    async def _put(self, key: str, buffers: Buffers) -> PutResult:
+        path = self._path / key
+        if path.exists():
+            return PutResult.CONFLICT
+        await asyncio.sleep(LOOK_SECONDS)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{secrets.token_hex(8)}")
+        temporary.write_bytes(b"".join(buffers))
+        temporary.replace(path)
+        return PutResult.OK
+
+
 def log(store: Path, line: str) -> None:
     fd = os.open(f"{store}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.write(fd, line.encode() + b"\n")
@@ -112,12 +139,14 @@ class Rig:
     def __init__(self, directory: Path) -> None:
         self.path = directory / "store"
         self.url = f"rigged://{self.path}"
+        self.sloppy_url = f"sloppy://{self.path}"
         self.file_url = f"file://{self.path}"
         self._site = directory / "site"
         info = self._site / "rigged-1.0.dist-info"
         info.mkdir(parents=True)
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: rigged\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text("[ckptmgr.stores]\nrigged = rigged:RiggedStore\n")
+        stores = "rigged = rigged:RiggedStore\nsloppy = rigged:SloppyStore\n"
+        (info / "entry_points.txt").write_text(f"[ckptmgr.stores]\n{stores}")
 
     @property
     def python_path(self) -> str:

@@ -21,13 +21,21 @@ from ckptmgr.repository.budget import in_thread
 from ckptmgr.repository.catalog import Catalog, exists
 from ckptmgr.repository.commit import (
     Decision,
+    abort_of,
     abort_step,
     commit_step,
     put_witness,
     read_record,
 )
+from ckptmgr.repository.lanes import in_lanes
 from ckptmgr.repository.manifest import SealedManifest, read_manifest, uncovered
-from ckptmgr.repository.rules import TURN_SECONDS, goes_first, missing_ranks, turn
+from ckptmgr.repository.rules import (
+    TURN_SECONDS,
+    goes_first,
+    may_decide,
+    missing_ranks,
+    turn,
+)
 from ckptmgr.types import StepId
 
 LOOK_SECONDS_MIN, LOOK_SECONDS_MAX = 0.01, 1.0
@@ -140,7 +148,7 @@ class Committer:
         """Before it is told: after that the user may move the store, or end the machine."""
         if self._parents.get(watch.nonce, decision.id) <= decision.id:
             self._parents = {watch.nonce: decision.id}
-        if goes_first(watch.id.step, watch.world, watch.manifests):
+        if goes_first(watch.id.step, watch.world, watch.manifests, self._store.exclusive):
             await self._witness(decision)
         self._tell(decision)
 
@@ -166,7 +174,7 @@ class Committer:
                 return None
         present = await self._present(watch)
         missing = missing_ranks(watch.world, watch.nonce, dict.fromkeys(present, watch.nonce))
-        if missing:
+        if missing or not self._decides(watch):
             return await self._wait_or_give_up(watch, present, missing)
         manifests = await self._all_manifests(watch)
         if watch.world > 1:
@@ -175,6 +183,9 @@ class Committer:
                 return await abort_step(self._store, step, gap)
         parent = self._parents.get(watch.nonce) or await parent_of(self._catalog, step)
         return await commit_step(self._store, manifests, parent)
+
+    def _decides(self, watch: Watch) -> bool:
+        return may_decide(self._store.exclusive, watch.manifests)
 
     async def _registered(self, step: StepId) -> Decision | None:
         try:
@@ -198,24 +209,40 @@ class Committer:
         """Ranks whose manifest is in the store. Their nonces are looked at when all are there."""
         if len(watch.manifests) == watch.world:
             return tuple(range(watch.world))
-        found = (keys.parse_rank(key) for key in await self._store.list(keys.manifests(watch.id)))
+        found = {keys.parse_rank(key) for key in await self._store.list(keys.manifests(watch.id))}
         watch.listed_at = time.monotonic()
-        return tuple(rank for rank in found if rank is not None)
+        if self._store.exclusive is False:  # then its listings may be late, too
+            found.update(await self._present_one_by_one(watch, found))
+        return tuple(sorted(rank for rank in found if rank is not None))
+
+    async def _present_one_by_one(self, watch: Watch, listed: set[int | None]) -> list[int]:
+        asked = [rank for rank in range(watch.world) if rank not in listed]
+
+        async def is_there(rank: int) -> bool:
+            return await exists(self._store, keys.manifest(watch.id, rank))
+
+        there = await in_lanes(is_there, asked, READS_AT_ONCE)
+        return [rank for rank, found in zip(asked, there, strict=True) if found]
 
     async def _wait_or_give_up(
         self, watch: Watch, present: tuple[int, ...], missing: tuple[int, ...]
     ) -> Decision | None:
-        """Give the step up when nothing of it has come for so long that its ranks must be dead."""
-        now = time.monotonic()
-        watch.awaited = missing[-1]
+        """Give the step up when nothing of it has come for so long that its ranks must be dead.
+
+        Who may not decide waits twice as long for the one who may, and then for itself only.
+        """
+        now, decides = time.monotonic(), self._decides(watch)
+        watch.awaited = missing[-1] if missing else None
         if present != watch.present:
             watch.present, watch.news_at = present, now
-        if now - watch.news_at < self._stuck_seconds:
+        if now - watch.news_at < self._stuck_seconds * (1 if decides else 2):
             return None
         packs = frozenset(await self._store.list(keys.packs(watch.id)))
         if packs != watch.packs:  # a rank with much to write, or a slow store
             watch.packs, watch.news_at = packs, now
             return None
+        if not decides:
+            return abort_of(watch.id, "the daemon of rank 0, which decides, is silent")
         why = f"no manifest of {_ranks(missing)} of {watch.world} in {self._stuck_seconds:g} s"
         return await abort_step(self._store, watch.id, why)
 

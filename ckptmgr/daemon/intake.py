@@ -248,7 +248,10 @@ class Intake:
                 binding.keep,
             )
             if same and fits and tight and same_options and not buffer.has_live_writer():
-                return held, False
+                if buffer.is_reachable():
+                    return held, False
+                held.free_when_decided = True
+                warning("buffer_vanished", buffer=buffer.id, path=str(buffer.path))
         self._free_for(binding)
         held = Held(*make_buffer(self._directory, binding, capacity))
         self.held[held.buffer.id] = held

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
@@ -11,12 +12,12 @@ from ckptmgr.daemon.committer import Committer
 from ckptmgr.daemon.log import event, warning
 from ckptmgr.daemon.resume import ActiveMarks
 from ckptmgr.daemon.retain import collect
-from ckptmgr.errors import CkptmgrError
+from ckptmgr.errors import CkptmgrError, DamageError
 from ckptmgr.metrics import Metrics
 from ckptmgr.repository import keys
 from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.catalog import Catalog
-from ckptmgr.repository.commit import Decision
+from ckptmgr.repository.commit import Decision, check_format
 from ckptmgr.store.base import Store
 from ckptmgr.store.registry import open_store
 from ckptmgr.store.retry import RetryingStore
@@ -50,6 +51,7 @@ class Job:
     committer: Committer = field(init=False)
     _retention: asyncio.Task[None] | None = None
     _retain_again: bool = False
+    _settled: bool = False
 
     def __post_init__(self) -> None:
         self.committer = Committer(self.catalog, self.committed, self.stuck_seconds)
@@ -74,6 +76,8 @@ class Job:
             on_failure=failed,
             landmark=keys.FORMAT,
         )
+        if settings.single_decider:
+            store.exclusive = False
         return cls(url, store, Catalog(store), label, metrics, pool, settings.stuck_seconds)
 
     def committed(self, decision: Decision) -> None:
@@ -108,6 +112,20 @@ class Job:
                 await collect(self.catalog, self.pool, keep, protected)
             except CkptmgrError as error:
                 warning("retention_failed", job=self.label, why=str(error))
+
+    async def settle_exclusion(self) -> None:
+        """Know whether the store decides once, before anything rests on it. Where its mark does
+        not tell, nothing is taken for granted.
+        """
+        if self._settled:
+            return
+        with contextlib.suppress(DamageError):
+            await check_format(self.store, create=False)
+        if self.store.exclusive is None:
+            self.store.exclusive = False
+        self._settled = True
+        if not self.store.exclusive:
+            event("single_decider", job=self.label)
 
     @property
     def collecting(self) -> bool:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import Collection
+from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -16,6 +16,7 @@ from ckptmgr.errors import (
     ObjectNotFoundError,
     RegisterConflictError,
     StoreError,
+    StoreUnreachableError,
 )
 from ckptmgr.repository import keys
 from ckptmgr.repository.catalog import Catalog, decided_steps, exists
@@ -34,7 +35,7 @@ from ckptmgr.repository.commit import (
 from ckptmgr.repository.hold import host_name
 from ckptmgr.repository.lanes import in_lanes
 from ckptmgr.repository.record import Kind
-from ckptmgr.repository.rules import next_attempt, resume_order
+from ckptmgr.repository.rules import LOTS, next_attempt, resume_order
 from ckptmgr.store.base import PutResult, Store
 from ckptmgr.types import Outcome, Snapshot, StepId
 
@@ -83,7 +84,7 @@ async def claim_attempt(store: Store, world: int, run_id: str) -> tuple[int, str
     nonce = secrets.token_hex(16)
     while True:
         taken = [keys.parse_attempt(key) or 0 for key in await store.list("attempts/")]
-        attempt = next_attempt(taken)
+        attempt = next_attempt(taken, lot=0 if store.exclusive else 1 + secrets.randbelow(LOTS - 1))
         claim = Claim(attempt, nonce, world, host_name(), run_id, time.time())
         result = await put_record(store, Kind.CLAIM, keys.claim(attempt), claim)
         if result is PutResult.OK:
@@ -132,20 +133,34 @@ class ActiveMarks:
 
 
 async def newest_active(store: Store, attempt: int, marks: ActiveMarks) -> int:
-    """The newest attempt from `attempt` on that has put a snapshot, by a mark that holds; or 0.
-
-    Attempts are claimed one after the other, so asking for the next claim is enough: a listing of
-    all attempts would grow with their number, and with that of the hosts, at every save.
-    """
-    newest, looked_at = 0, attempt
-    while looked_at == attempt or await exists(store, keys.claim(looked_at)):
+    """The newest attempt from `attempt` on that has put a snapshot, by a mark that holds; or 0."""
+    newest = 0
+    async for looked_at in _claimed_from(store, attempt):
         if not await exists(store, keys.active(looked_at)):
             marks.held.discard(looked_at)
         elif looked_at in marks.held or await _holds(store, looked_at, marks):
             marks.held.add(looked_at)
             newest = looked_at
-        looked_at += 1
     return newest
+
+
+async def _claimed_from(store: Store, attempt: int) -> AsyncIterator[int]:
+    """`attempt`, and every later one that is claimed, in order.
+
+    They are claimed one after the other, so asking for the next claim is enough: a listing of all
+    would grow with their number, and with that of the hosts, at every save. In single-decider mode
+    their numbers have gaps.
+    """
+    yield attempt
+    if store.exclusive is False:
+        found = {keys.parse_attempt(key) or 0 for key in await store.list("attempts/")}
+        for later in sorted(one for one in found if one > attempt):
+            yield later
+        return
+    later = attempt + 1
+    while await exists(store, keys.claim(later)):
+        yield later
+        later += 1
 
 
 async def _holds(store: Store, attempt: int, marks: ActiveMarks) -> bool:
@@ -208,7 +223,11 @@ async def decide_resume(store: Store, attempt: int, k: int, choice: StepId) -> S
 
 
 async def await_resume(store: Store, attempt: int, k: int) -> StepId | None:
-    """The k-th resume decision, made durable; None if it is not made in DECISION_SECONDS_MAX."""
+    """The k-th resume decision, made durable; None if it is not made in DECISION_SECONDS_MAX.
+
+    Raises:
+        StoreUnreachableError: in single-decider mode, where nobody else may make it.
+    """
     key, deadline = keys.resume(attempt, k), time.monotonic() + DECISION_SECONDS_MAX
     pause = DECISION_LOOK_SECONDS_MIN
     while True:
@@ -217,6 +236,10 @@ async def await_resume(store: Store, attempt: int, k: int) -> StepId | None:
             return (await get_record(store, Kind.RESUME, key, Resume)).id
         except ObjectNotFoundError:
             if time.monotonic() >= deadline:
+                if store.exclusive is False:
+                    raise StoreUnreachableError(
+                        "was not put by the daemon of rank 0, and only that one may", subject=key
+                    ) from None
                 return None
         await asyncio.sleep(pause)
         pause = min(2 * pause, DECISION_LOOK_SECONDS_MAX)

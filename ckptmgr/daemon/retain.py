@@ -13,13 +13,13 @@ from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.catalog import (
     Catalog,
     Listing,
-    Retired,
     Verified,
     is_retired,
     list_steps,
 )
 from ckptmgr.repository.commit import (
     Decision,
+    Retired,
     abort_step,
     get_record,
     put_record,

@@ -321,6 +321,7 @@ class Service:
                 {
                     "url": job.url,
                     "last_commit": str(job.last_commit) if job.last_commit else None,
+                    "single_decider": job.store.exclusive is False,
                     "buffers": [
                         _buffer_state(h)
                         for h in self.intake.held.values()

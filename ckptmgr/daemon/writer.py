@@ -22,10 +22,10 @@ from ckptmgr.errors import (
     TornSnapshotError,
 )
 from ckptmgr.repository import keys
-from ckptmgr.repository.commit import Decision, abort_step
+from ckptmgr.repository.commit import Decision, abort_of, abort_step
 from ckptmgr.repository.hold import host_name
 from ckptmgr.repository.manifest import SealedManifest
-from ckptmgr.repository.rules import goes_first
+from ckptmgr.repository.rules import goes_first, may_decide
 from ckptmgr.types import Outcome, Snapshot, StepId
 
 
@@ -161,6 +161,7 @@ class Writer:
                 subject=self._job.url,
                 hint="Give every job a URL of its own.",
             )
+        await self._job.settle_exclusion()
         newest = await put_active(
             self._job.store, snapshot.attempt, snapshot.nonce, self._job.active
         )
@@ -175,7 +176,8 @@ class Writer:
         if decision.committed:
             self._held.last_failure = ""
             await self._held.settle(snapshot, Outcome.COMMITTED)
-            if goes_first(snapshot.step, snapshot.world, (snapshot.rank,)):
+            exclusive = self._job.store.exclusive
+            if goes_first(snapshot.step, snapshot.world, (snapshot.rank,), exclusive):
                 self._job.retain_soon(self._held.binding.keep)
         else:
             self._job.metrics.aborts.labels(self._job.label).inc()
@@ -212,6 +214,8 @@ class Writer:
     async def _abort(self, step: StepId, why: str) -> Decision:
         """ABORT first, and only if it wins delete."""
         store = self._job.store
+        if not may_decide(store.exclusive, (self._held.binding.rank,)):
+            return abort_of(step, why)  # for this rank; the one who decides will miss its part
         decision = await abort_step(store, step, why)
         if not decision.committed:
             for prefix in (keys.packs(step), keys.manifests(step)):

@@ -16,7 +16,7 @@ from ckptmgr.errors import (
     RecordDamagedError,
 )
 from ckptmgr.repository import keys
-from ckptmgr.repository.commit import Decision, claim_of, get_record, read_record
+from ckptmgr.repository.commit import Decision, Retired, claim_of, get_record, read_record
 from ckptmgr.repository.manifest import SealedManifest, read_manifest
 from ckptmgr.repository.record import Kind
 from ckptmgr.store.base import Store
@@ -31,14 +31,6 @@ class Hold(msgspec.Struct, frozen=True):
     attempt: int
     step: int
     id: str
-    why: str = ""
-
-
-class Retired(msgspec.Struct, frozen=True):
-    """Retention gave a step up; its data may be gone."""
-
-    attempt: int
-    step: int
     why: str = ""
 
 

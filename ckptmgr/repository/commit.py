@@ -6,6 +6,7 @@ durable (visible is not durable) and obeys it.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
@@ -20,8 +21,10 @@ from ckptmgr.errors import (
     StoreError,
     StoreUnreachableError,
     UnsupportedFormatError,
+    UsageError,
 )
 from ckptmgr.repository import keys
+from ckptmgr.repository.exclusion import is_exclusive
 from ckptmgr.repository.manifest import SealedManifest
 from ckptmgr.repository.record import HEADER_BYTES, VERSION, Kind, declared_bytes, seal, unseal
 from ckptmgr.store.base import PutResult, Store
@@ -37,10 +40,13 @@ _NO_MARK = "Start the job: it writes the mark again, and loses nothing."
 _BAD_MARK = "Delete this object and start the job: it writes the mark again, and loses nothing."
 
 
-class Format(msgspec.Struct, frozen=True):
-    """The store's format version."""
+class Format(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The store's format version, and whether its `put_new` decides once, as was proved when the
+    mark was made. Where not, the job is in single-decider mode (docs/format.md).
+    """
 
     version: int
+    exclusive: bool = True
 
 
 class Claim(msgspec.Struct, frozen=True):
@@ -78,6 +84,14 @@ class Resume(msgspec.Struct, frozen=True):
     def id(self) -> StepId:
         """The (attempt, step) to resume from; FROM_SCRATCH for none."""
         return StepId(self.attempt, self.step)
+
+
+class Retired(msgspec.Struct, frozen=True):
+    """Retention gave a step up; its data may be gone."""
+
+    attempt: int
+    step: int
+    why: str = ""
 
 
 class Decision(msgspec.Struct, frozen=True):
@@ -165,11 +179,13 @@ async def decide(store: Store, kind: Kind, key: str, payload: T) -> T:
 async def check_format(store: Store, *, create: bool) -> bool:
     """Check that the store is of our format version; `create` marks an empty one.
 
+    Settles `store.exclusive` for good: by the mark, or by a race before the mark is made.
     Returns False where there is no mark (and none was to be made).
 
     Raises:
         UnsupportedFormatError: it was written by a newer ckptmgr.
         DamageError: the mark is damaged, or is gone from a store that is not empty.
+        UsageError: it is to be in single-decider mode, and its mark says otherwise.
     """
     try:
         found = await get_record(store, Kind.FORMAT, keys.FORMAT, Format)
@@ -178,11 +194,19 @@ async def check_format(store: Store, *, create: bool) -> bool:
             if await store.list("attempts/"):
                 raise MissingObjectError("is gone", subject=keys.FORMAT, hint=_NO_MARK) from None
             return False
-        found = await decide(store, Kind.FORMAT, keys.FORMAT, Format(VERSION))
+        exclusive = await is_exclusive(store) if store.exclusive is None else store.exclusive
+        found = await decide(store, Kind.FORMAT, keys.FORMAT, Format(VERSION, exclusive))
     except RecordDamagedError as error:
         raise RecordDamagedError(error.message, subject=keys.FORMAT, hint=_BAD_MARK) from error
     if found.version != VERSION:
         raise UnsupportedFormatError(f"store has format {found.version}", subject=store.url)
+    if store.exclusive is False and found.exclusive:
+        raise UsageError(
+            "is in use by daemons that are not in single-decider mode",
+            subject=store.url,
+            hint="Give the job a new URL, or leave CKPTMGR_SINGLE_DECIDER away.",
+        )
+    store.exclusive = found.exclusive
     return True
 
 
@@ -230,10 +254,23 @@ async def commit_step(
     return decided
 
 
+def abort_of(step: StepId, why: str) -> Decision:
+    """The ABORT of a step."""
+    return Decision(decision="ABORT", attempt=step.attempt, step=step.step, why=why)
+
+
 async def abort_step(store: Store, step: StepId, why: str) -> Decision:
-    """Give a step up, unless it is committed already; returns what the register holds."""
-    abort = Decision(decision="ABORT", attempt=step.attempt, step=step.step, why=why)
-    return await decide(store, Kind.COMMIT, keys.commit(step), abort)
+    """Give a step up, unless it is committed already; returns what the register holds.
+
+    In single-decider mode the mark of retirement comes first: a COMMIT that a stopped daemon put,
+    and that arrives only now, would overwrite the ABORT, and the mark hides it all the same.
+    """
+    if store.exclusive is False:
+        with contextlib.suppress(ObjectNotFoundError):
+            return await get_record(store, Kind.COMMIT, keys.commit(step), Decision)
+        mark = Retired(step.attempt, step.step, why)
+        await put_record(store, Kind.RETIRED, keys.retired(step), mark)
+    return await decide(store, Kind.COMMIT, keys.commit(step), abort_of(step, why))
 
 
 async def put_witness(store: Store, commit: Decision) -> None:

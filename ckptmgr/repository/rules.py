@@ -15,9 +15,20 @@ TURNS_MAX = 300
 thousands of daemons must not try it together because one rank, or the store, is slow."""
 
 
-def next_attempt(taken: Iterable[int]) -> int:
-    """The number that a new incarnation claims, given those that are taken."""
-    return 1 + max(taken, default=0)
+LOTS = 10_000
+"""Attempts per number in single-decider mode, where two incarnations that start at once may both
+be told that a number is theirs: each draws a lot. Two that draw the same meet the other's nonce."""
+
+
+def next_attempt(taken: Iterable[int], lot: int = 0) -> int:
+    """The number that a new incarnation claims, given those that are taken.
+
+    Args:
+        taken: numbers of the claims that are there.
+        lot: 0 where a claim is exclusive, else a random number below LOTS.
+    """
+    newest = max(taken, default=0)
+    return (newest // LOTS + 1) * LOTS + lot if lot else 1 + newest
 
 
 def missing_ranks(world: int, nonce: str, manifests: Mapping[int, str]) -> tuple[int, ...]:
@@ -31,9 +42,18 @@ def missing_ranks(world: int, nonce: str, manifests: Mapping[int, str]) -> tuple
     return tuple(rank for rank in range(world) if manifests.get(rank) != nonce)
 
 
-def goes_first(step: int, world: int, ranks_here: Collection[int]) -> bool:
+def may_decide(exclusive: bool | None, ranks_here: Collection[int]) -> bool:
+    """Whether the daemon of these ranks may put COMMIT or ABORT: any, where the store lets one of
+    them win; else that of rank 0 alone (single-decider mode).
+    """
+    return exclusive is not False or 0 in ranks_here
+
+
+def goes_first(
+    step: int, world: int, ranks_here: Collection[int], exclusive: bool | None = True
+) -> bool:
     """Whether the daemon of these ranks is the one to commit a step, and to collect after it."""
-    return step % world in ranks_here
+    return (step % world if exclusive is not False else 0) in ranks_here
 
 
 def turn(step: int, world: int, ranks_here: Collection[int]) -> int:

@@ -15,7 +15,7 @@ from ckptmgr.errors import (
     StoreUnreachableError,
 )
 from ckptmgr.repository import keys
-from ckptmgr.repository.catalog import Hold, Retired, Verified
+from ckptmgr.repository.catalog import Hold, Verified
 from ckptmgr.repository.commit import (
     Active,
     Claim,
@@ -23,6 +23,7 @@ from ckptmgr.repository.commit import (
     Format,
     Have,
     Resume,
+    Retired,
     read_record,
 )
 from ckptmgr.repository.manifest import read_manifest
@@ -107,12 +108,15 @@ def _check(key: str, record: memoryview) -> None:
     unseal(kind, key, record, type_)
 
 
-def expected(found: Iterable[str], parents: Iterable[StepId]) -> set[str]:
+def expected(
+    found: Iterable[str], parents: Iterable[StepId], exclusive: bool | None = True
+) -> set[str]:
     """Keys that must be there because of `found` and of the parents that commits name.
 
     A claim comes before everything else of its attempt; `active` before its first manifest, unless
     a newer attempt is active already; a register before every mark of its step, and it stays.
     A commit that lost its copy under tags/ may only have been cut short before that was put.
+    In single-decider mode a step may be retired that has no register.
     """
     found = set(found)
     of_steps = {key: step for key in found if (step := keys.parse_step(key)) is not None}
@@ -122,7 +126,7 @@ def expected(found: Iterable[str], parents: Iterable[StepId]) -> set[str]:
     newest_active = max((a for a in attempts if keys.active(a) in found), default=0)
     saved = {step.attempt for key, step in of_steps.items() if key.startswith("man/")}
     wanted |= {keys.active(attempt) for attempt in saved if attempt > newest_active}
-    marks = ("verified/", "retired/", "holds/", "tags/")
+    marks = ("verified/", "holds/", "tags/", *(("retired/",) if exclusive is not False else ()))
     marked = {step for key, step in of_steps.items() if key.startswith(marks)}
     return wanted | {keys.commit(step) for step in marked | set(parents) if step.attempt}
 
@@ -137,7 +141,7 @@ async def verify_presence(
     """
     found = set(found)
     missing = []
-    for key in sorted(expected(found, parents) - found):
+    for key in sorted(expected(found, parents, store.exclusive) - found):
         try:
             await store.get(key, 0, 0)  # it may have been put since the listing
         except ObjectNotFoundError:

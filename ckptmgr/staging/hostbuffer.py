@@ -136,6 +136,16 @@ class HostBuffer:
         self._map.close()
         os.close(self._fd)
 
+    def is_reachable(self) -> bool:
+        """Whether its path still leads to it: cleaners of tmpfs and logind's RemoveIPC delete files
+        that are in use.
+        """
+        try:
+            named, own = os.stat(self.path), os.fstat(self._fd)
+        except FileNotFoundError:
+            return False
+        return (named.st_dev, named.st_ino) == (own.st_dev, own.st_ino)
+
     def unlink(self) -> None:
         """Remove the file; whoever has it mapped keeps the memory until it closes."""
         if not is_unnamed(self.path):

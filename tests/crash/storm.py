@@ -380,5 +380,8 @@ class Storm:
             process.wait()
 
     def wipe_memory(self) -> None:
-        """Lose host memory, as a reboot does; nothing of the job may run."""
+        """Lose host memory, as a reboot does; nothing of the job runs then: a daemon that the
+        trainer started between two kills is ended, too.
+        """
+        self.kill_daemon()
         shutil.rmtree(self.runtime / "buffers", ignore_errors=True)

@@ -23,8 +23,7 @@ from ckptmgr.daemon.committer import Committer
 from ckptmgr.errors import CkptmgrError, ObjectNotFoundError
 from ckptmgr.repository import keys
 from ckptmgr.repository.budget import BufferPool
-from ckptmgr.repository.catalog import Retired
-from ckptmgr.repository.commit import Decision, put_record
+from ckptmgr.repository.commit import Decision, Retired, put_record
 from ckptmgr.repository.record import Kind
 from ckptmgr.restore import verify
 from ckptmgr.store.base import Store

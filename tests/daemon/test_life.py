@@ -24,14 +24,6 @@ from rigged import Rig
 STEP_ONE = "data/00000001/000000000001/"
 
 
-@pytest.fixture
-def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rig:
-    """A rigged store that every daemon started from here on can open."""
-    found = Rig(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", found.python_path)
-    return found
-
-
 def commit_of(rig: Rig, step: int, attempt: int = 1) -> Path:
     return rig.path / f"commit/{attempt:08d}/{step:012d}"
 

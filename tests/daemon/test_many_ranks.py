@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,39 +18,10 @@ from ckptmgr.staging.hostbuffer import HostBuffer
 from ckptmgr.staging.tables import read_tables
 from ckptmgr.store.registry import open_store
 from ckptmgr.types import Outcome, StepId
-from driven import PATIENCE_SECONDS, Daemon, Rank, until
+from driven import PATIENCE_SECONDS, Daemon, Rank, ranks, until
 from rigged import Rig
 
 ONE = "00000001/000000000001"
-
-
-@pytest.fixture
-def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rig:
-    """A rigged store that every daemon started from here on can open."""
-    found = Rig(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", found.python_path)
-    return found
-
-
-@pytest.fixture
-def hosts(runtime: Path) -> tuple[Path, Path]:
-    """Two runtime directories: two hosts, as far as daemons can tell."""
-    found = runtime / "h0", runtime / "h1"
-    for path in found:
-        path.mkdir(mode=0o700)
-    return found
-
-
-@contextmanager
-def ranks(url: str, *places: Path) -> Iterator[list[Rank]]:
-    """A rank at each place, all of one new attempt."""
-    with ExitStack() as stack:
-        world = len(places)
-        found = [stack.enter_context(Rank(places[0], url, world=world))]
-        for number, place in enumerate(places[1:], start=1):
-            rank = Rank(place, url, rank=number, world=world, first=found[0])
-            found.append(stack.enter_context(rank))
-        yield found
 
 
 def restored(job: list[Rank], request: Restore | None = None) -> list[Came]:

@@ -6,18 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from ckptmgr.types import Outcome
 from crash.peek import slots_below
-from driven import Daemon, Trainer, until
+from driven import Daemon, Rank, Trainer, until
 from rigged import Rig
 
 pytestmark = pytest.mark.reliability
 
 READS = [("get", "data/"), ("get", "man/"), ("get", "commit/")]
-
-
-@pytest.fixture
-def rig(tmp_path: Path) -> Rig:
-    return Rig(tmp_path)
 
 
 def committed(rig: Rig, step: int, attempt: int = 1) -> bool:
@@ -92,3 +88,23 @@ def test_the_refusing_store_would_have_shown_a_read(runtime: Path, rig: Rig) -> 
         with pytest.raises(AssertionError, match="StorePermissionError"):
             trainer.await_event("restored")
         assert rig.asked("get", "commit/") > before
+
+
+def test_a_buffer_whose_file_was_deleted_is_not_given_to_the_next_trainer(
+    runtime: Path, rig: Rig
+) -> None:
+    """By a cleaner of tmpfs, or logind's RemoveIPC; what it holds is still committed."""
+    with Daemon(runtime, environment=rig.environment()) as daemon:
+        rig.obey(("put_new", "data/", "hold"))
+        with Rank(runtime, rig.url) as rank:
+            rank.save(1)
+            until(lambda: rig.asked("put_new", "data/"), "it is being written")
+        for path in (runtime / "buffers").iterdir():
+            path.unlink()
+        with Rank(runtime, rig.url) as rank:
+            daemon.await_event("buffer_vanished")
+            rig.obey()
+            until(lambda: committed(rig, 1), "the snapshot of the deleted buffer")
+            rank.save(2)
+            assert rank.wait(2).outcome == Outcome.COMMITTED
+        daemon.await_event("freed")

@@ -29,14 +29,6 @@ from rigged import Rig
 
 
 @pytest.fixture
-def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rig:
-    """A rigged store that every daemon started from here on can open."""
-    found = Rig(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", found.python_path)
-    return found
-
-
-@pytest.fixture
 def saved(runtime: Path, rig: Rig) -> Rig:
     """Steps 1 to 3 of attempt 1, committed; host memory is lost."""
     with Daemon(runtime), Rank(runtime, rig.url) as rank:

@@ -22,14 +22,6 @@ from rigged import Rig
 ONE, TWO = "00000001/000000000001", "00000001/000000000002"
 
 
-@pytest.fixture
-def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rig:
-    """A rigged store that every daemon started from here on can open."""
-    found = Rig(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", found.python_path)
-    return found
-
-
 def states(rig: Rig) -> dict[str, StepState]:
     """Every step of the store and its state; committed ones are read back whole."""
 

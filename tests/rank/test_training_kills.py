@@ -17,7 +17,9 @@ from training import uninterrupted
 from processes import end_processes_of
 from scale import scaled
 
-STEPS = 60
+STEPS = scaled(60, 400)
+"""Twice as many as all kills together let through on average, so that none comes too late."""
+
 SCRIPT = Path(__file__).parent / "trainer_process.py"
 
 
@@ -51,7 +53,7 @@ def test_killed_training_ends_as_if_it_had_not_been_killed(runtime: Path, tmp_pa
         url = str(tmp_path / f"store{round_}")
         sources = []
         for kill in range(kills):
-            heard = until_killed(url, chance.randrange(5, 5 + STEPS // kills))
+            heard = until_killed(url, chance.randrange(5, 5 + STEPS // (2 * kills)))
             sources.append(heard[0]["source"])
             for said in heard[1:]:
                 assert said["loss"] == truth.losses[said["step"]]

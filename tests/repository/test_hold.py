@@ -18,8 +18,8 @@ from ckptmgr.errors import (
     StoreUnreachableError,
 )
 from ckptmgr.repository import keys
-from ckptmgr.repository.catalog import Retired, list_steps
-from ckptmgr.repository.commit import put_record
+from ckptmgr.repository.catalog import list_steps
+from ckptmgr.repository.commit import Retired, put_record
 from ckptmgr.repository.hold import (
     held_step,
     host_name,

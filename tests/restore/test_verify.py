@@ -12,8 +12,8 @@ from ckptmgr.config import BUDGET_BYTES
 from ckptmgr.errors import StoreUnreachableError
 from ckptmgr.repository import keys
 from ckptmgr.repository.budget import BufferPool
-from ckptmgr.repository.catalog import Catalog, Retired
-from ckptmgr.repository.commit import put_record
+from ckptmgr.repository.catalog import Catalog
+from ckptmgr.repository.commit import Retired, put_record
 from ckptmgr.repository.manifest import read_manifest
 from ckptmgr.repository.pack import padded
 from ckptmgr.repository.record import Kind
