@@ -80,9 +80,14 @@ class Server:
 class Cluster:
     """A file system that several hosts have mounted."""
 
+    place: Path
     hosts: dict[str, Host]
     servers: dict[str, Server]
     mounts: dict[str, Path]
+
+    def await_servers(self) -> None:
+        """Wait until every chunkserver has told the master of its disk."""
+        _await_space(next(iter(self.mounts.values())), self.place)
 
 
 def needs_moosefs() -> None:
@@ -109,10 +114,11 @@ def moosefs(place: Path, clients: Sequence[str]) -> Iterator[Cluster]:
         for name in clients:
             mounts[name] = place / f"mnt-{name}"
             stack.enter_context(_mounted(hosts, name, mounts[name]))
-        _await_space(mounts[clients[0]], place)
+        cluster = Cluster(place, hosts, servers, mounts)
+        cluster.await_servers()
         first = clients[0]
         hosts[first].run(_find("mfssetgoal"), str(COPIES), str(mounts[first]))
-        yield Cluster(hosts, servers, mounts)
+        yield cluster
 
 
 def _find(tool: str) -> str:
@@ -184,7 +190,7 @@ def _mounted(hosts: dict[str, Host], name: str, directory: Path) -> Iterator[Non
 
 
 def _await_space(mount: Path, place: Path) -> None:
-    """Wait until every chunkserver has told the master of its disk, which is that of `place`."""
+    """All chunkservers are on the disk of `place`, and each of them tells of all its room."""
     disk = os.statvfs(place)
     each = (disk.f_blocks - disk.f_bfree + disk.f_bavail) * disk.f_frsize
     wanted = (len(CHUNKSERVERS) - 0.5) * each

@@ -66,8 +66,14 @@ class Host:
         hook = "{ type filter hook input priority 0; }"
         self.run("nft", "add", "chain", "inet", "loss", "in", hook)
         match = ["iifname", self.port, "numgen", "random", "mod", "1000", "<"]
-        drop = [str(round(1000 * share)), "drop"]
+        drop = [str(round(1000 * share)), "counter", "drop"]
         self.run("nft", "add", "rule", "inet", "loss", "in", *match, *drop)
+
+    def packets_lost(self) -> int:
+        """Packets that `lose` has dropped."""
+        told = json.loads(self.run("nft", "--json", "list", "table", "inet", "loss"))
+        rules = [entry["rule"]["expr"] for entry in told["nftables"] if "rule" in entry]
+        return sum(part["counter"]["packets"] for part in rules[0] if "counter" in part)
 
     def heal(self) -> None:
         """End `limit` and `lose`."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
@@ -63,10 +64,11 @@ def new_stores(cluster: Cluster) -> tuple[LocalStore, LocalStore]:
     return first, second
 
 
-async def race(mount: Path, name: str, writer: int) -> list[int]:
-    """The keys that one writer of one mount won."""
+async def race(mount: Path, name: str, writer: int, start: Barrier) -> list[int]:
+    """The keys that one writer of one mount won; all writers begin each key together."""
     store, won = LocalStore(str(mount / name)), []
     for number in range(RACED_KEYS):
+        start.wait(60)
         content = memoryview(f"{writer} won {number}".encode())
         if await store.put_new(f"race/{number}", [content]) is PutResult.OK:
             won.append(number)
@@ -77,8 +79,13 @@ async def race(mount: Path, name: str, writer: int) -> list[int]:
 def test_one_writer_wins_over_both_mounts_and_both_see_who(cluster: Cluster) -> None:
     name = f"store-{secrets.token_hex(4)}"
     mounts = [*cluster.mounts.values()] * RACERS_OF_A_MOUNT
+    start = Barrier(len(mounts))
+
+    def racer(number: int) -> list[int]:
+        return asyncio.run(race(mounts[number], name, number, start))
+
     with ThreadPoolExecutor(len(mounts)) as threads:
-        won = list(threads.map(lambda n: asyncio.run(race(mounts[n], name, n)), range(len(mounts))))
+        won = list(threads.map(racer, range(len(mounts))))
     assert sorted(chain.from_iterable(won)) == list(range(RACED_KEYS))
     assert sum(1 for keys in won if keys) > 1, "nobody raced"
 
