@@ -35,7 +35,7 @@ from crash.content import content, fault_in, layout_of, values_of
 from rigged import Rig
 
 TREE = Path(__file__).parents[1]
-PYTHON_PATH = os.pathsep.join(map(str, [TREE, TREE / "tests"]))
+PYTHON_PATH = os.pathsep.join(map(str, [TREE, TREE / "tests", *(TREE / "plugins").iterdir()]))
 PATIENCE_SECONDS = 60.0
 """Bound of every wait: far above what is ever needed, so that only a hang meets it."""
 

@@ -26,6 +26,8 @@ from scale import scaled
 from servers.buckets import Bucket
 from servers.faultproxy import Fault, FaultProxy, Kind
 
+pytestmark = pytest.mark.reliability
+
 STATUSES = (403, 409, 412, 429, 500, 503)
 FAULTS = {
     **{kind.name.lower(): Fault(kind) for kind in Kind if kind is not Kind.STATUS},
@@ -51,7 +53,7 @@ async def test_whatever_fails_the_result_is_right(
     """Each operation meets the fault once, and then again and again with every third request."""
     url = f"s3://{bucket.name}/run"
     store = RetryingStore(open_store(url), timeout_seconds=TRY_SECONDS, deadline_seconds=60)
-    for number in range(scaled(1, 100)):
+    for number in range(scaled(1, 20)):
         proxy.plan(again(FAULTS[name], 1))
         await operate(store, bucket, f"once/{number}", lambda: proxy.plan(again(FAULTS[name], 1)))
         fault = again(FAULTS[name], 1 << 30)

@@ -12,6 +12,7 @@ from scale import scaled
 from servers.buckets import Bucket
 
 
+@pytest.mark.reliability
 class TestPromises(StoreSuite):
     race_keys = scaled(20, 1000)
 

@@ -22,6 +22,7 @@ START_SECONDS_MAX = 60.0
 KEY, SECRET = "TESTKEY", "testsecret"
 
 # The two paxos delays took 10 of 12 seconds; without tcp_nodelay every small answer takes 40 ms.
+# Without the gc settings what is deleted stays in memory for 2 hours.
 CONFIGURATION = """
 [global]
 fsid = {fsid}
@@ -55,6 +56,9 @@ osd_op_num_threads_per_shard = 2
 rgw_thread_pool_size = 64
 rgw_enable_usage_log = false
 rgw_run_sync_thread = false
+rgw_gc_obj_min_wait = 1
+rgw_gc_processor_period = 1
+rgw_gc_processor_max_time = 1
 [client]
 ms_mon_client_mode = crc secure
 rgw_frontends = beast endpoint=127.0.0.1:{port} tcp_nodelay=1

@@ -59,7 +59,9 @@ def open_store(url: str) -> ObjectStore:
             subject=repr(url.partition("?")[0]),
             hint="Give options by the environment, as docs/object-stores.md lists them.",
         )
-    bucket, _, prefix = place.partition("/")
+    bucket, slash, prefix = place.partition("/")
+    if slash and {"", ".", ".."} & set(prefix.split("/")):
+        raise UsageError("has a path with an empty part, '.' or '..'", subject=repr(url))
     client, exclusive = _OPENERS[scheme](bucket, prefix)
     return ObjectStore(url, client, exclusive=exclusive)
 

@@ -34,9 +34,13 @@ _CREDENTIALS = re.compile(
 )
 """Where the client asks for credentials, so that a failure is not of the store."""
 
+_NO_RANGE = re.compile(r"\b(StartTooLarge|ParseContentRange)\b")
+"""The client's words for an answer that has no such range but says 206: Azure's emulator."""
+
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>(\w{1,80})</Code>")
 _KIND = re.compile(r"\bkind: (Connect|Timeout|Interrupted|Decode|Request)\b")
+_CAUSE = re.compile(r"\bsource: ([A-Z][A-Za-z]{1,60})\b")
 _SAID = {
     "Connect": "no connection",
     "Timeout": "no answer in time",
@@ -84,7 +88,7 @@ def error_of(error: Exception, key: str) -> StoreError:
         )
     if status in ("401", "403"):  # of a list, the client knows no type
         return StorePermissionError(message, subject=key)
-    if status == "416":
+    if status == "416" or _NO_RANGE.search(text):
         return RangeRefusedError(message, subject=key)
     hopeless = code in HOPELESS or (status and int(status) in HOPELESS_STATUS)
     if hopeless or isinstance(error, InvalidPathError):
@@ -105,7 +109,8 @@ def harmless(error: Exception) -> str:
     """What the client tells, by words that can not carry a secret.
 
     Its own text holds URLs, which may be signed, and the server's answer, which may repeat what was
-    sent; of these only a status, an error code and a kind are taken over.
+    sent; of these only a status, an error code, a kind and names of causes
+    are taken over.
     """
     text = str(error)
     status, code, kind = (_first(pattern, text) for pattern in (_STATUS, _CODE, _KIND))
@@ -113,7 +118,8 @@ def harmless(error: Exception) -> str:
         return f"the server answered {status}" + (f" {code}" if code else "")
     if kind:
         return _SAID[kind]
-    return f"the client failed ({type(error).__name__})"
+    causes = _CAUSE.findall(text)[:4] or [type(error).__name__]
+    return f"the client failed ({', '.join(causes)})"
 
 
 def _first(pattern: re.Pattern[str], text: str) -> str:
