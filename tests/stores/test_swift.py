@@ -21,7 +21,7 @@ from servers.swift import FORGIVEN_SECONDS, Swift, needs_swift, swift
 from stores.product import pass_over
 from stores.rows import row
 
-pytestmark = [pytest.mark.timeout(900), *row("Swift, s3://")]
+pytestmark = [pytest.mark.timeout(900), *row("s3:// on Swift")]
 
 OBJECTS, ROUNDS_MAX = 10, 8
 
