@@ -28,6 +28,7 @@ from ckptmgr.store.base import (
     check_prefix,
     range_length,
 )
+from ckptmgr.store.mounts import lag_seconds
 from ckptmgr.store.posix import (
     is_direct,
     is_page_aligned,
@@ -130,6 +131,8 @@ class LocalStore(Store):
     def __init__(self, root: str) -> None:
         if not root.startswith("/"):
             raise UsageError("is not an absolute path", subject=repr(root))
+        # A subclass may know of a longer one.
+        self.visibility_lag_seconds = max(self.visibility_lag_seconds, lag_seconds(root))
         self._tree = Tree(root)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="ckptmgr-store")
         self._hung: set[_Call[Any]] = set()
