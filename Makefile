@@ -15,8 +15,10 @@ SOAK_SECONDS ?= 3600
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+STORES_STAMP := .venv/.installed-stores
+AZURITE := 3.37.0
 
-.PHONY: demo test lint bench soak reliability clean
+.PHONY: demo test lint bench stores soak reliability clean
 
 demo: $(STAMP)
 	@$(BIN)/ckptmgr demo
@@ -39,6 +41,12 @@ bench: $(STAMP)
 reliability: $(STAMP)
 	@CKPTMGR_RELIABILITY=1 $(BIN)/python -m pytest -n 2 -m reliability --timeout 14400 $(PYTEST_ARGS)
 
+# Every store that can be started here, one after the other; docs/stores.md says what came of it.
+# What needs root or a Debian package that is missing is skipped, and the page says so.
+stores: $(STORES_STAMP)
+	@CKPTMGR_STORES=1 PYTHONPATH=$(CURDIR)/tests $(BIN)/python -m pytest -m stores \
+		-p stores.report --stores-table docs/stores.md $(PYTEST_ARGS)
+
 soak: $(STAMP)
 	@CKPTMGR_SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/python -m pytest -m soak --timeout 0 $(PYTEST_ARGS)
 
@@ -47,6 +55,13 @@ $(STAMP): pyproject.toml $(wildcard plugins/*/pyproject.toml) tests/constraints.
 	$(PYTHON) -m venv $(VENV_ARGS) .venv
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c $(CONSTRAINTS) -e ".[torch,dev]" \
 		$(addprefix -e ,$(wildcard plugins/*))
+	@touch $@
+
+# Azurite is the one server that comes from npm; without npm its tests skip.
+$(STORES_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c $(CONSTRAINTS) -e ".[stores]"
+	npm install --silent --no-fund --no-audit --prefix .venv/node azurite@$(AZURITE) \
+		|| echo "npm failed; tests that need Azurite will skip" >&2
 	@touch $@
 
 clean:

@@ -65,8 +65,9 @@ class StoreSuite:
     big_bytes: int = 65 * MIB
     """Size of the big objects, a multiple of 4096: longer than a pack."""
 
+    race_processes: int = 16
     race_keys: int = 200
-    """Keys that 16 processes race for; a store of which each put takes long may take fewer."""
+    """So many processes race for so many keys; fewer where each put takes long."""
 
     def make_store(self) -> Store:
         """A new handle on the place under test."""
@@ -319,12 +320,12 @@ class StoreSuite:
 
     @_with_store
     async def test_one_of_many_processes_wins(self, store: Store) -> None:
-        """16 processes race for `race_keys` keys, where other processes can open the store."""
+        """`race_processes` race for `race_keys`, where other processes can open the store."""
         if self.shared_url is None:
             raise SkipTest("other processes can not open this store: shared_url is not set")
         top = self._key()
-        keys = self.race_keys
-        won = await asyncio.to_thread(_race_of_processes, self.shared_url, top, 16, keys)
+        writers, keys = self.race_processes, self.race_keys
+        won = await asyncio.to_thread(_race_of_processes, self.shared_url, top, writers, keys)
         await _check_race(store, top, won, keys)
 
     @_with_store

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -60,13 +60,14 @@ def events_of(log: Path) -> list[dict[str, Any]]:
 
 
 class Daemon:
-    """`ckptmgr daemon` as a child; `log` is what it writes to stderr."""
+    """`ckptmgr daemon` as a child, below `prefix`; `log` is what it writes to stderr."""
 
     def __init__(
         self,
         runtime: Path,
         *arguments: str,
         environment: dict[str, str] | None = None,
+        prefix: Sequence[str] = (),
         wait: bool = True,
     ) -> None:
         self.runtime = runtime
@@ -79,7 +80,7 @@ class Daemon:
         }
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "ckptmgr.cli", "daemon", *arguments],
+                [*prefix, sys.executable, "-m", "ckptmgr.cli", "daemon", *arguments],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

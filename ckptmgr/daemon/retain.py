@@ -191,9 +191,10 @@ async def _delete_retired(store: Store, step: StepId) -> bool:
     """Delete the data of a retired step, unless somebody holds it."""
     await store.make_durable(keys.retired(step))
     # A reader puts its hold and then looks for `retired`; we do the reverse. Whatever the order,
-    # one of us sees the other. The lag covers stores that show new keys late.
+    # one of us sees the other. Where keys are shown late: a reader that comes within the lag of our
+    # mark may miss it, and its hold may be shown to us one lag later still.
     if store.visibility_lag_seconds:
-        await asyncio.sleep(store.visibility_lag_seconds)
+        await asyncio.sleep(2 * store.visibility_lag_seconds)
     if await store.list(keys.holds(step)):
         return False
     await _delete(store, step)

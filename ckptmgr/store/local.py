@@ -22,6 +22,7 @@ from ckptmgr.store.base import (
     range_length,
 )
 from ckptmgr.store.calls import Call, Calls
+from ckptmgr.store.mounts import mount_of
 from ckptmgr.store.posix import (
     is_direct,
     is_page_aligned,
@@ -66,6 +67,8 @@ class LocalStore(Store):
     def __init__(self, root: str) -> None:
         if not root.startswith("/"):
             raise UsageError("is not an absolute path", subject=repr(root))
+        # A subclass may know of a longer one.
+        self.visibility_lag_seconds = max(self.visibility_lag_seconds, mount_of(root).lag_seconds)
         self._tree = Tree(root)
         self._calls = Calls(THREADS)
         self._bounce = threading.local()

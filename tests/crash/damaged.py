@@ -15,13 +15,12 @@ from ckptmgr.repository import keys
 from ckptmgr.repository.catalog import Catalog
 from ckptmgr.repository.commit import check_format
 from ckptmgr.restore.check import restore_files, verify_store
-from ckptmgr.store.memory import MemoryStore
+from ckptmgr.store.base import Store
 from ckptmgr.types import StepId
 from small_step import (
     Objects,
     SavedStep,
     same_bits,
-    shelf_of,
 )
 
 KINDS = {
@@ -87,7 +86,7 @@ class Rig:
 
     saved: list[SavedStep]
     objects: Objects
-    store: MemoryStore
+    store: Store
     directory: Path
     counts: Counter[str] = field(default_factory=Counter)
 
@@ -97,11 +96,6 @@ class Rig:
 
     def keys_of(self, kind: str) -> list[str]:
         return [key for key in self.objects if key.startswith(KINDS[kind])]
-
-    def put_back(self) -> None:
-        shelf = shelf_of(self.store)
-        shelf.clear()
-        shelf.update({key: bytearray(blob) for key, blob in self.objects.items()})
 
     async def verify(self, step: str | None = None) -> list[tuple[str, int]]:
         """What `ckptmgr verify --all`, or of a step, does; the places that it names."""

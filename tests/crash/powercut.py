@@ -13,46 +13,22 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
+from servers.filesystems import FileSystem, make_file, mounted_file, needs_file_system, run
 
-from processes import needs_root
-
-MIB = 1 << 20
 BLOCK_BYTES = 4096
 DISK = Path(__file__).with_name("powercut_disk.py")
 
 Mark = Callable[[str], None]
 Workload = Callable[[Path, Mark], None]
 """Works in a directory and says what the world has been told so far."""
-
-
-@dataclass(frozen=True, slots=True)
-class FileSystem:
-    """How to make and mount one kind; sizes are close to the smallest that mkfs takes."""
-
-    name: str
-    size_mib: int
-    make: tuple[str, ...]
-    options: str = "noatime"
-
-
-FILE_SYSTEMS = {
-    system.name: system
-    for system in (
-        FileSystem("ext4", 96, ("mkfs.ext4", "-q", "-F", "-E", "nodiscard")),
-        FileSystem("xfs", 320, ("mkfs.xfs", "-q", "-f", "-K"), "noatime,nouuid"),
-        FileSystem("btrfs", 160, ("mkfs.btrfs", "-q", "-f", "-K")),
-    )
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,28 +69,18 @@ class Image:
 
 def needs_powercut(name: str) -> FileSystem:
     """The file system, or a skip that says what is missing."""
-    needs_root()
-    system = FILE_SYSTEMS[name]
-    missing = [
-        tool for tool in (system.make[0], "losetup", "mount", "umount") if not shutil.which(tool)
-    ]
-    missing += [path for path in ("/dev/fuse", "/dev/loop-control") if not os.path.exists(path)]
-    if missing:
-        pytest.skip(f"POWER CUTS ON {name} NOT CHECKED: there is no {', '.join(missing)}")
-    return system
+    return needs_file_system(name, "/dev/fuse", what="POWER CUTS")
 
 
 def record(system: FileSystem, place: Path, workload: Workload) -> Log:
     """Run `workload` on a new file system in `place` and return what its disk was told."""
     image, formatted = place / "disk.img", place / "formatted.img"
-    with open(formatted, "wb") as file:
-        file.truncate(system.size_mib * MIB)
-    _run(*system.make, formatted)
+    make_file(system, formatted)
     _copy(formatted, image)
     with (
         _logging_disk(image, place) as fuse,
         open(fuse / "mark", "wb", buffering=0) as marks,
-        _mounted_file(system, fuse / "disk", place / "mnt") as directory,
+        mounted_file(system, fuse / "disk", place / "mnt") as directory,
     ):
         workload(directory, lambda text: _mark(marks.fileno(), text))
         _mark(marks.fileno(), _END)
@@ -163,7 +129,7 @@ def images(log: Log, seed: int, count: int) -> Iterator[Image]:
 @contextmanager
 def mounted(image: Image) -> Iterator[Path]:
     """The image as a directory, after the file system has recovered."""
-    with _mounted_file(image.system, image.path, image.path.with_suffix(".mnt")) as directory:
+    with mounted_file(image.system, image.path, image.path.with_suffix(".mnt")) as directory:
         yield directory
 
 
@@ -224,26 +190,9 @@ def _logging_disk(image: Path, place: Path) -> Iterator[Path]:
         except BaseException:
             disk.kill()  # a disk that is still mounted would keep it, and us, waiting for ever
             raise
-        _run("umount", mount_point)
+        run("umount", mount_point)
         assert disk.wait(60) == 0
 
 
-@contextmanager
-def _mounted_file(system: FileSystem, file: Path, mount_point: Path) -> Iterator[Path]:
-    mount_point.mkdir(exist_ok=True)
-    with ExitStack() as stack:
-        device = _run("losetup", "--find", "--show", file).strip()
-        stack.callback(_run, "losetup", "--detach", device)
-        _run("mount", "-t", system.name, "-o", system.options, device, mount_point)
-        stack.callback(_run, "umount", mount_point)
-        yield mount_point
-
-
 def _copy(source: Path, target: Path) -> None:
-    _run("cp", "--sparse=always", "--reflink=auto", source, target)
-
-
-def _run(*command: str | Path) -> str:
-    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert ran.returncode == 0, f"{' '.join(map(str, command))}: {ran.stderr}"
-    return ran.stdout
+    run("cp", "--sparse=always", "--reflink=auto", source, target)

@@ -17,7 +17,7 @@ from scale import STORES
 from servers.azurite import make_container, start_or_skip
 
 pytestmark = [
-    pytest.mark.stores,
+    pytest.mark.stores(place="az:// on Azurite"),
     pytest.mark.skipif(not STORES, reason="az:// is checked with CKPTMGR_STORES=1"),
 ]
 
