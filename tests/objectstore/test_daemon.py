@@ -177,7 +177,7 @@ async def test_a_restore_over_a_bad_line_is_exact_or_an_error(
             rank.save(step)
             assert rank.wait(step).outcome == Outcome.COMMITTED
     exact = {f"1.{step}": content(1, step, STEP_BYTES).tobytes() for step in (1, 2, 3)}
-    for number in range(scaled(1, 20)):
+    for number in range(scaled(1, 5)):
         for name in OF_READING:
             proxy.plan(replace(FAULTS[name], chance=0.3))
             to = tmp_path / f"{name}{number}"

@@ -53,7 +53,7 @@ async def test_whatever_fails_the_result_is_right(
     """Each operation meets the fault once, and then again and again with every third request."""
     url = f"s3://{bucket.name}/run"
     store = RetryingStore(open_store(url), timeout_seconds=TRY_SECONDS, deadline_seconds=60)
-    for number in range(scaled(1, 20)):
+    for number in range(scaled(1, 10)):
         proxy.plan(again(FAULTS[name], 1))
         await operate(store, bucket, f"once/{number}", lambda: proxy.plan(again(FAULTS[name], 1)))
         fault = again(FAULTS[name], 1 << 30)
