@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 FULL = os.environ.get("CKPTMGR_RELIABILITY") == "1"
+STORES = os.environ.get("CKPTMGR_STORES") == "1"
 
 
 def scaled(sample: int, full: int) -> int:
