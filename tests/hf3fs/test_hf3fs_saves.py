@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import mmap
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -221,9 +222,7 @@ def punch(path: Path) -> None:
     os.truncate(path, size)
 
 
-@pytest.fixture
-def saved(runtime: Path, shared_mount: Mounted) -> str:
-    """Name of a job with one committed step."""
+def test_damage_below_the_mount_is_found_by_verify(runtime: Path, shared_mount: Mounted) -> None:
     name = runtime.name
     with (
         Daemon(runtime),
@@ -231,24 +230,21 @@ def saved(runtime: Path, shared_mount: Mounted) -> str:
     ):
         rank.save(1)
         assert rank.wait(1).outcome == Outcome.COMMITTED
-    return name
 
-
-@pytest.mark.parametrize("damage", [flip, cut, punch])
-def test_damage_below_the_mount_is_found_by_verify(
-    shared_mount: Mounted, saved: str, damage: Callable[[Path], None]
-) -> None:
-    async def main() -> None:
-        store = store_at(shared_mount, saved)
+    async def found_after(damage: Callable[[Path], None]) -> None:
+        copy = f"{name}-{damage.__name__}"
+        shutil.copytree(shared_mount.backing / name, shared_mount.backing / copy)
+        store = store_at(shared_mount, copy)
         catalog = Catalog(RetryingStore(store))
         (entry,) = await catalog.entries()
         assert entry.decision is not None
         assert not await verify_step(catalog, entry.decision, BufferPool(1))
-        packs = list((shared_mount.backing / saved / "data").rglob("*.pack"))
-        damage(packs[0])
+        (pack,) = (shared_mount.backing / copy / "data").rglob("*.pack")
+        damage(pack)
         found = await verify_step(catalog, entry.decision, BufferPool(1))
-        assert found
-        assert all(packs[0].name in str(one) for one in found)
+        assert found, damage.__name__
+        assert all(pack.name in str(one) for one in found)
         await store.aclose()
 
-    asyncio.run(main())
+    for damage in (flip, cut, punch):
+        asyncio.run(found_after(damage))

@@ -23,7 +23,7 @@ from ckptmgr_hf3fs.mount import virtual_directory
 from ckptmgr_hf3fs.own import OwnClient
 from ckptmgr_hf3fs.store import Hf3fsStore
 from hf3fs.mounted import Mounted
-from scale import scaled
+from scale import STORES, scaled
 
 
 class OnTheMount(StoreSuite):
@@ -47,6 +47,8 @@ class TestOverRings(OnTheMount):
         return Hf3fsStore(self.root, self.url, OwnClient, ring_bytes_min=0, entries=8)
 
 
+@pytest.mark.stores
+@pytest.mark.skipif(not STORES, reason="NEEDS CKPTMGR_STORES=1: the whole suite without rings")
 class TestWithoutRings(OnTheMount):
     io = "posix"
 
