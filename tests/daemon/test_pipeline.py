@@ -13,8 +13,10 @@ from ckptmgr.errors import RegisterConflictError, StoreUnreachableError, TornSna
 from ckptmgr.repository import keys
 from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.catalog import Catalog
+from ckptmgr.repository.codec import Codec
 from ckptmgr.repository.commit import FROM_SCRATCH, commit_step
 from ckptmgr.repository.manifest import SealedManifest
+from ckptmgr.repository.rates import BLOCK_BYTES, Meter
 from ckptmgr.restore.fetch import fetch
 from ckptmgr.restore.plan import plan_whole
 from ckptmgr.staging.hostbuffer import HostBuffer
@@ -70,6 +72,40 @@ def test_what_was_sealed_comes_back(codec: str) -> None:
         if codec != "auto":
             expected = {"none": {0}, "zstd": {0, 1}, "planes": {0, 1, 2}}[codec]
             assert {chunk.codec for chunk in manifest.chunks} == expected
+
+    asyncio.run(main())
+
+
+def measured(rate: float, nbytes: int) -> Meter:
+    """A meter that has seen `nbytes` at `rate`, and whose clock stands still since."""
+    moments = iter([0.0])
+    meter = Meter(lambda: next(moments, nbytes / rate))
+    meter.begin()
+    meter.end(nbytes)
+    return meter
+
+
+@pytest.mark.parametrize(("store_rate", "compresses"), [(1e3, True), (1e12, False)])
+def test_auto_does_what_the_rates_say_and_what_it_stored_comes_back(
+    store_rate: float, compresses: bool
+) -> None:
+    """A store of 1 kB/s, and one of 1 TB/s."""
+
+    async def main() -> None:
+        store = memory_store({})
+        pipeline = Pipeline(BufferPool(BUDGET_BYTES))
+        route = pipeline.route(store.url)
+        route.encoded(route.begin(), 64 << 20, 32 << 20)
+        route.store = measured(store_rate, BLOCK_BYTES)
+        route.codec = measured(1e8, BLOCK_BYTES)
+        with host_buffer(store.url, len(ENCODED.data)) as buffer:
+            source = Source(buffer, sealed_in(buffer), store, HOST)
+            sealed = await pipeline.write(source, "auto", lambda _raw, _stored: None)
+        codecs = {chunk.codec for chunk in sealed.manifest.chunks}
+        assert (codecs != {Codec.NONE}) == compresses
+        assert Codec.NONE in codecs, "noise is not compressed"
+        assert await read(store, sealed) == ENCODED.data
+        assert pipeline.state(store.url)["store_bytes_per_second"] == pytest.approx(store_rate)
 
     asyncio.run(main())
 
