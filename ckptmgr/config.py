@@ -78,6 +78,14 @@ def _env_float(name: str, default: float) -> float:
         raise UsageError(f"{text!r} is not a number", subject=name) from None
 
 
+def _env_directory(name: str) -> Path | None:
+    """An absolute path: a daemon that a trainer starts has another working directory."""
+    text = os.environ.get(name)
+    if text and not text.startswith("/"):
+        raise UsageError(f"{text!r} is not an absolute path", subject=name)
+    return Path(text) if text else None
+
+
 @dataclass(frozen=True, slots=True)
 class DaemonSettings:
     """What the operator of a daemon may set; `from_env` reads CKPTMGR_* variables.
@@ -112,7 +120,7 @@ class DaemonSettings:
             metrics_port=int(_env_float("CKPTMGR_METRICS_PORT", 0)),
             memory_seconds=_env_float("CKPTMGR_MEMORY_SECONDS", MEMORY_SECONDS),
             stuck_seconds=_env_float("CKPTMGR_STUCK_SECONDS", STUCK_SECONDS),
-            spool_dir=Path(spool) if (spool := os.environ.get("CKPTMGR_SPOOL")) else None,
+            spool_dir=_env_directory("CKPTMGR_SPOOL"),
             spool_bytes_max=int(_env_float("CKPTMGR_SPOOL_MAX_GIB", 0.0) * GIB),
             spool_seconds=_env_float("CKPTMGR_SPOOL_SECONDS", SPOOL_SECONDS),
             mirror_url=os.environ.get("CKPTMGR_MIRROR", ""),
