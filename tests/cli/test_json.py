@@ -147,6 +147,7 @@ def ranks_side(runtime: Path, place: Path, note: Any) -> None:
             "it waits",
         )
         note("show", url, "1")
+        note("status")
 
 
 def store_side(store: Path, place: Path, note: Any) -> None:
