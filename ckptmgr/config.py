@@ -102,6 +102,14 @@ def checked_limit(gbps: float, subject: str) -> float:
     )
 
 
+def _env_directory(name: str) -> Path | None:
+    """An absolute path: a daemon that a trainer starts has another working directory."""
+    text = os.environ.get(name)
+    if text and not text.startswith("/"):
+        raise UsageError(f"{text!r} is not an absolute path", subject=name)
+    return Path(text) if text else None
+
+
 @dataclass(frozen=True, slots=True)
 class DaemonSettings:
     """What the operator of a daemon may set; `from_env` reads CKPTMGR_* variables.
@@ -142,7 +150,7 @@ class DaemonSettings:
             stuck_seconds=_env_float("CKPTMGR_STUCK_SECONDS", STUCK_SECONDS),
             single_decider=bool(_env_float("CKPTMGR_SINGLE_DECIDER", 0)),
             max_store_gbps=env_limit("CKPTMGR_MAX_STORE_GBPS"),
-            spool_dir=Path(spool) if (spool := os.environ.get("CKPTMGR_SPOOL")) else None,
+            spool_dir=_env_directory("CKPTMGR_SPOOL"),
             spool_bytes_max=int(_env_float("CKPTMGR_SPOOL_MAX_GIB", 0.0) * GIB),
             spool_seconds=_env_float("CKPTMGR_SPOOL_SECONDS", SPOOL_SECONDS),
             mirror_url=os.environ.get("CKPTMGR_MIRROR", ""),

@@ -150,7 +150,7 @@ class Job:
         """Give old steps up in the background, so that the next snapshot need not wait for it."""
         self._retain_again = True
         if self.mirror is not None:
-            self.mirror.soon()
+            self.mirror.committed()
         if not self.collecting:
             self._retention = asyncio.create_task(self._retain(keep), name=f"retain {self.label}")
 

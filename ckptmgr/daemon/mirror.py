@@ -51,8 +51,13 @@ class Mirror:
         self._last_failure = ""
         self.reads = 0
 
+    def committed(self) -> None:
+        """There is a commit more to bring."""
+        self._tell_behind(self._behind + 1)
+        self._wake.set()
+
     def soon(self) -> None:
-        """Something was committed or given up."""
+        """Something was given up."""
         self._wake.set()
 
     def read(self, key: str, why: str) -> None:
@@ -112,7 +117,7 @@ class Mirror:
         for step in missing:
             left += not await self._bring(step)
             self._tell_behind(self._behind - 1)
-        self._tell_behind(left)
+        self._tell_behind(left + self._wake.is_set())  # one was committed meanwhile
         if not left:
             for step in sorted((there & retired) - gone):
                 await self._retire(step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 import shutil
@@ -128,20 +129,26 @@ def spool_side(runtime: Path, place: Path, note: Any) -> None:
         rig.obey(("put_new", "data/", "dead"))
         rank.save(2)
         until(lambda: note("status")["jobs"][-1]["spool"]["parts"], "it is spooled")
-        note("show", rig.file_url, "1")
         rig.obey()
         assert rank.wait(2).outcome == Outcome.COMMITTED
 
 
 def ranks_side(runtime: Path, place: Path, note: Any) -> None:
-    """A step of two ranks, of which one has not come yet; limits, and a codec that was tried."""
-    url, limits = f"file://{place}/ranks", {"codec": "auto", "max_d2h_gbps": 100.0}
+    """A step of two ranks, of which one has not come yet; the other came by way of the spool.
+    Limits, and a codec that was tried.
+    """
+    url, spool = f"file://{place}/ranks", f"--spool={place}/spool"
+    limits = {"codec": "auto", "max_d2h_gbps": 100.0}
+    environment = {**os.environ, "CKPTMGR_SPOOL_SECONDS": "0.001"}
     with (
-        Daemon(runtime, "--max-store-gbps=80"),
+        Daemon(runtime, spool, "--max-store-gbps=80", environment=environment),
         Rank(runtime, url, world=2, **limits) as rank,  # type: ignore[arg-type]
     ):
         rank.save(1)
-        until(lambda: any(s["ranks_missing"] == [1] for s in note("ls", url)), "it waits")
+        until(
+            lambda: any(s["ranks_missing"] == [1] and s["ranks_in_spool"] for s in note("ls", url)),
+            "it waits",
+        )
         note("show", url, "1")
         note("status")
 

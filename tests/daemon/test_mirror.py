@@ -28,9 +28,10 @@ def save(rank: Rank, *steps: int) -> None:
         assert rank.wait(step).outcome == Outcome.COMMITTED
 
 
-def follows(daemon: Daemon) -> bool:
+def follows(daemon: Daemon, steps: int) -> bool:
     jobs = daemon.status()["jobs"]
-    return bool(daemon.events("mirrored")) and all(job["mirror"]["behind"] == 0 for job in jobs)
+    told = len(daemon.events("mirrored")) >= steps
+    return told and all(job["mirror"]["behind"] == 0 for job in jobs)
 
 
 def steps_at(url: object) -> list[str]:
@@ -58,7 +59,7 @@ def test_a_mirror_is_a_store_by_itself_and_follows_retention(
     with Daemon(runtime) as daemon, Rank(runtime, store_url, keep=2) as rank:
         save(rank, 1, 2, 3, 4)
         until(lambda: steps_at(place) == steps_at(store_url) == ["1.4", "1.3"], "it follows")
-        until(lambda: follows(daemon), "it is told")
+        until(lambda: follows(daemon, 2), "it is told")
         assert not daemon.events("mirror_read")
     assert call("verify", place, "--all").status == 0
     shutil.rmtree(store_url.removeprefix("file://"))
@@ -71,7 +72,7 @@ def test_what_the_first_store_lost_is_read_from_the_mirror(
     first = Path(store_url.removeprefix("file://"))
     with Daemon(runtime) as daemon, Rank(runtime, store_url) as rank:
         save(rank, 1, 2)
-        until(lambda: follows(daemon), "it follows")
+        until(lambda: follows(daemon, 2), "it follows")
     spoil(first, 1, 2)
     shutil.rmtree(runtime / "buffers")
     with Daemon(runtime) as daemon, Rank(runtime, store_url) as rank:
@@ -115,7 +116,7 @@ def test_a_mirror_of_another_incarnation_is_left_alone(
 ) -> None:
     with Daemon(runtime) as daemon, Rank(runtime, store_url) as rank:
         save(rank, 1)
-        until(lambda: follows(daemon), "it follows")
+        until(lambda: follows(daemon, 1), "it follows")
     shutil.rmtree(store_url.removeprefix("file://"))
     shutil.rmtree(runtime / "buffers")
     with Daemon(runtime) as daemon, Rank(runtime, store_url) as rank:

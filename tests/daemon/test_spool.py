@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from ckptmgr.config import DaemonSettings
 from ckptmgr.daemon.log import label_of
+from ckptmgr.errors import UsageError
 from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.catalog import Catalog
 from ckptmgr.repository.commit import abort_step
@@ -275,3 +277,11 @@ def test_everything_in_the_spool_is_private(runtime: Path, rig: Rig, tmp_path: P
         modes = {path.stat().st_mode & 0o777 for path in root.rglob("*") if path.is_dir()}
         assert (root.stat().st_mode & 0o777, modes) == (0o700, {0o700})
         assert {p.stat().st_mode & 0o777 for p in root.rglob("*") if p.is_file()} == {0o600}
+
+
+def test_a_relative_spool_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CKPTMGR_SPOOL", "spool")
+    with pytest.raises(UsageError, match="not an absolute path"):
+        DaemonSettings.from_env(auto=True)
+    monkeypatch.setenv("CKPTMGR_SPOOL", "")
+    assert DaemonSettings.from_env(auto=True).spool_dir is None
