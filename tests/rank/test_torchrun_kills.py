@@ -22,9 +22,10 @@ import pytest
 
 from ckptmgr.config import open_private_dir
 from crash.storm import Storm
-from processes import end_processes_of, needs_root
+from processes import end_processes_of
 from rank.havoc import Judge, Plan, free_port, truth_of
 from rank.zygote import TESTS, Zygote
+from servers.network import needs_network, network
 
 pytestmark = [pytest.mark.kill, pytest.mark.reliability, pytest.mark.timeout(600)]
 
@@ -183,50 +184,31 @@ def test_torchrun_restarts_all_ranks_and_each_finds_the_agreed_step(
         assert judge.facts["from memory"] == 2 * (len(judge.chosen) - 1)
 
 
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True)
-
-
 @contextmanager
 def two_hosts(directories: list[Path]) -> Iterator[list[Node]]:
-    """Two network namespaces, joined by a cable of their own and by nothing else."""
-    name = secrets.token_hex(3)
-    spaces = [f"ckptmgr-{name}-{at}" for at in range(2)]
-    cables = [f"ck{name}{at}" for at in range(2)]
-    made = []
-    try:
-        for space in spaces:
-            ip("netns", "add", space)
-            made.append(space)
-            ip("-n", space, "link", "set", "lo", "up")
-        ip("-n", spaces[0], "link", "add", cables[0], "type", "veth", "peer", cables[1])
-        ip("-n", spaces[0], "link", "set", cables[1], "netns", spaces[1])
-        for at, (space, cable) in enumerate(zip(spaces, cables, strict=True)):
-            ip("-n", space, "addr", "add", f"10.213.7.{at + 1}/24", "dev", cable)
-            ip("-n", space, "link", "set", cable, "up")
+    """Two hosts on a network of their own."""
+    with network(["a", "b"]) as hosts:
         yield [
             Node(
                 runtime,
                 [
                     *["--nnodes=2", "--nproc-per-node=1", f"--node-rank={at}", "--rdzv-id=job"],
-                    *["--rdzv-endpoint=10.213.7.1:29400", f"--local-addr=10.213.7.{at + 1}"],
+                    f"--rdzv-endpoint={hosts['a'].address}:29400",
+                    f"--local-addr={host.address}",
                     f"--rdzv-conf=is_host={1 - at}",
                 ],
-                ["ip", "netns", "exec", spaces[at]],
-                {"GLOO_SOCKET_IFNAME": cables[at]},
+                host.command(),
+                {"GLOO_SOCKET_IFNAME": host.port},
             )
-            for at, runtime in enumerate(directories)
+            for at, (runtime, host) in enumerate(zip(directories, hosts.values(), strict=True))
         ]
-    finally:
-        for space in made:
-            ip("netns", "del", space)
 
 
 @pytest.mark.root
 def test_two_hosts_on_a_network_with_a_daemon_each_resume_together(
     zygote: Zygote, tmp_path: Path, store_url: str
 ) -> None:
-    needs_root()
+    needs_network()
     judge, chance = judged(zygote, tmp_path), seeded()
     with (
         runtimes(2) as directories,
