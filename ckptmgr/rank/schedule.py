@@ -194,8 +194,8 @@ def empty_window(
 
 def _stop(every: Every, start: int, step_seconds: float) -> int:
     """Where a window ends: after about WINDOW_SECONDS, and at the next multiple of the cadence."""
-    length = int(WINDOW_SECONDS / step_seconds) if step_seconds > 0 else 1
-    stop = start + min(max(length, 1), WINDOW_STEPS_MAX)
+    length = min(WINDOW_SECONDS / step_seconds, WINDOW_STEPS_MAX) if step_seconds > 0 else 1
+    stop = start + max(int(length), 1)
     return min(stop, (start // every.steps + 1) * every.steps) if every.steps else stop
 
 

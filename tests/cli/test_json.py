@@ -90,7 +90,10 @@ def daemon_side(runtime: Path, place: Path, note: Any) -> None:
     rig = Rig(place / "rig")
     with Daemon(runtime, environment=rig.environment()):
         note("status")
-    with Daemon(runtime, environment=rig.environment()), Rank(runtime, rig.url) as rank:
+    with (
+        Daemon(runtime, environment=rig.environment()),
+        Rank(runtime, rig.url, codec="auto") as rank,
+    ):
         note("status")
         rank.save(1)
         assert rank.wait(1).outcome == Outcome.COMMITTED
@@ -134,15 +137,12 @@ def spool_side(runtime: Path, place: Path, note: Any) -> None:
 
 
 def ranks_side(runtime: Path, place: Path, note: Any) -> None:
-    """A step of two ranks, of which one has not come yet; the other came by way of the spool.
-    Limits, and a codec that was tried.
-    """
+    """A step of two ranks, of which one has not come yet; the other came by way of the spool."""
     url, spool = f"file://{place}/ranks", f"--spool={place}/spool"
-    limits = {"codec": "auto", "max_d2h_gbps": 100.0}
     environment = {**os.environ, "CKPTMGR_SPOOL_SECONDS": "0.001"}
     with (
         Daemon(runtime, spool, "--max-store-gbps=80", environment=environment),
-        Rank(runtime, url, world=2, **limits) as rank,  # type: ignore[arg-type]
+        Rank(runtime, url, world=2, max_d2h_gbps=100.0) as rank,
     ):
         rank.save(1)
         until(
