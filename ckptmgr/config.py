@@ -82,6 +82,11 @@ def _env_float(name: str, default: float) -> float:
         raise UsageError(f"{text!r} is not a number", subject=name) from None
 
 
+def store_timeout_seconds() -> float:
+    """Deadline of one try of a store operation, by the environment of a daemon or a command."""
+    return _env_float("CKPTMGR_STORE_TIMEOUT_SECONDS", STORE_TIMEOUT_SECONDS)
+
+
 def env_limit(name: str) -> float:
     """A limit in gigabits per second from the environment; 0 is none."""
     return checked_limit(_env_float(name, 0.0), name)
@@ -142,9 +147,7 @@ class DaemonSettings:
             runtime_dir=runtime_dir(),
             idle_seconds=_env_float("CKPTMGR_IDLE_SECONDS", IDLE_SECONDS if auto else 0.0),
             budget_bytes=int(_env_float("CKPTMGR_BUDGET_MIB", BUDGET_BYTES / MIB)) * MIB,
-            store_timeout_seconds=_env_float(
-                "CKPTMGR_STORE_TIMEOUT_SECONDS", STORE_TIMEOUT_SECONDS
-            ),
+            store_timeout_seconds=store_timeout_seconds(),
             metrics_port=int(_env_float("CKPTMGR_METRICS_PORT", 0)),
             memory_seconds=_env_float("CKPTMGR_MEMORY_SECONDS", MEMORY_SECONDS),
             stuck_seconds=_env_float("CKPTMGR_STUCK_SECONDS", STUCK_SECONDS),

@@ -9,7 +9,7 @@ from hashlib import blake2b
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-from ckptmgr.config import STORE_TIMEOUT_SECONDS
+from ckptmgr.config import store_timeout_seconds
 from ckptmgr.errors import (
     DamageError,
     ObjectNotFoundError,
@@ -54,13 +54,23 @@ def open_for_reading(
     Raises:
         UsageError: one of them names no store.
     """
+    seconds = store_timeout_seconds()
     if not mirror:
-        return RetryingStore(open_store(url), landmark=landmark)
+        return RetryingStore(
+            open_store(url),
+            timeout_seconds=seconds,
+            deadline_seconds=4 * seconds,
+            landmark=landmark,
+        )
 
     def patient(place: str) -> Store:
         """Where there is another place to read from, one deadline is patience enough."""
-        inner, seconds = open_store(place), STORE_TIMEOUT_SECONDS
-        return RetryingStore(inner, deadline_seconds=seconds, landmark=landmark)
+        return RetryingStore(
+            open_store(place),
+            timeout_seconds=seconds,
+            deadline_seconds=seconds,
+            landmark=landmark,
+        )
 
     copy = patient(place_of(mirror, url))
     return MirroredStore(patient(url), copy, tell, landmark, objects=objects)

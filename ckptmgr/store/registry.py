@@ -141,7 +141,7 @@ def _plugin(scheme: str) -> Callable[[str], Store]:
         )
     try:
         return cast("Callable[[str], Store]", found[scheme].load())
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:
         raise UsageError(
             f"its plugin can not be imported: {error}",
             subject=f"{scheme}://",

@@ -148,7 +148,7 @@ def test_1_not_drained(runtime: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         (["gc", "{store}", "--keep=0"], ["0 is not allowed"]),
         (["release", "{store}", "2", "nonsense"], ["has no hold nonsense"]),
         (["ls", "nosuch://x"], ["no store is installed", "hint: "]),
-        (["ls", "s3://bucket/run"], ["hint: Run `pip install ckptmgr-objectstore`."]),
+        (["ls", "zz://bucket/run"], ["no store is installed for this scheme"]),
         (["ls", "file://host/x"], ["needs an absolute path"]),
         (["ls", "s3://key:secret@bucket"], ["carries credentials"]),
     ],
@@ -175,6 +175,14 @@ def test_2_what_the_parser_refuses(arguments: list[str]) -> None:
 def test_2_wrong_environment(runtime: Path, name: str) -> None:
     found = call("daemon", runtime=runtime, **{name: "many"})
     check_error(found, 2, name, "'many' is not a number")
+
+
+def test_5_a_store_that_does_not_answer(tmp_path: Path) -> None:
+    """A command waits no longer for it than it was told to."""
+    rig = Rig(tmp_path)
+    rig.obey(("*", "", "hold"))
+    found = call("ls", rig.url, CKPTMGR_STORE_TIMEOUT_SECONDS="0.1", PYTHONPATH=rig.python_path)
+    check_error(found, 5, "format", "no answer in time")
 
 
 @pytest.mark.parametrize("kind", ["data", "man", "commit"])
@@ -326,7 +334,7 @@ def test_long_and_hostile_tags_stay_on_their_line(runtime: Path, tmp_path: Path)
     decision = Decision("COMMIT", 1, 1, world=1, tags=dict(tags))
     entry = StepEntry(StepId(1, 1), StepState.COMMITTED, decision)
     with present._console.capture() as capture:
-        present.entries([entry], {})
+        present.entries([entry], present.Tiers({}, {}))
     _, row = capture.get().splitlines()
     assert not ESCAPE.search(row)
     assert "a=[bold]x[/bold] [/] b=:smile: c=\\x1b]0;owned\\x07\\x0a2.2 verified" in row
@@ -369,7 +377,7 @@ def test_status_and_drain_of_a_running_daemon(runtime: Path, tmp_path: Path) -> 
             rank.wait(1)
             lines = call("status", runtime=runtime).out.splitlines()
             assert lines[0].startswith(f"daemon {daemon.process.pid}, metrics on 127.0.0.1:")
-            assert lines[1] == f"file://{tmp_path}/store: last commit 1.1"
+            assert lines[1].startswith(f"file://{tmp_path}/store: last commit 1.1, store ")
             assert lines[2].endswith("trainer alive")
             assert lines[3].startswith("    1.1 committed, 1.0 MiB, sealed ")
         assert call("drain", "--stop", runtime=runtime).out == "0 snapshots undecided\n"

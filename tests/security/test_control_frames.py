@@ -139,7 +139,7 @@ ODD: list[tuple[str, Any]] = [
             "",
             "nowhere://x",
             "file://",
-            "s3://nowhere",
+            "zz://nowhere",
             "file:///\0",
             "memory://" + "x" * 5000,
         )

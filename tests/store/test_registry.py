@@ -147,8 +147,9 @@ def test_a_plugin_can_not_take_a_built_in_scheme(
     assert isinstance(open_store(str(tmp_path)), LocalStore)
 
 
-def test_a_broken_plugin_is_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    points = [EntryPoint("zz", "ckptmgr_no_such_thing:open", registry.ENTRY_POINT_GROUP)]
+@pytest.mark.parametrize("value", ["ckptmgr_no_such_thing:open", "ckptmgr.store.memory:Nothing"])
+def test_a_broken_plugin_is_a_usage_error(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    points = [EntryPoint("zz", value, registry.ENTRY_POINT_GROUP)]
     monkeypatch.setattr(registry, "entry_points", lambda group: points)
     with pytest.raises(UsageError, match="can not be imported"):
         open_store("zz://place")
