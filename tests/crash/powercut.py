@@ -98,6 +98,7 @@ def images(log: Log, seed: int, count: int) -> Iterator[Image]:
     """`count` disks as power cuts at random instants could have left them.
 
     Every other cut is right behind a mark, where a promise that is not yet durable is caught.
+    Each image is a file of its own: a loop device of the one before may be slow to go.
     """
     chance = random.Random(seed)
     behind_marks = [index + 1 for index, entry in enumerate(log.entries) if entry.kind == "M"] or [
@@ -107,10 +108,11 @@ def images(log: Log, seed: int, count: int) -> Iterator[Image]:
         chance.choice(behind_marks) if turn % 2 else chance.randint(0, len(log.entries))
         for turn in range(count)
     ]
-    base, image = log.path.with_name("base.img"), log.path.with_name("cut.img")
+    base = log.path.with_name("base.img")
     _copy(log.formatted, base)
     done = 0
-    for position in sorted(positions):
+    for turn, position in enumerate(sorted(positions)):
+        image = log.path.with_name(f"cut{turn}.img")
         flushed = _last_flush(log, position)
         _apply(base, _writes(log, done, flushed))
         done = max(done, flushed)
@@ -124,12 +126,13 @@ def images(log: Log, seed: int, count: int) -> Iterator[Image]:
         ]
         _apply(image, volatile)
         yield Image(log.system, image, tuple(_marks(log, position)), position)
+        image.unlink()
 
 
 @contextmanager
 def mounted(image: Image) -> Iterator[Path]:
     """The image as a directory, after the file system has recovered."""
-    with mounted_file(image.system, image.path, image.path.with_suffix(".mnt")) as directory:
+    with mounted_file(image.system, image.path, image.path.with_name("cut.mnt")) as directory:
         yield directory
 
 

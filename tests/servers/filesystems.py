@@ -65,6 +65,8 @@ def mounted_file(system: FileSystem, file: Path, mount_point: Path) -> Iterator[
     with ExitStack() as stack:
         device = run("losetup", "--find", "--show", file).strip()
         stack.callback(run, "losetup", "--detach", device)
+        # What the kernel remembers of an image that had this device before must not show.
+        run("blockdev", "--flushbufs", device)
         run("mount", "-t", system.name, "-o", system.options, device, mount_point)
         stack.callback(run, "umount", mount_point)
         yield mount_point
