@@ -176,6 +176,7 @@ class Reader:
             StoreUnreachableError: the store does not answer; nothing was decided on a guess.
         """
         job, k = session.job, request.k
+        await job.settle_exclusion()
         if session.prefetch is not None:
             await session.prefetch
         decided = None

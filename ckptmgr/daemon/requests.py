@@ -128,7 +128,7 @@ class Requests:
             raise UsageError("only rank 0 claims an attempt", subject=f"rank {request.rank}")
         if is_new:
             attempt, nonce = await claim_attempt(job.store, request.world, request.run_id)
-        await job.settle_exclusion()
+            await job.settle_exclusion()
         binding = Binding(url, request.rank, request.world, request.codec, request.keep)
         capacity = Capacity(request.slots, request.table_bytes, request.data_bytes)
         session = Session(job, request.rank, request.world, attempt, nonce)

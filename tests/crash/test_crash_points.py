@@ -44,7 +44,7 @@ from scale import FULL
 
 pytestmark = [pytest.mark.reliability, pytest.mark.timeout(1800)]
 
-POINTS_MIN = {"first run": 20_000, "second run": 30_000, "reading": 25_000, "zombie": 50_000}
+POINTS_MIN = {"first run": 20_000, "second run": 35_000, "reading": 25_000, "zombie": 70_000}
 
 FATES = ("lost", "visible", "made", "made twice", "late")
 
@@ -164,7 +164,7 @@ class Enumeration:
             self._checked.add(name)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", SCRIPTS if FULL else ["second run", "zombie"])
 def test_no_crash_breaks_anything(name: str) -> None:
     world, script = SCRIPTS[name]
     enumeration = Enumeration(world)
@@ -173,7 +173,7 @@ def test_no_crash_breaks_anything(name: str) -> None:
     assert enumeration.points >= POINTS_MIN[name]
 
 
-@pytest.mark.parametrize("name", SCRIPTS if FULL else ["second run"])
+@pytest.mark.parametrize("name", SCRIPTS if FULL else ["first run"])
 def test_no_crash_breaks_anything_where_one_decides_alone(name: str) -> None:
     world, script = SCRIPTS[name]
     enumeration = Enumeration(world, exclusive=False)
@@ -183,7 +183,7 @@ def test_no_crash_breaks_anything_where_one_decides_alone(name: str) -> None:
 
 
 def test_there_are_enough_points() -> None:
-    assert sum(POINTS_MIN.values()) >= 100_000
+    assert POINTS_MIN["second run"] + POINTS_MIN["zombie"] >= 100_000, "in every run of the suite"
 
 
 # -- seeded bugs ----------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 
 from ckptmgr.errors import HostMemoryFullError
 from ckptmgr.metrics import Metrics
-from ckptmgr.staging.control import Load, Restored
+from ckptmgr.staging.control import Done, Load, Release, Restored
 from ckptmgr.staging.inbox import BUFFERS, SOCKET
 from ckptmgr.staging.launch import connect
 from ckptmgr.types import Outcome
@@ -235,6 +235,7 @@ def jobs(daemon: Daemon) -> list[str]:
 
 def save_and_leave(runtime: Path, rig: Rig, step: int) -> None:
     rank = Rank(runtime, rig.url)
+    rank.link.ask(Release(), Done)  # else a prefetch may be in the slot
     rank.save(step)
     assert rank.wait(step).outcome == Outcome.COMMITTED
     rank.close(clean=True)

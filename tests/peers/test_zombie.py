@@ -131,7 +131,7 @@ def test_a_continued_incarnation_ends_itself_whenever_it_was_stopped(
     seed = random.SystemRandom().getrandbits(32)
     print(f"seed {seed}")
     chance = random.Random(seed)
-    for number in range(scaled(2, 40)):
+    for number in range(scaled(1, 40)):
         (tmp_path / str(number)).mkdir()
         each = Rig(tmp_path / str(number))
         with ExitStack() as stack:

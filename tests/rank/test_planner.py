@@ -393,5 +393,5 @@ def test_a_store_that_decides_nothing_holds_nobody_up_once_all_parts_are_spooled
 
     run(ranks, train)
     assert all(rank.taken == ranks[0].taken for rank in ranks)
-    assert len(ranks[0].taken) > 3
+    assert ranks[0].taken[-1] > 150
     assert ranks[0].stats.superseded == 0
