@@ -102,7 +102,7 @@ def test_a_killed_daemon_and_a_lost_memory_cost_nothing(
 ) -> None:
     """As after a reboot: only the spool is left, and no trainer comes back."""
     with Daemon(runtime) as daemon:
-        with Rank(runtime, rig.url) as rank:
+        with Rank(runtime, rig.url, keep=9) as rank:
             rank.save(1)
             assert rank.wait(1).outcome == Outcome.COMMITTED
             rig.obey(*DOWN)
@@ -116,7 +116,7 @@ def test_a_killed_daemon_and_a_lost_memory_cost_nothing(
     with Daemon(runtime) as daemon:
         until(lambda: not spooled(tmp_path, rig.url), "the spool is empty")
         assert committed(rig.file_url)[-1] == "1.4"
-        with Rank(runtime, rig.url) as rank:
+        with Rank(runtime, rig.url, keep=9) as rank:
             assert rank.restore().step == 4
 
 
@@ -180,7 +180,7 @@ def test_a_disk_that_is_full_is_told_and_keeps_nothing_half_written(
 def test_a_slow_store_with_a_newer_snapshot_waiting_gives_way(
     runtime: Path, rig: Rig, tmp_path: Path
 ) -> None:
-    with Daemon(runtime) as daemon, Rank(runtime, rig.url) as rank:
+    with Daemon(runtime) as daemon, Rank(runtime, rig.url, keep=9) as rank:
         rig.obey(("put_new", f"data/{ONE}1", "hold"))
         rank.save(1)
         rank.save(2)
@@ -196,7 +196,7 @@ def test_a_store_that_falls_silent_before_the_register_leaves_the_slot_free(
 ) -> None:
     """All of the step is in the store, but somebody must see it decided."""
     rig.obey(("*", "commit/", "dead"))
-    with Daemon(runtime) as daemon, Rank(runtime, rig.url) as rank:
+    with Daemon(runtime) as daemon, Rank(runtime, rig.url, keep=9) as rank:
         rank.save(1)
         assert daemon.await_event("spooled")["step"] == "1.1"
         rank.save(2)
@@ -211,7 +211,7 @@ def test_a_store_that_falls_silent_before_the_register_leaves_the_slot_free(
 def test_what_was_given_up_meanwhile_is_dropped_and_told(
     runtime: Path, rig: Rig, tmp_path: Path
 ) -> None:
-    with Daemon(runtime) as daemon, Rank(runtime, rig.url) as rank:
+    with Daemon(runtime) as daemon, Rank(runtime, rig.url, keep=9) as rank:
         rank.save(1)
         assert rank.wait(1).outcome == Outcome.COMMITTED
         rig.obey(*DOWN)
@@ -228,7 +228,7 @@ def test_what_was_given_up_meanwhile_is_dropped_and_told(
 def test_a_part_that_does_not_hold_is_written_again_from_memory(
     runtime: Path, rig: Rig, tmp_path: Path
 ) -> None:
-    with Daemon(runtime) as daemon, Rank(runtime, rig.url) as rank:
+    with Daemon(runtime) as daemon, Rank(runtime, rig.url, keep=9) as rank:
         rank.save(1)
         assert rank.wait(1).outcome == Outcome.COMMITTED
         rig.obey(*DOWN)
@@ -260,7 +260,7 @@ def test_a_spool_that_is_not_ours_is_refused_and_costs_only_itself(
         if what == "taken":
             (runtime / "other").mkdir(mode=0o700)
             stack.enter_context(Daemon(runtime / "other"))
-        with Daemon(runtime) as daemon, Rank(runtime, rig.url) as rank:
+        with Daemon(runtime) as daemon, Rank(runtime, rig.url, keep=9) as rank:
             assert daemon.await_event("spool_off")["path"] == str(path)
             assert daemon.status()["spool"] is None
             rank.save(1)
@@ -269,7 +269,7 @@ def test_a_spool_that_is_not_ours_is_refused_and_costs_only_itself(
 
 
 def test_everything_in_the_spool_is_private(runtime: Path, rig: Rig, tmp_path: Path) -> None:
-    with Daemon(runtime), Rank(runtime, rig.url) as rank:
+    with Daemon(runtime), Rank(runtime, rig.url, keep=9) as rank:
         rig.obey(*DOWN)
         rank.save(1)
         until(lambda: spooled(tmp_path, rig.url), "it is in the spool")
