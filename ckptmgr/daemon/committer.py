@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from ckptmgr.config import RETRY_SECONDS_MAX, RETRY_SECONDS_MIN
 from ckptmgr.daemon.log import warning
 from ckptmgr.daemon.resume import parent_of
-from ckptmgr.errors import ObjectNotFoundError, RegisterConflictError, StoreError
+from ckptmgr.errors import RegisterConflictError, StoreError
 from ckptmgr.repository import keys
 from ckptmgr.repository.budget import in_thread
 from ckptmgr.repository.catalog import Catalog, exists
@@ -172,7 +172,7 @@ class Committer:
         """One look at the store: the decision if it is made now, or was made by somebody else."""
         step = watch.id
         if len(watch.manifests) < watch.world:
-            registered = await self._registered(step)
+            registered = await self._catalog.registered(step)
             if registered is not None:
                 return registered
             turns = turn(step.step, watch.world, watch.manifests)
@@ -194,13 +194,6 @@ class Committer:
 
     def _decides(self, watch: Watch) -> bool:
         return may_decide(self._store.exclusive, watch.manifests)
-
-    async def _registered(self, step: StepId) -> Decision | None:
-        try:
-            await self._store.make_durable(keys.commit(step))
-            return await self._catalog.decision(step)
-        except ObjectNotFoundError:
-            return None
 
     async def _still_awaited(self, watch: Watch) -> bool:
         """Whether a rank that was missing at the last listing still is; asked of this one alone.

@@ -31,7 +31,7 @@ from ckptmgr.repository.record import Kind
 from ckptmgr.repository.rules import goes_first, may_decide
 from ckptmgr.restore.copying import copy_packs, put_manifest
 from ckptmgr.staging.bufferfile import SLOTS_MAX
-from ckptmgr.types import Outcome, StepId
+from ckptmgr.types import Outcome
 
 if TYPE_CHECKING:
     from ckptmgr.daemon.job import Job
@@ -136,7 +136,7 @@ class Drainer:
             if not await self._is_claimed(part):
                 return None
             await self._job.settle_exclusion()
-            decision = await self._decision(part.id)
+            decision = await self._job.catalog.registered(part.id)
             if decision is not None:
                 await self._finish(part, decision)
                 return None
@@ -168,14 +168,6 @@ class Drainer:
         if claim.nonce != part.nonce:
             raise RegisterConflictError("is of another incarnation", subject=key)
         return True
-
-    async def _decision(self, step: StepId) -> Decision | None:
-        """The register of a step, made durable before it is relied on."""
-        try:
-            await self._job.store.make_durable(keys.commit(step))
-            return await self._job.catalog.decision(step)
-        except ObjectNotFoundError:
-            return None
 
     async def _copy(self, part: Part) -> SealedManifest:
         store, metrics, label = self._job.store, self._job.metrics, self._job.label

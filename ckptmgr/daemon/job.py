@@ -21,7 +21,7 @@ from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.catalog import Catalog
 from ckptmgr.repository.commit import Decision, check_format
 from ckptmgr.store.base import Store
-from ckptmgr.store.mirrored import MirroredStore
+from ckptmgr.store.mirrored import MirroredStore, patient
 from ckptmgr.store.registry import open_store
 from ckptmgr.store.retry import RetryingStore
 from ckptmgr.types import StepId
@@ -66,20 +66,10 @@ class Job:
         Raises:
             UsageError: the URL names no store.
         """
-        timeout = settings.store_timeout_seconds
-
-        def patient(place: str) -> Store:
-            """Where there is another place to read from, one deadline is patience enough."""
-            return RetryingStore(
-                open_store(place),
-                timeout_seconds=timeout,
-                deadline_seconds=timeout,
-                landmark=keys.FORMAT,
-            )
-
-        copy = patient(url)
+        copy = patient(url, settings.store_timeout_seconds, keys.FORMAT)
+        first = patient(self.url, settings.store_timeout_seconds, keys.FORMAT)
         self.mirror = mirror = Mirror(self, copy, pool)
-        self.reading = Catalog(MirroredStore(patient(self.url), copy, mirror.read, keys.FORMAT))
+        self.reading = Catalog(MirroredStore(first, copy, mirror.read, keys.FORMAT))
         self._following = asyncio.create_task(mirror.run(), name=f"mirror {self.label}")
         self._following.add_done_callback(_tell_fault)
 

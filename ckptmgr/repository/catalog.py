@@ -202,6 +202,18 @@ class Catalog:
             )
         return found
 
+    async def registered(self, step: StepId) -> Decision | None:
+        """The register of a step, made durable before it is relied on; None while undecided.
+
+        Raises:
+            DamageError: the register is damaged.
+        """
+        try:
+            await self.store.make_durable(keys.commit(step))
+            return await self.decision(step)
+        except ObjectNotFoundError:
+            return None
+
     async def entries(self) -> list[StepEntry]:
         """All steps, newest first; damaged registers are entries too, with `damage` set."""
         listing = await list_steps(self.store)

@@ -63,17 +63,22 @@ def open_for_reading(
             landmark=landmark,
         )
 
-    def patient(place: str) -> Store:
-        """Where there is another place to read from, one deadline is patience enough."""
-        return RetryingStore(
-            open_store(place),
-            timeout_seconds=seconds,
-            deadline_seconds=seconds,
-            landmark=landmark,
-        )
+    first, copy = (patient(place, seconds, landmark) for place in (url, place_of(mirror, url)))
+    return MirroredStore(first, copy, tell, landmark, objects=objects)
 
-    copy = patient(place_of(mirror, url))
-    return MirroredStore(patient(url), copy, tell, landmark, objects=objects)
+
+def patient(url: str, timeout_seconds: float, landmark: str) -> RetryingStore:
+    """A store beside which there is another to read from: one deadline is patience enough.
+
+    Raises:
+        UsageError: the URL names no store.
+    """
+    return RetryingStore(
+        open_store(url),
+        timeout_seconds=timeout_seconds,
+        deadline_seconds=timeout_seconds,
+        landmark=landmark,
+    )
 
 
 class MirroredStore(Store):

@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 
 from ckptmgr.daemon import resume, retain
-from ckptmgr.daemon.committer import Committer
 from ckptmgr.errors import CkptmgrError, ObjectNotFoundError
 from ckptmgr.repository import keys
 from ckptmgr.repository.budget import BufferPool
+from ckptmgr.repository.catalog import Catalog
 from ckptmgr.repository.commit import (
     FROM_SCRATCH,
     Decision,
@@ -213,9 +213,9 @@ async def _no_abort(_store: Store, step: StepId, why: str) -> Decision:
     return Decision("ABORT", step.attempt, step.step, why=why)
 
 
-async def _believe(self: Committer, step: StepId) -> Decision | None:
+async def _believe(self: Catalog, step: StepId) -> Decision | None:
     try:
-        return await self._catalog.decision(step)
+        return await self.decision(step)
     except ObjectNotFoundError:
         return None
 
@@ -239,7 +239,7 @@ BUGS: dict[str, tuple[str, Any, str, Any]] = {
     "holds are not looked at": ("reading", retain, "_delete_retired", _delete_blindly),
     "a mark of others is believed": ("first run", retain, "_delete_retired", _delete_on_sight),
     "garbage goes without ABORT": ("second run", retain, "abort_step", _no_abort),
-    "a register of others is believed": ("first run", Committer, "_registered", _believe),
+    "a register of others is believed": ("first run", Catalog, "registered", _believe),
     "each rank chooses for itself": ("first run", crash_job, "decide_resume", _choose_alone),
     "manifests of others are believed": (
         "first run",
