@@ -1,0 +1,113 @@
+"""Commands that run the daemon of this host, and ask it."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ckptmgr import present
+from ckptmgr.commands.app import Json, command, out
+from ckptmgr.config import DRAIN_SECONDS, GIB, DaemonSettings, checked_limit, runtime_dir
+from ckptmgr.errors import CkptmgrError, DaemonError, SupersededError
+
+
+@command
+def daemon(
+    auto: Annotated[bool, typer.Option("--auto", hidden=True)] = False,
+    idle_seconds: Annotated[
+        float | None, typer.Option(help="End after this long without work; 0 never.")
+    ] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(help="Prometheus port on 127.0.0.1; 0 any, -1 off.")
+    ] = None,
+    max_store_gbps: Annotated[
+        float | None,
+        typer.Option(
+            help="Gigabits (10^9 bits) per second to and from all stores; 8 are 1 GB/s; 0 no limit."
+        ),
+    ] = None,
+    spool: Annotated[
+        Path | None, typer.Option(help="Directory for snapshots while a store is down or slow.")
+    ] = None,
+    spool_max_gib: Annotated[
+        float | None, typer.Option(help="Most that the spool may take; 0 what the disk has.")
+    ] = None,
+    mirror: Annotated[
+        str | None, typer.Option(help="Second store, with a place for each job below it.")
+    ] = None,
+) -> None:
+    """Run the daemon of this user on this host in the foreground.
+
+    Also set by CKPTMGR_SPOOL, CKPTMGR_SPOOL_MAX_GIB and CKPTMGR_MIRROR, which a daemon that a
+    trainer starts takes from it.
+    """
+    from dataclasses import replace
+
+    from ckptmgr.daemon import log
+    from ckptmgr.daemon.service import Service
+
+    limit = None if max_store_gbps is None else checked_limit(max_store_gbps, "--max-store-gbps")
+    given: dict[str, Any] = {
+        "idle_seconds": idle_seconds,
+        "metrics_port": metrics_port,
+        "max_store_gbps": limit,
+        "spool_dir": None if spool is None else spool.absolute(),
+        "spool_bytes_max": None if spool_max_gib is None else int(spool_max_gib * GIB),
+        "mirror_url": mirror,
+    }
+    changes = {name: value for name, value in given.items() if value is not None}
+    settings = replace(DaemonSettings.from_env(auto=auto), **changes)
+    log.configure()
+    try:
+        asyncio.run(Service(settings).run())
+    except DaemonError:
+        if not auto:  # two ranks may start one at the same moment: one of the two is enough
+            raise
+
+
+@command
+def status(as_json: Json = False) -> None:
+    """Show what the daemon on this host holds and does."""
+    from ckptmgr.staging.control import Stated, Status
+    from ckptmgr.staging.launch import connect
+
+    with connect(runtime_dir()) as client:
+        state = client.ask(Status(), Stated).state
+    out(state, as_json, lambda: present.status(state))
+
+
+@command
+def drain(
+    timeout: Annotated[float, typer.Option(help="Seconds to wait.")] = DRAIN_SECONDS,
+    stop: Annotated[bool, typer.Option("--stop", help="End the daemon afterwards.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Wait until every sealed snapshot on this host is committed.
+
+    Exit status 6 says that a trainer still runs here though a newer attempt of its job has taken
+    over: what it snapshots is given up, and nothing of it will be committed.
+    """
+    from ckptmgr.staging.control import Done, Drain, Stated, Status, Stop
+    from ckptmgr.staging.launch import connect
+
+    with connect(runtime_dir()) as client, present.waiting("draining"):
+        left = client.ask(Drain(timeout), Done, timeout + 10).left
+        jobs = client.ask(Status(), Stated).state["jobs"]
+        if stop:
+            client.ask(Stop(), Done)
+    stale = [(job["url"], b) for job in jobs for b in job["buffers"] if b["superseded_by"]]
+    document = {"undecided": left, "superseded": len(stale)}
+    out(document, as_json, lambda: typer.echo(f"{left} snapshots undecided"))
+    if left:
+        raise CkptmgrError(
+            f"{left} snapshots are not committed after {timeout} s",
+            hint="Look at `ckptmgr status` for the failure; the daemon goes on trying.",
+        )
+    for url, buffer in stale:
+        raise SupersededError(
+            f"attempt {buffer['superseded_by']} has taken over from rank {buffer['rank']} here",
+            subject=url,
+        )
