@@ -16,7 +16,8 @@ async def in_lanes(work: Callable[[T], Awaitable[R]], items: Iterable[T], at_onc
     The first error is raised, when all others that were under way have been cancelled.
     """
     found: dict[int, R] = {}
-    places = iter(enumerate(items))
+    all_items = list(items)
+    places = iter(enumerate(all_items))
 
     async def lane() -> None:
         for place, item in places:
@@ -24,7 +25,7 @@ async def in_lanes(work: Callable[[T], Awaitable[R]], items: Iterable[T], at_onc
 
     try:
         async with asyncio.TaskGroup() as group:
-            for _ in range(at_once):
+            for _ in range(min(at_once, len(all_items))):
                 group.create_task(lane())
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
