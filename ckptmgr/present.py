@@ -7,15 +7,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
-from ckptmgr.repository.catalog import StepEntry
-from ckptmgr.repository.manifest import Manifest
 from ckptmgr.types import StepId, StepState
+
+if TYPE_CHECKING:  # `--help` needs no store
+    from ckptmgr.repository.catalog import StepEntry
+    from ckptmgr.repository.manifest import Manifest
 
 debug = False
 """Whether errors show their traceback; set by --debug."""

@@ -6,7 +6,6 @@ import struct
 import threading
 from enum import IntEnum
 
-import numpy as np
 import zstandard
 
 from ckptmgr.errors import ChunkDamagedError, UsageError
@@ -99,6 +98,8 @@ def encode(codec: Codec, raw: memoryview, cut: Cut, out: memoryview) -> int:
 
 
 def _encode_planes(raw: memoryview, itemsize: int, out: memoryview, limit: int) -> int:
+    import numpy as np  # as in store/posix.py
+
     elements = np.frombuffer(raw, np.uint8).reshape(-1, itemsize)
     frame = _compressor().compress(np.ascontiguousarray(elements[:, -1]).data)
     rest = elements.shape[0] * (itemsize - 1)
@@ -141,6 +142,8 @@ def _decompress(frame: memoryview, length: int, subject: str) -> bytes:
 
 
 def _decode_planes(stored: memoryview, raw: memoryview, subject: str) -> None:
+    import numpy as np
+
     if len(stored) < _PLANES_HEAD.size:
         raise ChunkDamagedError("is too short for byte planes", subject=subject)
     itemsize, length = _PLANES_HEAD.unpack_from(stored)
