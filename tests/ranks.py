@@ -1,10 +1,9 @@
 """Real processes with a process group on this host: `run_ranks("rank.worlds", "ddp", 2, tmp_path)`.
 
-Each process imports the module, joins a gloo group and calls the function with the directory; what
-the function returns travels back as JSON. Everything else goes through files in the directory.
-
-`run_forked` does the same for many process groups, one after the other: torch is imported once, and
-each rank is a fork of that process.
+Each process joins a gloo group and calls the function of the module with the directory; what the
+function returns travels back as JSON. Everything else goes through files in the directory. torch is
+imported once, and each rank is a fork of that process. `run_forked` does the same for many process
+groups, one after the other.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -24,7 +22,7 @@ from typing import Any
 
 TESTS = Path(__file__).parent
 SECONDS_MAX = 150.0
-"""For importing torch several times at once on a busy machine, and a few small steps."""
+"""For importing torch on a busy machine, and a few small steps."""
 
 
 def run_ranks(
@@ -34,22 +32,7 @@ def run_ranks(
 
     No process is left when it returns.
     """
-    place = directory / f"{function}-{world}"
-    place.mkdir()
-    processes = [_start(module, function, rank, world, place) for rank in range(world)]
-    end = time.monotonic() + seconds_max
-    try:
-        for process in processes:
-            process.wait(max(end - time.monotonic(), 0.1))
-    except subprocess.TimeoutExpired:
-        pass
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    if any(process.returncode for process in processes):
-        raise AssertionError("\n".join(_told(place, rank) for rank in range(world)))
-    return [json.loads((place / f"{rank}.json").read_text()) for rank in range(world)]
+    return run_forked(module, [(function, world)], directory, seconds_max=seconds_max)[0]
 
 
 def run_forked(
@@ -64,7 +47,7 @@ def run_forked(
         place.mkdir()
     log = directory / "forks.log"
     # A session of its own: all its processes can be ended together.
-    process = _spawn(log, "--fork", module, json.dumps(groups), str(directory), session=True)
+    process = _spawn(log, module, json.dumps(groups), str(directory))
     try:
         process.wait(seconds_max)
     except subprocess.TimeoutExpired:
@@ -82,14 +65,7 @@ def run_forked(
     ]
 
 
-def _start(
-    module: str, function: str, rank: int, world: int, place: Path
-) -> subprocess.Popen[bytes]:
-    arguments = [module, function, str(rank), str(world), str(place)]
-    return _spawn(place / f"{rank}.log", *arguments)
-
-
-def _spawn(log: Path, *arguments: str, session: bool = False) -> subprocess.Popen[bytes]:
+def _spawn(log: Path, *arguments: str) -> subprocess.Popen[bytes]:
     paths = [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     with log.open("wb") as told:
@@ -98,12 +74,8 @@ def _spawn(log: Path, *arguments: str, session: bool = False) -> subprocess.Pope
             env=environment,
             stdout=told,
             stderr=subprocess.STDOUT,
-            start_new_session=session,
+            start_new_session=True,
         )
-
-
-def _told(place: Path, rank: int) -> str:
-    return f"-- rank {rank}:\n{(place / f'{rank}.log').read_text()[-4000:]}"
 
 
 def _main(module: str, function: str, rank: int, world: int, place: Path) -> None:
@@ -151,7 +123,5 @@ def _forked(module: str, function: str, rank: int, world: int, place: Path) -> i
     os._exit(1)
 
 
-if __name__ == "__main__" and sys.argv[1] == "--fork":
-    _fork(sys.argv[2], json.loads(sys.argv[3]), Path(sys.argv[4]))
-elif __name__ == "__main__":
-    _main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[5]))
+if __name__ == "__main__":
+    _fork(sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3]))

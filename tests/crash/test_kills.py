@@ -162,7 +162,7 @@ def run(victim: str, kills: int, tmp_path: Path) -> tuple[Counter[tuple[str, str
 
 @pytest.mark.timeout(14400)
 @pytest.mark.parametrize(
-    ("victim", "sample", "full"), [("trainer", 12, 200), ("daemon", 12, 200), ("both", 6, 100)]
+    ("victim", "sample", "full"), [("trainer", 8, 200), ("daemon", 8, 200), ("both", 4, 100)]
 )
 def test_no_kill_tears_or_loses_anything(
     victim: str, sample: int, full: int, tmp_path: Path

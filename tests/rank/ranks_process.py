@@ -1,6 +1,7 @@
 """One of several ranks, started by test_ranks.py or by torchrun; prints JSON lines.
 
 `python ranks_process.py SCENARIO URL RENDEZVOUS`: RENDEZVOUS is "env" or a file for a FileStore.
+Without RANK in its environment it forks all ranks, and ends as they do.
 """
 
 from __future__ import annotations
@@ -23,7 +24,25 @@ import ckptmgr
 from ckptmgr.rank.registers import StoreRegisters
 from ckptmgr.staging.control import Client
 
-RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+WORLD = int(os.environ["WORLD_SIZE"])
+
+
+def fork_ranks() -> int:
+    """The rank of this process, one of `WORLD` from here on; one more waits for them."""
+    children = []
+    for rank in range(WORLD):
+        child = os.fork()
+        if not child:
+            return rank
+        children.append(child)
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    if statuses == [-signal.SIGKILL] * WORLD:
+        os.kill(os.getpid(), signal.SIGKILL)
+    os._exit(max(map(abs, statuses)))
+
+
+RANK = int(os.environ["RANK"]) if "RANK" in os.environ else fork_ranks()
+os.environ["RANK"] = str(RANK)
 
 
 def say(**what: object) -> None:

@@ -28,15 +28,15 @@ pytestmark = [pytest.mark.kill, pytest.mark.reliability]
 KINDS = ["one rank", "all ranks", "one daemon", "all daemons", "everything"]
 
 PLANS = {
-    "ddp": (Plan("ddp", 2, 100), 6, 70),
-    "fsdp2": (Plan("fsdp2", 2, 60), 6, 70),
+    "ddp": (Plan("ddp", 2, 100), 5, 70),
+    "fsdp2": (Plan("fsdp2", 2, 60), 5, 70),
     "tp_fsdp2": (Plan("tp_fsdp2", 4, 50), 5, 60),
-    "pipeline": (Plan("pipeline", 2, 100), 6, 70),
+    "pipeline": (Plan("pipeline", 2, 100), 5, 70),
     "ddp_eight": (Plan("ddp", 8, 24), 0, 20),
     "fsdp2_eight": (Plan("fsdp2", 8, 24), 0, 20),
     "tp_fsdp2_eight": (Plan("tp_fsdp2", 8, 24), 0, 20),
 }
-"""Parallelism, kills in the sample, kills in `make reliability`: 23 and 330."""
+"""Parallelism, kills in the sample, kills in `make reliability`: 20 and 330."""
 
 CHAIN = 5
 """Kills over one store, each followed by a resume that is judged; then another store."""

@@ -29,14 +29,18 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def told_by(processes: list[subprocess.Popen[str]], status: int = 0) -> list[dict[str, Any]]:
+def told_by(line: list[str], status: int = 0, **more: str) -> list[dict[str, Any]]:
     """What the ranks said, once all have ended."""
-    told = []
-    for process in processes:
+    with subprocess.Popen(
+        line,
+        env=environment(**more),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
         out, err = process.communicate(timeout=SECONDS_MAX)
-        assert process.returncode == status, err
-        told += [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-    return told
+    assert process.returncode == status, err
+    return [json.loads(line) for line in out.splitlines() if line.startswith("{")]
 
 
 def ranks(
@@ -44,17 +48,9 @@ def ranks(
 ) -> list[dict[str, Any]]:
     """Run a scenario on all ranks."""
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(PROGRAM), scenario, url, rendezvous],
-            env=environment(RANK=str(rank), WORLD_SIZE=str(world), **where),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    return told_by(processes, status)
+    line = [sys.executable, str(PROGRAM), scenario, url, rendezvous]
+    told = told_by(line, status, WORLD_SIZE=str(world), **where)
+    return sorted(told, key=lambda one: one["rank"])
 
 
 @pytest.mark.parametrize("kind", ["tcp", "file"])
@@ -76,14 +72,9 @@ def test_the_training_thread_talks_to_nobody_between_entry_and_return_of_step(
 
 def test_it_runs_under_torchrun(runtime: Path, store_url: str) -> None:
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    process = subprocess.Popen(
-        [*line, str(PROGRAM), "quiet", store_url, "env"],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    told = [one for one in told_by([process]) if "taken" in one]
+    told = [
+        one for one in told_by([*line, str(PROGRAM), "quiet", store_url, "env"]) if "taken" in one
+    ]
     assert len(told) == 2
     assert told[0]["taken"] == told[1]["taken"]
     assert committed(store_url)

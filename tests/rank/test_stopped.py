@@ -19,6 +19,7 @@ from ckptmgr.rank.planner import PLAN_SECONDS_MAX
 from ckptmgr.types import StepId, StepState
 from driven import PATIENCE_SECONDS, Daemon, until
 from peers.job import entries_at, go_on, stop
+from scale import FULL
 
 PROGRAM = Path(__file__).with_name("clocked_process.py")
 GOES_ON = 300
@@ -91,7 +92,10 @@ def hosts(runtime: Path) -> list[Path]:
     return found
 
 
-@pytest.mark.parametrize("victim", ["rank 1", "daemon 1", "rank 0", "daemon 0"])
+@pytest.mark.reliability
+@pytest.mark.parametrize(
+    "victim", ["rank 0", "daemon 1", *(["rank 1", "daemon 0"] if FULL else [])]
+)
 def test_what_is_stopped_delays_commits_and_nobodys_training(
     hosts: list[Path], store_url: str, victim: str
 ) -> None:

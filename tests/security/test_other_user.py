@@ -233,6 +233,7 @@ def test_a_buffer_that_is_a_link_or_of_another_user_is_refused(runtime: Path) ->
     with pytest.raises(HostMemoryError, match="belongs to another user"):
         HostBuffer.open(path)
     with Daemon(runtime) as daemon:
+        daemon.await_event("buffer_refused", 2)
         assert {e["path"] for e in daemon.events("buffer_refused")} == {path.name, link.name}
         assert path.exists(), "a buffer that is not ours was deleted"
 
