@@ -5,12 +5,14 @@
 #   CONSTRAINTS  pip constraints; set it to /dev/null to take the newest releases
 #   PIP_ARGS     more arguments for pip, for example the index of a torch build
 #   PYTEST_ARGS  more arguments for pytest
+#   WORKERS      tests at a time; one more than two cores have, because many of them wait
 
 PYTHON ?= python3
 VENV_ARGS ?=
 CONSTRAINTS ?= tests/constraints.txt
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+WORKERS ?= 3
 SOAK_SECONDS ?= 3600
 
 BIN := .venv/bin
@@ -26,7 +28,7 @@ demo: $(STAMP)
 # Hundreds of real daemons, kills and process groups on few cores: what fails beside all the others
 # is run once more alone, in sight; what fails then has failed.
 test: lint
-	@$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS) \
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS) \
 		|| $(BIN)/python -m pytest --last-failed --last-failed-no-failures none $(PYTEST_ARGS)
 
 lint: $(STAMP)
