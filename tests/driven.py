@@ -113,6 +113,15 @@ class Daemon:
         with connect(self.runtime) as client:
             return client.ask(Status(), Stated).state
 
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Stopped, as a host that hangs, and continued at the end."""
+        self.process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.process.send_signal(signal.SIGCONT)
+
     def end(self, number: int = signal.SIGTERM) -> int:
         """Signal it and wait for its end; returns its exit status."""
         self.process.send_signal(number)
@@ -245,6 +254,20 @@ def ranks(url: str, *places: Path) -> Iterator[list[Rank]]:
             rank = Rank(place, url, rank=number, world=world, first=found[0])
             found.append(stack.enter_context(rank))
         yield found
+
+
+@contextlib.contextmanager
+def half_stored(
+    rig: Rig, url: str, places: tuple[Path, Path], step: int
+) -> Iterator[tuple[Daemon, list[Rank]]]:
+    """Two ranks, of which the first has stored its part of `step` and looks for the register, which
+    the store holds back; `rig.obey()` lets it go on.
+    """
+    rig.obey(("make_durable", "commit/", "hold"))
+    with Daemon(places[0]) as first, Daemon(places[1]), ranks(url, *places) as job:
+        job[0].save(step)
+        until(lambda: rig.asked("make_durable", "commit/"), "its manifest is there")
+        yield first, job
 
 
 def check_slot(buffer: HostBuffer, reply: Came) -> None:

@@ -27,7 +27,6 @@ from ckptmgr.repository.commit import (
     put_witness,
     read_record,
 )
-from ckptmgr.repository.lanes import in_lanes
 from ckptmgr.repository.manifest import SealedManifest, read_manifest, uncovered
 from ckptmgr.repository.rules import (
     TURN_SECONDS,
@@ -36,6 +35,7 @@ from ckptmgr.repository.rules import (
     missing_ranks,
     turn,
 )
+from ckptmgr.store.lanes import in_lanes
 from ckptmgr.types import StepId
 
 LOOK_SECONDS_MIN, LOOK_SECONDS_MAX = 0.01, 1.0

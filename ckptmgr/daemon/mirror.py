@@ -23,10 +23,10 @@ from ckptmgr.repository import keys
 from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.catalog import Catalog, decided_steps, is_retired
 from ckptmgr.repository.commit import Decision, check_format, read_record
-from ckptmgr.repository.lanes import in_lanes
 from ckptmgr.restore.copying import copy_packs, put_manifest
 from ckptmgr.restore.records import check_record
 from ckptmgr.store.base import PutResult, Store
+from ckptmgr.store.lanes import in_lanes
 from ckptmgr.types import StepId
 
 if TYPE_CHECKING:

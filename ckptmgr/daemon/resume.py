@@ -33,10 +33,10 @@ from ckptmgr.repository.commit import (
     put_record,
 )
 from ckptmgr.repository.hold import host_name
-from ckptmgr.repository.lanes import in_lanes
 from ckptmgr.repository.record import Kind
 from ckptmgr.repository.rules import LOTS, next_attempt, resume_order
 from ckptmgr.store.base import PutResult, Store
+from ckptmgr.store.lanes import in_lanes
 from ckptmgr.types import Outcome, Snapshot, StepId
 
 DECISION_SECONDS_MAX = 30.0

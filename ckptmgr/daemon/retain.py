@@ -26,11 +26,11 @@ from ckptmgr.repository.commit import (
     read_record,
 )
 from ckptmgr.repository.hold import left_behind
-from ckptmgr.repository.lanes import in_lanes
 from ckptmgr.repository.record import Kind, digest_of
 from ckptmgr.restore.verify import verify_step
 from ckptmgr.staging.bufferfile import SLOTS_MAX
 from ckptmgr.store.base import PutResult, Store
+from ckptmgr.store.lanes import in_lanes
 from ckptmgr.types import StepId
 
 DELETES_AT_ONCE = 32

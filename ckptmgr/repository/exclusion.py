@@ -5,8 +5,8 @@ from __future__ import annotations
 import secrets
 
 from ckptmgr.errors import ObjectNotFoundError
-from ckptmgr.repository.lanes import in_lanes
 from ckptmgr.store.base import PutResult, Store
+from ckptmgr.store.lanes import in_lanes
 
 RACERS = 8
 RACES = 24

@@ -13,12 +13,12 @@ from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.catalog import Catalog, is_retired
 from ckptmgr.repository.commit import Decision
 from ckptmgr.repository.hold import held_step
-from ckptmgr.repository.lanes import in_lanes
 from ckptmgr.repository.manifest import Manifest
 from ckptmgr.restore.choose import candidates
 from ckptmgr.restore.files import Progress, write_hostbuffer, write_safetensors
 from ckptmgr.restore.records import list_objects, verify_presence, verify_records
 from ckptmgr.restore.verify import Damage, verify_step
+from ckptmgr.store.lanes import in_lanes
 from ckptmgr.types import StepId
 
 _READS_AT_ONCE = 16

@@ -19,10 +19,10 @@ from ckptmgr.repository.catalog import Catalog
 from ckptmgr.repository.chunk import Chunk, hash_of
 from ckptmgr.repository.codec import Codec, decode
 from ckptmgr.repository.commit import Decision
-from ckptmgr.repository.lanes import in_lanes
 from ckptmgr.repository.manifest import Manifest
 from ckptmgr.repository.pack import check_padding, pack_header, padded
 from ckptmgr.store.base import Store
+from ckptmgr.store.lanes import in_lanes
 from ckptmgr.types import PAGE_BYTES
 
 RANKS_AT_ONCE = 8

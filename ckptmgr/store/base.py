@@ -6,7 +6,6 @@ passes `ckptmgr.testing.StoreSuite`.
 
 from __future__ import annotations
 
-import asyncio
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from ckptmgr.errors import StoreError, UsageError
+from ckptmgr.store.lanes import in_lanes
 
 Buffers = Sequence[memoryview]
 """Contiguous byte views that are written one after the other."""
@@ -85,6 +85,17 @@ def range_length(
     return wanted
 
 
+def range_of(
+    key: str, blob: memoryview, offset: int, length: int | None, into: memoryview | None
+) -> memoryview:
+    """What `get` returns of an object whose bytes are in memory; errors as `range_length`."""
+    found = blob[offset : offset + range_length(key, len(blob), offset, length, into)]
+    if into is None:
+        return found
+    into[:] = found
+    return into
+
+
 class Store(ABC):
     """Named, immutable objects: six methods to write. `get_many`, and `share` with `unshare`, are
     for a store that can be faster with them.
@@ -143,12 +154,8 @@ class Store(ABC):
 
         Errors are those of `get`, for one of the objects; the others may be filled or not.
         """
-        try:
-            async with asyncio.TaskGroup() as group:
-                for one in wanted:
-                    group.create_task(self.get(one.key, one.offset, into=one.into))
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None
+        get = self.get
+        await in_lanes(lambda one: get(one.key, one.offset, into=one.into), wanted, len(wanted))
 
     def share(self, memory: memoryview, path: str) -> None:  # noqa: B027 - most need do nothing
         """Say that `memory` maps the whole file `path`, from its first byte on.

@@ -12,7 +12,7 @@ from ckptmgr.store.base import (
     Wanted,
     check_key,
     check_prefix,
-    range_length,
+    range_of,
 )
 
 _SHELVES: dict[str, dict[str, bytearray]] = {}
@@ -46,13 +46,8 @@ class MemoryStore(Store):
         into: memoryview | None = None,
     ) -> memoryview:
         """As `Store.get`."""
-        blob = self._object(key)
-        count = range_length(key, len(blob), offset, length, into)
-        found = memoryview(blob).toreadonly()[offset : offset + count]
-        if into is None:
-            return found
-        into[:] = found
-        return into
+        blob = memoryview(self._object(key)).toreadonly()
+        return range_of(key, blob, offset, length, into)
 
     async def get_many(self, wanted: Sequence[Wanted]) -> None:
         """As `Store.get_many`: one after the other, for none of them waits."""

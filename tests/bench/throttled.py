@@ -6,7 +6,7 @@ import asyncio
 
 from ckptmgr.bucket import Bucket
 from ckptmgr.errors import ObjectNotFoundError
-from ckptmgr.store.base import Buffers, PutResult, Store, range_length
+from ckptmgr.store.base import Buffers, PutResult, Store, range_of
 
 
 class SinkStore(Store):
@@ -35,13 +35,7 @@ class SinkStore(Store):
         length: int | None = None,
         into: memoryview | None = None,
     ) -> memoryview:
-        blob = memoryview(self._object(key))
-        count = range_length(key, len(blob), offset, length, into)
-        found = blob[offset : offset + count]
-        if into is None:
-            return found
-        into[:] = found
-        return into
+        return range_of(key, memoryview(self._object(key)), offset, length, into)
 
     async def list(self, prefix: str) -> list[str]:
         return sorted(key for key in self._objects if key.startswith(prefix))

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from ckptmgr.daemon import committer, resume
 from ckptmgr.errors import ObjectNotFoundError
 from ckptmgr.restore import verify
-from ckptmgr.store.base import Buffers, PutResult, Store, range_length
+from ckptmgr.store.base import Buffers, PutResult, Store, range_of
 
 T = TypeVar("T")
 
@@ -156,14 +156,10 @@ class Door(Store):
         into: memoryview | None = None,
     ) -> memoryview:
         await self._ask("get")
-        blob = self._object(key)
-        count = range_length(key, len(blob), offset, length, into)
-        self._tally("bytes read", count)
-        found = memoryview(blob).toreadonly()[offset : offset + count]
-        if into is None:
-            return found
-        into[:] = found
-        return into
+        blob = memoryview(self._object(key)).toreadonly()
+        found = range_of(key, blob, offset, length, into)
+        self._tally("bytes read", len(found))
+        return found
 
     async def list(self, prefix: str) -> list[str]:
         pages = -(-len(self._bucket.below.get(prefix, ())) // PAGE_KEYS)

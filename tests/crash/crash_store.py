@@ -13,7 +13,7 @@ from typing import Literal
 
 from ckptmgr.errors import ObjectNotFoundError, StoreUnreachableError
 from ckptmgr.repository import keys
-from ckptmgr.store.base import Buffers, PutResult, Store, range_length
+from ckptmgr.store.base import Buffers, PutResult, Store, range_of
 from ckptmgr.types import StepId
 
 Kind = Literal["put", "delete", "durable"]
@@ -157,12 +157,7 @@ class CrashStore(Store):
         blob = self._objects.get(key)
         if blob is None:
             raise ObjectNotFoundError("does not exist", subject=key)
-        count = range_length(key, len(blob), offset, length, into)
-        found = memoryview(blob)[offset : offset + count]
-        if into is None:
-            return found
-        into[:] = found
-        return into
+        return range_of(key, memoryview(blob), offset, length, into)
 
     async def list(self, prefix: str) -> list[str]:
         if self._keys is None:

@@ -18,7 +18,7 @@ from ckptmgr.staging.hostbuffer import HostBuffer
 from ckptmgr.staging.tables import read_tables
 from ckptmgr.store.registry import open_store
 from ckptmgr.types import Outcome, StepId
-from driven import PATIENCE_SECONDS, Daemon, Rank, ranks, until
+from driven import PATIENCE_SECONDS, Daemon, Rank, half_stored, ranks, until
 from rigged import Rig
 
 ONE = "00000001/000000000001"
@@ -68,17 +68,11 @@ def test_a_daemon_that_is_stopped_does_not_keep_the_others_from_committing(
     runtime: Path, rig: Rig, hosts: tuple[Path, Path]
 ) -> None:
     """It has put its manifest, and it was its turn."""
-    rig.obey(("make_durable", "commit/", "hold"))
-    with Daemon(hosts[0]) as first, Daemon(hosts[1]), ranks(rig.url, *hosts) as job:
-        job[0].save(2)
-        until(lambda: rig.asked("make_durable", "commit/"), "its manifest is there")
-        first.process.send_signal(signal.SIGSTOP)
-        try:
+    with half_stored(rig, rig.url, hosts, 2) as (first, job):
+        with first.stopped():
             rig.obey()
             job[1].save(2)
             assert job[1].wait(2).outcome == Outcome.COMMITTED
-        finally:
-            first.process.send_signal(signal.SIGCONT)
         assert job[0].wait(2).outcome == Outcome.COMMITTED
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 import time
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from ckptmgr.repository.catalog import Catalog
 from ckptmgr.repository.rules import LOTS, TURN_SECONDS
 from ckptmgr.store.registry import open_store
 from ckptmgr.types import Outcome, StepId, StepState
-from driven import Daemon, Rank, ranks, until
+from driven import Daemon, Rank, half_stored, ranks, until
 from rigged import Rig
 
 
@@ -62,18 +61,13 @@ def test_only_the_daemon_of_rank_0_commits(
     runtime: Path, rig: Rig, hosts: tuple[Path, Path]
 ) -> None:
     """It is stopped with its part stored; the other leaves the register alone, however late."""
-    rig.obey(("make_durable", "commit/", "hold"))
-    with Daemon(hosts[0]) as first, Daemon(hosts[1]), ranks(rig.sloppy_url, *hosts) as job:
-        job[0].save(1)  # by turns, step 1 would be rank 1's
-        until(lambda: rig.asked("make_durable", "commit/"), "its manifest is there")
-        first.process.send_signal(signal.SIGSTOP)
-        try:
+    # By turns, step 1 would be rank 1's.
+    with half_stored(rig, rig.sloppy_url, hosts, 1) as (first, job):
+        with first.stopped():
             rig.obey()
             job[1].save(1)
             time.sleep(2 * TURN_SECONDS)
             assert rig.asked("put_new", "commit/") == 0
-        finally:
-            first.process.send_signal(signal.SIGCONT)
         assert [rank.wait(1).outcome for rank in job] == [Outcome.COMMITTED] * 2
     assert rig.asked("put_new", "commit/") == 1
 

@@ -69,6 +69,16 @@ def spooled(tmp_path: Path, url: str) -> list[str]:
     return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
 
 
+def spool_through_an_outage(rank: Rank, rig: Rig, tmp_path: Path, *steps: int) -> None:
+    """Commit step 1; then the store dies, and `steps` go to the spool."""
+    rank.save(1)
+    assert rank.wait(1).outcome == Outcome.COMMITTED
+    rig.obey(*DOWN)
+    for step in steps:
+        rank.save(step)  # waits for a free slot: the spool frees them
+    until(lambda: len(spooled(tmp_path, rig.url)) == len(steps), "all are in the spool")
+
+
 def parts(daemon: Daemon) -> list[dict[str, Any]]:
     return [part for job in daemon.status()["jobs"] for part in job["spool"]["parts"]]
 
@@ -77,12 +87,7 @@ def test_what_a_dead_store_does_not_take_is_spooled_and_drained_in_order(
     runtime: Path, rig: Rig, tmp_path: Path
 ) -> None:
     with Daemon(runtime) as daemon, Rank(runtime, rig.url, keep=100) as rank:
-        rank.save(1)
-        assert rank.wait(1).outcome == Outcome.COMMITTED
-        rig.obey(*DOWN)
-        for step in range(2, 8):
-            rank.save(step)  # waits for a free slot: the spool frees them
-        until(lambda: len(spooled(tmp_path, rig.url)) == 6, "all are in the spool")
+        spool_through_an_outage(rank, rig, tmp_path, *range(2, 8))
         assert rank.wait(2, seconds=0.1).outcome == Outcome.UNDECIDED
         assert [part["step"] for part in parts(daemon)] == [f"1.{step}" for step in range(2, 8)]
         rig.obey()
@@ -103,12 +108,7 @@ def test_a_killed_daemon_and_a_lost_memory_cost_nothing(
     """As after a reboot: only the spool is left, and no trainer comes back."""
     with Daemon(runtime) as daemon:
         with Rank(runtime, rig.url, keep=9) as rank:
-            rank.save(1)
-            assert rank.wait(1).outcome == Outcome.COMMITTED
-            rig.obey(*DOWN)
-            for step in (2, 3, 4):
-                rank.save(step)
-            until(lambda: len(spooled(tmp_path, rig.url)) == 3, "all are in the spool")
+            spool_through_an_outage(rank, rig, tmp_path, 2, 3, 4)
         daemon.end(signal.SIGKILL)
     for path in (runtime / "buffers").iterdir():
         path.unlink()
@@ -212,11 +212,7 @@ def test_what_was_given_up_meanwhile_is_dropped_and_told(
     runtime: Path, rig: Rig, tmp_path: Path
 ) -> None:
     with Daemon(runtime) as daemon, Rank(runtime, rig.url, keep=9) as rank:
-        rank.save(1)
-        assert rank.wait(1).outcome == Outcome.COMMITTED
-        rig.obey(*DOWN)
-        rank.save(2)
-        until(lambda: spooled(tmp_path, rig.url), "it is in the spool")
+        spool_through_an_outage(rank, rig, tmp_path, 2)
         give_up(rig.file_url, StepId(1, 2))
         rig.obey()
         assert daemon.await_event("spool_dropped")["why"] == "by the test's will"
@@ -229,11 +225,7 @@ def test_a_part_that_does_not_hold_is_written_again_from_memory(
     runtime: Path, rig: Rig, tmp_path: Path
 ) -> None:
     with Daemon(runtime) as daemon, Rank(runtime, rig.url, keep=9) as rank:
-        rank.save(1)
-        assert rank.wait(1).outcome == Outcome.COMMITTED
-        rig.obey(*DOWN)
-        rank.save(2)
-        until(lambda: spooled(tmp_path, rig.url), "it is in the spool")
+        spool_through_an_outage(rank, rig, tmp_path, 2)
         (pack,) = (tmp_path / "spool").rglob("*.pack")
         with pack.open("r+b") as file:
             file.seek(5000)

@@ -25,6 +25,7 @@ from ckptmgr.store.base import (
     check_prefix,
     range_length,
 )
+from ckptmgr.store.lanes import in_lanes
 from ckptmgr_objectstore.failures import RangeRefusedError, no_place, typed
 
 if TYPE_CHECKING:
@@ -209,18 +210,8 @@ class ObjectStore(Store):
 
     async def get_many(self, wanted: Sequence[Wanted]) -> None:
         """As `Store.get_many`: GETS_IN_FLIGHT at once."""
-        left = iter(wanted)
-
-        async def lane() -> None:
-            for one in left:
-                await self.get(one.key, one.offset, into=one.into)
-
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(min(GETS_IN_FLIGHT, len(wanted))):
-                    group.create_task(lane())
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None
+        get = self.get
+        await in_lanes(lambda one: get(one.key, one.offset, into=one.into), wanted, GETS_IN_FLIGHT)
 
     async def list(self, prefix: str) -> list[str]:
         """As `Store.list`; what no key can name is passed over."""

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from ckptmgr.errors import StoreError
-from ckptmgr.repository.lanes import in_lanes
+from ckptmgr.store.lanes import in_lanes
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 50])
