@@ -44,7 +44,7 @@ it in milliseconds, and retention, which must know it, needs a store that answer
 
 RESUME_DRAIN_SECONDS_MAX = 2 * STORE_TIMEOUT_SECONDS
 """How long attaching waits for the spool, so that the newest step in it can be resumed from: half
-of what a rank waits for the answer."""
+of what a rank waits for the answer. Less, where a try of the store is given less."""
 
 
 class Requests:
@@ -171,9 +171,10 @@ class Requests:
     async def _drained(self, job: Job) -> None:
         """The store answers: what the spool holds comes first, so that it can be resumed from."""
         drainer = self._service.drainers.get(job.url)
-        if drainer is not None and not await drainer.drained(RESUME_DRAIN_SECONDS_MAX):
+        seconds = min(RESUME_DRAIN_SECONDS_MAX, 2 * self._service.settings.store_timeout_seconds)
+        if drainer is not None and not await drainer.drained(seconds):
             left = len(job.spool.parts) if job.spool is not None else 0
-            warning("spool_behind", job=job.label, parts=left, waited=RESUME_DRAIN_SECONDS_MAX)
+            warning("spool_behind", job=job.label, parts=left, waited=seconds)
 
     async def _remember_resume(self, session: Session) -> None:
         """A daemon before this one knew what the attempt resumed from; the store still does."""

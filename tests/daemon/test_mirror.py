@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 
+import asking
 from called import call, spoil
+from ckptmgr.errors import StoreUnreachableError
+from ckptmgr.staging.control import Load
+from ckptmgr.staging.hostbuffer import HostBuffer
+from ckptmgr.staging.launch import connect
 from ckptmgr.store.mirrored import place_of
 from ckptmgr.types import Outcome
-from driven import Daemon, Rank, until
+from driven import PATIENCE_SECONDS, Daemon, Rank, check_slot, until
 from rigged import Rig
 
 
@@ -20,6 +26,20 @@ def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "mirror"
     monkeypatch.setenv("CKPTMGR_MIRROR", f"file://{path}")
     return path
+
+
+def rigged_mirror(
+    tmp_path: Path, store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Rig, str]:
+    """A mirror that obeys rules, and the place in it of a job, as a local store."""
+    rig = Rig(tmp_path / "rig")
+    monkeypatch.setenv("PYTHONPATH", rig.python_path)
+    monkeypatch.setenv("CKPTMGR_MIRROR", rig.url)
+    place = Path(place_of(rig.url, store_url).removeprefix("rigged://"))
+    place.parent.mkdir(parents=True)
+    for name in ("rules", "log"):
+        Path(f"{place}.{name}").symlink_to(f"{rig.path}.{name}")
+    return rig, f"file://{place}"
 
 
 def save(rank: Rank, *steps: int) -> None:
@@ -95,20 +115,78 @@ def test_what_the_first_store_lost_is_read_from_the_mirror(
 def test_a_dead_mirror_delays_nothing(
     runtime: Path, store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rig = Rig(tmp_path / "rig")
+    rig, _ = rigged_mirror(tmp_path, store_url, monkeypatch)
     rig.obey(("*", "", "hang"))
-    monkeypatch.setenv("PYTHONPATH", rig.python_path)
-    monkeypatch.setenv("CKPTMGR_MIRROR", rig.url)
-    place = Path(place_of(rig.url, store_url).removeprefix("rigged://"))
-    place.parent.mkdir(parents=True)
-    for name in ("rules", "log"):
-        Path(f"{place}.{name}").symlink_to(f"{rig.path}.{name}")
     with Daemon(runtime) as daemon, Rank(runtime, store_url) as rank:
         save(rank, 1, 2, 3)
         assert rank.restore().step == 3
         assert not daemon.events("mirrored")
         assert daemon.status()["jobs"][0]["last_commit"] == "1.3"
     assert steps_at(store_url) == ["1.3", "1.2", "1.1"]
+
+
+def test_a_mirror_that_is_back_catches_up(
+    runtime: Path, store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig, place = rigged_mirror(tmp_path, store_url, monkeypatch)
+    monkeypatch.setenv("CKPTMGR_STORE_TIMEOUT_SECONDS", "1")
+    with Daemon(runtime) as daemon, Rank(runtime, store_url, keep=9) as rank:
+        save(rank, 1)
+        until(lambda: follows(daemon, 1), "it follows")
+        rig.obey(("*", "", "dead"))
+        save(rank, 2, 3)
+        assert "is dead by the test's will" in daemon.await_event("mirror_failed")["why"]
+        assert daemon.status()["jobs"][0]["mirror"]["behind"] == 2
+        rig.obey()
+        until(lambda: follows(daemon, 3), "it has caught up")
+        assert daemon.status()["jobs"][0]["mirror"]["last_failure"] == ""
+    assert steps_at(place) == steps_at(store_url) == ["1.3", "1.2", "1.1"]
+    assert call("verify", place, "--all", CKPTMGR_MIRROR="").status == 0
+
+
+def test_a_mirror_gets_what_was_committed_after_an_outage_of_the_first_store(
+    runtime: Path, rig: Rig, mirror: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CKPTMGR_STORE_TIMEOUT_SECONDS", "1")
+    with Daemon(runtime) as daemon, Rank(runtime, rig.url, keep=9) as rank:
+        save(rank, 1)
+        until(lambda: follows(daemon, 1), "it follows")
+        rig.obey(("*", "", "dead"))
+        for step in (2, 3):
+            rank.save(step)
+        daemon.await_event("store_failed")
+        rig.obey()
+        assert [rank.wait(step).outcome for step in (2, 3)] == [Outcome.COMMITTED] * 2
+        until(lambda: follows(daemon, 3), "it has caught up")
+        assert not daemon.events("mirror_skipped")
+    place = place_of(f"file://{mirror}", rig.url)
+    assert steps_at(place) == ["1.3", "1.2", "1.1"]
+    assert call("verify", place, "--all").status == 0
+
+
+def test_a_daemon_reads_from_the_mirror_while_the_first_store_is_silent(
+    runtime: Path, rig: Rig, mirror: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever only reads gets the newest step; a trainer must wait, for it claims an attempt."""
+    monkeypatch.setenv("CKPTMGR_STORE_TIMEOUT_SECONDS", "1")
+    with Daemon(runtime) as daemon:
+        with Rank(runtime, rig.url) as rank:
+            save(rank, 1, 2)
+            until(lambda: follows(daemon, 2), "it follows")
+        daemon.end(signal.SIGKILL)
+    rig.obey(("*", "", "dead"))
+    shutil.rmtree(runtime / "buffers")
+    with Daemon(runtime) as daemon, connect(runtime) as client:
+        reply = asking.load(client, Load(rig.url), PATIENCE_SECONDS)
+        assert (reply.attempt, reply.step, reply.source, reply.skipped) == (1, 2, "store", ())
+        with HostBuffer.open(Path(reply.path)) as lent:
+            check_slot(lent, reply)
+        assert daemon.events("mirror_read")
+        with pytest.raises(StoreUnreachableError):
+            Rank(runtime, rig.url)
+        rig.obey()
+        with Rank(runtime, rig.url) as rank:
+            assert rank.restore().step == 2
 
 
 def test_a_mirror_of_another_incarnation_is_left_alone(

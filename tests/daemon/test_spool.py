@@ -79,6 +79,16 @@ def spool_through_an_outage(rank: Rank, rig: Rig, tmp_path: Path, *steps: int) -
     until(lambda: len(spooled(tmp_path, rig.url)) == len(steps), "all are in the spool")
 
 
+def spool_and_lose_memory(runtime: Path, rig: Rig, tmp_path: Path) -> None:
+    """Step 1 is committed, steps 2 and 3 are in the spool only; daemon and trainer are gone."""
+    with Daemon(runtime) as daemon:
+        with Rank(runtime, rig.url, keep=9) as rank:
+            spool_through_an_outage(rank, rig, tmp_path, 2, 3)
+        daemon.end(signal.SIGKILL)
+    for path in (runtime / "buffers").iterdir():
+        path.unlink()
+
+
 def parts(daemon: Daemon) -> list[dict[str, Any]]:
     return [part for job in daemon.status()["jobs"] for part in job["spool"]["parts"]]
 
@@ -106,18 +116,50 @@ def test_a_killed_daemon_and_a_lost_memory_cost_nothing(
     runtime: Path, rig: Rig, tmp_path: Path
 ) -> None:
     """As after a reboot: only the spool is left, and no trainer comes back."""
-    with Daemon(runtime) as daemon:
+    spool_and_lose_memory(runtime, rig, tmp_path)
+    rig.obey()
+    with Daemon(runtime):
+        until(lambda: not spooled(tmp_path, rig.url), "the spool is empty")
+        assert committed(rig.file_url)[-1] == "1.3"
         with Rank(runtime, rig.url, keep=9) as rank:
-            spool_through_an_outage(rank, rig, tmp_path, 2, 3, 4)
-        daemon.end(signal.SIGKILL)
-    for path in (runtime / "buffers").iterdir():
-        path.unlink()
+            assert rank.restore().step == 3
+
+
+def test_an_attempt_that_does_not_wait_for_the_spool_is_told(
+    runtime: Path, rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store answers, but takes no packs: the attempt resumes from what is in it."""
+    monkeypatch.setenv("CKPTMGR_STORE_TIMEOUT_SECONDS", "1")
+    spool_and_lose_memory(runtime, rig, tmp_path)
+    rig.obey(("put_new", "data/", "hold"))
+    with Daemon(runtime) as daemon, Rank(runtime, rig.url, keep=9) as rank:
+        (told,) = daemon.events("spool_behind")
+        assert (told["parts"], told["waited"]) == (2, 2.0)
+        assert rank.restore().step == 1
+        rig.obey()
+        until(lambda: not spooled(tmp_path, rig.url), "the spool is empty")
+    assert committed(rig.file_url) == ["1.1", "1.2", "1.3"]
+
+
+def test_a_store_that_is_not_there_gets_nothing_and_all_when_it_is_back(
+    runtime: Path, rig: Rig, tmp_path: Path
+) -> None:
+    """An empty directory where a file system should be mounted."""
+    spool_and_lose_memory(runtime, rig, tmp_path)
+    rig.path.rename(tmp_path / "unmounted")
+    rig.path.mkdir()
     rig.obey()
     with Daemon(runtime) as daemon:
-        until(lambda: not spooled(tmp_path, rig.url), "the spool is empty")
-        assert committed(rig.file_url)[-1] == "1.4"
+        told = daemon.await_event("spool_stranded")
+        assert (told["step"], told["why"]) == ("1.2", "no attempts/00000001/claim")
+        assert len(spooled(tmp_path, rig.url)) == 2
+        assert not any(path.is_file() for path in rig.path.rglob("*"))
+        rig.path.rmdir()
+        (tmp_path / "unmounted").rename(rig.path)
         with Rank(runtime, rig.url, keep=9) as rank:
-            assert rank.restore().step == 4
+            assert rank.restore().step == 3
+        assert len(daemon.events("spool_stranded")) == 1
+    assert committed(rig.file_url) == ["1.1", "1.2", "1.3"]
 
 
 def test_a_full_spool_leaves_the_policy_as_it_is_without_one(
