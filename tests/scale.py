@@ -8,6 +8,10 @@ FULL = os.environ.get("CKPTMGR_RELIABILITY") == "1"
 STORES = os.environ.get("CKPTMGR_STORES") == "1"
 
 
+RACE_KEYS = 1000
+"""Keys for which 16 processes race under `make stores`: docs/stores.md has what came of it."""
+
+
 def scaled(sample: int, full: int) -> int:
     """Return `full` under `make reliability` (CKPTMGR_RELIABILITY=1), else `sample`."""
     return full if FULL else sample

@@ -13,7 +13,7 @@ import pytest
 from ckptmgr.store.base import Store
 from ckptmgr.store.registry import open_store
 from ckptmgr.testing import StoreSuite
-from scale import STORES
+from scale import RACE_KEYS, STORES
 from servers.azurite import make_container, start_or_skip
 
 pytestmark = [
@@ -34,7 +34,7 @@ def container() -> Iterator[str]:
 
 
 class TestPromises(StoreSuite):
-    race_keys = 20
+    race_keys = RACE_KEYS
 
     @pytest.fixture(autouse=True)
     def _place(self, container: str, tmp_path: Path) -> None:

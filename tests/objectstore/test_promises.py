@@ -8,13 +8,14 @@ from ckptmgr.store.base import Store
 from ckptmgr.testing import MIB, StoreSuite
 from ckptmgr_objectstore.clients import open_store
 from ckptmgr_objectstore.store import ObjectStore
-from scale import scaled
+from scale import RACE_KEYS, STORES, scaled
 from servers.buckets import Bucket
 
 
 @pytest.mark.reliability
+@pytest.mark.stores(place="s3:// on Ceph RGW")
 class TestPromises(StoreSuite):
-    race_keys = scaled(20, 1000)
+    race_keys = RACE_KEYS if STORES else scaled(20, RACE_KEYS)
 
     @pytest.fixture(autouse=True)
     def _place(self, bucket: Bucket) -> None:
@@ -42,6 +43,7 @@ class InParts(StoreSuite):
         )
 
 
+@pytest.mark.stores(place="s3:// on Ceph RGW")
 @pytest.mark.parametrize(
     "promise",
     [

@@ -16,7 +16,7 @@ from ckptmgr.store.base import Store
 from ckptmgr.store.local import LocalStore
 from ckptmgr.testing import MIB, StoreSuite
 from processes import needs_root
-from scale import STORES
+from scale import RACE_KEYS, STORES
 from servers.filesystems import (
     FILE_SYSTEMS,
     make_file,
@@ -50,7 +50,9 @@ class Mounted(StoreSuite):
 
     system: str
 
-    if not STORES:
+    if STORES:
+        race_keys = RACE_KEYS
+    else:
         big_bytes = 2 * MIB
         race_processes = 2
         race_keys = 50

@@ -16,9 +16,9 @@ import pytest
 from ckptmgr.errors import ObjectNotFoundError
 from ckptmgr.store.base import PutResult, Store
 from ckptmgr.store.local import LocalStore
-from ckptmgr.testing import MIB, StoreSuite
+from ckptmgr.testing import StoreSuite
 from crash.test_kills import run as kill_at_random
-from scale import scaled
+from scale import RACE_KEYS, scaled
 from servers.moosefs import Cluster, moosefs, needs_moosefs
 from stores.product import damage_over, pass_over
 from stores.rows import row
@@ -40,9 +40,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 class Turning(StoreSuite):
     """Handles of one test are on the one mount and on the other in turn."""
 
-    big_bytes = 65 * MIB
-    race_processes = 8
-    race_keys = 50
+    race_keys = RACE_KEYS
 
     @pytest.fixture(autouse=True)
     def _place(self, cluster: Cluster) -> None:
