@@ -25,9 +25,9 @@ from ckptmgr.repository.commit import (
     abort_step,
     commit_step,
     put_witness,
-    read_record,
+    stored_manifest,
 )
-from ckptmgr.repository.manifest import SealedManifest, read_manifest, uncovered
+from ckptmgr.repository.manifest import SealedManifest, uncovered
 from ckptmgr.repository.rules import (
     TURN_SECONDS,
     goes_first,
@@ -255,10 +255,9 @@ class Committer:
             own = watch.manifests.get(rank)
             if own is not None:
                 return own
-            key = keys.manifest(watch.id, rank)
             async with gate:
-                await self._store.make_durable(key)
-                return read_manifest(watch.id, rank, await read_record(self._store, key))
+                await self._store.make_durable(keys.manifest(watch.id, rank))
+                return await stored_manifest(self._store, watch.id, rank)
 
         found = await asyncio.gather(*map(one, range(watch.world)))
         nonces = {one.manifest.rank: one.manifest.nonce for one in found}

@@ -23,7 +23,7 @@ from ckptmgr.repository.commit import Decision, check_format
 from ckptmgr.store.base import Store
 from ckptmgr.store.mirrored import MirroredStore, patient
 from ckptmgr.store.registry import open_store
-from ckptmgr.store.retry import RetryingStore
+from ckptmgr.store.retry import OnFailure, RetryingStore
 from ckptmgr.types import StepId
 
 
@@ -67,7 +67,8 @@ class Job:
             UsageError: the URL names no store.
         """
         copy = patient(url, settings.store_timeout_seconds, keys.FORMAT)
-        first = patient(self.url, settings.store_timeout_seconds, keys.FORMAT)
+        tell = _teller(self.label, self.metrics)
+        first = patient(self.url, settings.store_timeout_seconds, keys.FORMAT, tell)
         self.mirror = mirror = Mirror(self, copy, pool)
         self.reading = Catalog(MirroredStore(first, copy, mirror.read, keys.FORMAT))
         self._following = asyncio.create_task(mirror.run(), name=f"mirror {self.label}")
@@ -90,11 +91,6 @@ class Job:
         """
         label = label_of(url)
 
-        def failed(operation: str, error: Exception) -> None:
-            kind = type(error).__name__
-            metrics.failures.labels(label, kind).inc()
-            warning("store_failed", job=label, operation=operation, kind=kind, why=str(error))
-
         async def pace(nbytes: int) -> None:
             seconds = limit.reserve(nbytes) if limit is not None and nbytes else 0.0
             if seconds:
@@ -103,7 +99,7 @@ class Job:
         store = RetryingStore(
             open_store(url),
             timeout_seconds=settings.store_timeout_seconds,
-            on_failure=failed,
+            on_failure=_teller(label, metrics),
             landmark=keys.FORMAT,
             pace=pace,
         )
@@ -187,6 +183,17 @@ class Job:
         await self.store.aclose()
         if self.reading is not self.catalog:
             await self.reading.store.aclose()
+
+
+def _teller(label: str, metrics: Metrics) -> OnFailure:
+    """Counts and logs each try of a store operation that failed."""
+
+    def tell(operation: str, error: Exception) -> None:
+        kind = type(error).__name__
+        metrics.failures.labels(label, kind).inc()
+        warning("store_failed", job=label, operation=operation, kind=kind, why=str(error))
+
+    return tell
 
 
 def _tell_fault(following: asyncio.Task[None]) -> None:

@@ -20,10 +20,10 @@ from ckptmgr.repository import keys
 from ckptmgr.repository.budget import BufferPool, in_thread
 from ckptmgr.repository.chunk import Chunk, Cut, cut, hash_of
 from ckptmgr.repository.codec import Codec, choose_codec, encode
+from ckptmgr.repository.commit import stored_manifest
 from ckptmgr.repository.manifest import (
     Manifest,
     SealedManifest,
-    read_manifest,
     seal_manifest,
 )
 from ckptmgr.repository.pack import pack_header, padded
@@ -293,10 +293,9 @@ async def adopt_manifest(
     key = keys.manifest(step, rank)
     try:
         await store.make_durable(key)
-        record = await store.get(key)
+        sealed = await stored_manifest(store, step, rank)
     except ObjectNotFoundError:
         return None
-    sealed = read_manifest(step, rank, record)
     if sealed.manifest.nonce != nonce:
         raise RegisterConflictError("belongs to another incarnation", subject=key)
     return sealed

@@ -37,9 +37,9 @@ from ckptmgr.errors import (
 )
 from ckptmgr.repository import keys
 from ckptmgr.repository.catalog import standing_steps
-from ckptmgr.repository.commit import FROM_SCRATCH, Decision, claim_of, read_record
+from ckptmgr.repository.commit import FROM_SCRATCH, Decision, claim_of, stored_manifest
 from ckptmgr.repository.hold import held_step
-from ckptmgr.repository.manifest import Manifest, read_manifest
+from ckptmgr.repository.manifest import Manifest
 from ckptmgr.repository.rules import complete_steps
 from ckptmgr.restore.plan import check_ranges
 from ckptmgr.staging.control import Fetched, Lent, Load, Ranges, Restore, Restored
@@ -454,7 +454,7 @@ async def _manifest_to_come(job: Job, step: StepId, rank: int) -> Manifest:
     deadline = time.monotonic() + PART_SECONDS_MAX
     while True:
         try:
-            manifest = read_manifest(step, rank, await read_record(job.store, key)).manifest
+            manifest = (await stored_manifest(job.store, step, rank)).manifest
             break
         except ObjectNotFoundError:
             if time.monotonic() > deadline:

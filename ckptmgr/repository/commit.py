@@ -25,7 +25,7 @@ from ckptmgr.errors import (
 )
 from ckptmgr.repository import keys
 from ckptmgr.repository.exclusion import is_exclusive
-from ckptmgr.repository.manifest import SealedManifest
+from ckptmgr.repository.manifest import SealedManifest, read_manifest
 from ckptmgr.repository.record import HEADER_BYTES, VERSION, Kind, declared_bytes, seal, unseal
 from ckptmgr.store.base import PutResult, Store
 from ckptmgr.store.mirrored import from_either
@@ -161,6 +161,15 @@ async def get_record(store: Store, kind: Kind, key: str, type_: type[T]) -> T:
         return unseal(kind, key, await read_record(one, key), type_)
 
     return await from_either(store, key, read)
+
+
+async def stored_manifest(store: Store, step: StepId, rank: int) -> SealedManifest:
+    """Read and check the manifest of a part; errors as `get_record`."""
+
+    async def read(one: Store) -> SealedManifest:
+        return read_manifest(step, rank, await read_record(one, keys.manifest(step, rank)))
+
+    return await from_either(store, keys.manifest(step, rank), read)
 
 
 async def claim_of(store: Store, attempt: int) -> Claim | None:

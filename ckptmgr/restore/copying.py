@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from ckptmgr.errors import (
     ChunkDamagedError,
@@ -19,6 +20,7 @@ from ckptmgr.repository.manifest import Manifest, SealedManifest
 from ckptmgr.repository.pack import check_padding, pack_header, padded
 from ckptmgr.restore.verify import check_stored, subject_of
 from ckptmgr.store.base import PutResult, Store
+from ckptmgr.store.mirrored import from_either
 from ckptmgr.types import PAGE_BYTES
 
 
@@ -44,8 +46,7 @@ async def copy_packs(
             continue
         async with pool.lease() as lease:
             view = lease[:nbytes]
-            await _read(source, key, view)
-            await in_thread(_check, manifest, index, view)
+            await from_either(source, key, partial(_read, manifest, index, view))
             if await target.put_new(key, [view]) is PutResult.CONFLICT:
                 await _check_same(target, key, manifest)
                 continue
@@ -63,12 +64,16 @@ async def _check_same(target: Store, key: str, manifest: Manifest) -> None:
     Its name has 80 random bits and it was put whole, so that its first page tells enough.
     """
     await target.make_durable(key)
-    page = await target.get(key, 0, PAGE_BYTES)
-    if page != pack_header(key, manifest.id, manifest.rank, manifest.nonce):
-        raise RegisterConflictError("is held by another writer", subject=key)
+    expected = pack_header(key, manifest.id, manifest.rank, manifest.nonce)
+    for _ in range(2):  # a line may change a byte
+        if await target.get(key, 0, PAGE_BYTES) == expected:
+            return
+    raise RegisterConflictError("is held by another writer", subject=key)
 
 
-async def _read(source: Store, key: str, view: memoryview) -> None:
+async def _read(manifest: Manifest, index: int, view: memoryview, source: Store) -> None:
+    """Read a pack and check it; errors as `copy_packs`."""
+    key, _ = manifest.packs[index]
     try:
         await source.get(key, into=view)
     except ObjectNotFoundError as error:
@@ -77,6 +82,7 @@ async def _read(source: Store, key: str, view: memoryview) -> None:
         raise
     except StoreError as error:
         raise ChunkDamagedError(error.message, subject=key) from error
+    await in_thread(_check, manifest, index, view)
 
 
 def _check(manifest: Manifest, index: int, view: memoryview) -> None:

@@ -23,7 +23,7 @@ from ckptmgr.repository.codec import Codec
 from ckptmgr.restore.plan import Plan, Read
 from ckptmgr.restore.verify import check_stored, subject_of, unpack
 from ckptmgr.store.base import Store, Wanted
-from ckptmgr.store.mirrored import from_either
+from ckptmgr.store.mirrored import came_damaged, from_either
 from ckptmgr.types import PAGE_BYTES
 
 LANES = 3
@@ -149,7 +149,9 @@ async def _bring(store: Store, batch: list[Read], target: memoryview, room: memo
             await in_thread(_finish, parts, target)
         except StoreUnreachableError:
             raise
-        except (StoreError, DamageError):
+        except (StoreError, DamageError) as error:
+            if isinstance(error, DamageError):
+                came_damaged(store, error)
             # Of one object: which it is, and whether a mirror has it whole, tells one after the
             # other.
             for part in parts:

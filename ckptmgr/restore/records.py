@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from ckptmgr.errors import (
@@ -29,7 +30,7 @@ from ckptmgr.repository.commit import (
 from ckptmgr.repository.manifest import read_manifest
 from ckptmgr.repository.pack import check_pack_header
 from ckptmgr.repository.record import Kind, unseal
-from ckptmgr.restore.verify import Damage, verify_end
+from ckptmgr.restore.verify import Damage, seen_twice, verify_end
 from ckptmgr.store.base import Store
 from ckptmgr.types import PAGE_BYTES, StepId
 
@@ -76,7 +77,7 @@ async def verify_records(store: Store, found: Iterable[str]) -> list[Damage]:
 
     async def one(key: str) -> list[Damage]:
         async with gate:
-            return await _verify(store, key)
+            return await seen_twice(store, partial(_verify, store, key))
 
     return [damage for damages in await asyncio.gather(*map(one, found)) for damage in damages]
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 
 from ckptmgr.errors import (
     ChunkDamagedError,
@@ -23,6 +24,7 @@ from ckptmgr.repository.manifest import Manifest
 from ckptmgr.repository.pack import check_padding, pack_header, padded
 from ckptmgr.store.base import Store
 from ckptmgr.store.lanes import in_lanes
+from ckptmgr.store.mirrored import came_damaged
 from ckptmgr.types import PAGE_BYTES
 
 RANKS_AT_ONCE = 8
@@ -105,6 +107,23 @@ async def _verify_pack(
     quick: bool,
     progress: Callable[[int], None],
 ) -> list[Damage]:
+    found = await seen_twice(store, partial(_look_at_pack, store, manifest, index, pool, quick))
+    progress(0 if quick else manifest.packs[index][1])
+    return found
+
+
+async def seen_twice(store: Store, look: Callable[[], Awaitable[list[Damage]]]) -> list[Damage]:
+    """What `look` finds wrong, if anything then by a second look: a line may change a byte."""
+    found = await look()
+    if not found:
+        return []
+    came_damaged(store, DamageError(found[0].what, subject=found[0].key))
+    return await look()
+
+
+async def _look_at_pack(
+    store: Store, manifest: Manifest, index: int, pool: BufferPool, quick: bool
+) -> list[Damage]:
     key, nbytes = manifest.packs[index]
     async with pool.lease() as lease:
         try:
@@ -119,7 +138,6 @@ async def _verify_pack(
             raise
         except StoreError as error:
             return [Damage(key, 0, error.message)]
-        progress(nbytes)
         return damage + await in_thread(_check_pack, manifest, index, lease[:nbytes])
 
 

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from ckptmgr.config import store_timeout_seconds
 from ckptmgr.errors import (
     DamageError,
+    MissingObjectError,
     ObjectNotFoundError,
     StoreError,
     StoreFullError,
@@ -20,7 +21,7 @@ from ckptmgr.errors import (
 )
 from ckptmgr.store.base import Buffers, PutResult, Store, Wanted
 from ckptmgr.store.registry import normalise_url, open_store
-from ckptmgr.store.retry import RetryingStore
+from ckptmgr.store.retry import OnFailure, RetryingStore, ignore
 
 AGAIN_SECONDS = 30.0
 """How long a store that did not answer is not asked again: each of its deadlines is minutes."""
@@ -67,7 +68,9 @@ def open_for_reading(
     return MirroredStore(first, copy, tell, landmark, objects=objects)
 
 
-def patient(url: str, timeout_seconds: float, landmark: str) -> RetryingStore:
+def patient(
+    url: str, timeout_seconds: float, landmark: str, on_failure: OnFailure = ignore
+) -> RetryingStore:
     """A store beside which there is another to read from: one deadline is patience enough.
 
     Raises:
@@ -78,6 +81,7 @@ def patient(url: str, timeout_seconds: float, landmark: str) -> RetryingStore:
         timeout_seconds=timeout_seconds,
         deadline_seconds=timeout_seconds,
         landmark=landmark,
+        on_failure=on_failure,
     )
 
 
@@ -237,19 +241,38 @@ class MirroredStore(Store):
 
 
 async def from_either(store: Store, key: str, read: Callable[[Store], Awaitable[T]]) -> T:
-    """What `read` makes of an object, or of its copy where the first one is damaged.
+    """What `read` makes of an object; where that does not hold, of a second reading of it, and then
+    of its copy: a line may change a byte, and what is stored be whole.
 
     Raises:
-        DamageError: neither holds; it tells of the first.
+        DamageError: none of them holds; it tells of the first store.
     """
     try:
-        return await read(store)
+        return await _read_twice(store, read)
     except DamageError as error:
         if not (isinstance(store, MirroredStore) and store.heals):
             raise
         try:
-            found = await read(store.mirror)
+            found = await _read_twice(store.mirror, read)
         except (StoreError, DamageError):
             raise error from None
         store.healed(key, error.message)
         return found
+
+
+async def _read_twice(store: Store, read: Callable[[Store], Awaitable[T]]) -> T:
+    try:
+        return await read(store)
+    except MissingObjectError:
+        raise
+    except DamageError as error:
+        came_damaged(store, error)
+    return await read(store)
+
+
+def came_damaged(store: Store, error: DamageError) -> None:
+    """Tell of bytes that did not hold and are read again, as of any try that failed."""
+    if isinstance(store, MirroredStore):
+        store = store.first
+    if isinstance(store, RetryingStore):
+        store.came_damaged(error)

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from ckptmgr.config import MIB, STORE_TIMEOUT_SECONDS
 from ckptmgr.errors import (
+    DamageError,
     MediumError,
     ObjectUnreadableError,
     StoreError,
@@ -44,8 +45,8 @@ Pace = Callable[[int], Awaitable[None]]
 """Awaited before so many bytes of objects are moved; waits as long as a limit asks."""
 
 
-def _ignore(_operation: str, _error: Exception) -> None:
-    pass
+def ignore(_operation: str, _error: Exception) -> None:
+    """Nobody is told."""
 
 
 async def _at_once(_nbytes: int) -> None:
@@ -94,7 +95,7 @@ class RetryingStore(Store):
         deadline_seconds: float = 4 * STORE_TIMEOUT_SECONDS,
         jitter: Callable[[], float] = random.random,
         landmark: str = "",
-        on_failure: OnFailure = _ignore,
+        on_failure: OnFailure = ignore,
         pace: Pace = _at_once,
     ) -> None:
         self.durable_on_return = inner.durable_on_return
@@ -167,6 +168,10 @@ class RetryingStore(Store):
         except (StoreUnreachableError, TimeoutError) as error:
             self._on_failure("get_many", error)
             await super().get_many(wanted)
+
+    def came_damaged(self, error: DamageError) -> None:
+        """A reader found that what `get` brought does not hold, and reads it again."""
+        self._on_failure("get", error)
 
     async def _others_can_be_read(self, key: str) -> bool:
         if self._landmark in ("", key):

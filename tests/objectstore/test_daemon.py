@@ -168,6 +168,27 @@ async def test_a_daemon_saves_through_every_fault_and_commits_nothing_wrong(
     assert await commits(bucket, tmp_path) == [(1, number + 1) for number in range(step)]
 
 
+@pytest.mark.parametrize(
+    ("path", "what"), [("/data/", "Chunk"), ("/man/", "Record"), ("/commit/", "Record")]
+)
+async def test_one_flipped_byte_of_an_answer_costs_no_step(
+    path: str, what: str, runtime: Path, url: str, proxy: FaultProxy
+) -> None:
+    with Daemon(runtime), Rank(runtime, url) as rank:
+        for step in (1, 2):
+            rank.save(step)
+            assert rank.wait(step).outcome == Outcome.COMMITTED
+    for buffer in (runtime / "buffers").iterdir():
+        buffer.unlink()
+    with Daemon(runtime) as daemon, Rank(runtime, url, world=2) as rank:  # which prefetches nothing
+        proxy.plan(Fault(Kind.FLIP_DOWN, "GET", path, times=1))
+        reply = rank.restore()
+        assert (reply.step, reply.source, reply.skipped) == (2, "store", ())
+        assert proxy.struck == {Kind.FLIP_DOWN: 1}
+        kinds = [event["kind"] for event in daemon.events("store_failed")]
+        assert kinds.count(f"{what}DamagedError") == 1
+
+
 async def test_a_restore_over_a_bad_line_is_exact_or_an_error(
     runtime: Path, url: str, bucket: Bucket, proxy: FaultProxy, tmp_path: Path
 ) -> None:
