@@ -245,13 +245,13 @@ class Rank:
 
 
 @contextlib.contextmanager
-def ranks(url: str, *places: Path) -> Iterator[list[Rank]]:
-    """A rank at each place, all of one new attempt."""
+def ranks(url: str, *places: Path, **options: Any) -> Iterator[list[Rank]]:
+    """A rank at each place, all of one new attempt; `options` are those of Rank."""
     with contextlib.ExitStack() as stack:
         world = len(places)
-        found = [stack.enter_context(Rank(places[0], url, world=world))]
+        found = [stack.enter_context(Rank(places[0], url, world=world, **options))]
         for number, place in enumerate(places[1:], start=1):
-            rank = Rank(place, url, rank=number, world=world, first=found[0])
+            rank = Rank(place, url, rank=number, world=world, first=found[0], **options)
             found.append(stack.enter_context(rank))
         yield found
 

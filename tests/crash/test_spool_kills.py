@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import shutil
 import signal
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.catalog import Catalog
 from ckptmgr.restore.check import restore_files
+from ckptmgr.restore.fetch import fetch
+from ckptmgr.restore.plan import plan_whole
 from ckptmgr.store.registry import open_store
 from ckptmgr.types import Outcome
 from crash.content import fault_in
-from driven import Daemon, Rank, until
+from driven import Daemon, Rank, ranks, until
 from processes import end_processes_of
 from rigged import Rig
 from scale import scaled
@@ -57,8 +62,12 @@ def parents(url: str, directory: Path) -> list[tuple[str, str]]:
     return asyncio.run(read())
 
 
+def parts_in(spool: Path) -> int:
+    return sum(path.is_file() for path in spool.glob("*/man/**/*"))
+
+
 def parts(tmp_path: Path) -> int:
-    return sum(path.is_file() for path in (tmp_path / "spool").glob("*/man/**/*"))
+    return parts_in(tmp_path / "spool")
 
 
 def test_all_snapshots_of_an_outage_arrive_in_order(
@@ -88,6 +97,70 @@ def test_all_snapshots_of_an_outage_arrive_in_order(
             assert rank.restore().step == last
     found = parents(rig.file_url, tmp_path)
     assert found == [(f"1.{s}", f"1.{s - 1}" if s > 1 else "0.0") for s in range(1, last + 1)]
+
+
+def test_two_hosts_bring_all_snapshots_of_an_outage_in_order(
+    runtime: Path, rig: Rig, tmp_path: Path
+) -> None:
+    """Each has a spool of its own; both daemons are killed and both lose their memory. Each brings
+    its parts in order; of neighbours that are whole at the same time either may be decided first.
+    """
+    last = 1 + scaled(8, 50)
+    places, spools = [runtime / "h0", runtime / "h1"], [tmp_path / "spool0", tmp_path / "spool1"]
+    for place in places:
+        place.mkdir(mode=0o700)
+    with ExitStack() as stack:
+        daemons = started(stack, places, spools)
+        with ranks(rig.url, *places, keep=100, mib=MIB) as job:
+            for step in range(1, last + 1):
+                for rank in job:
+                    rank.save(step)
+                if step == 1:
+                    assert [rank.wait(1).outcome for rank in job] == [Outcome.COMMITTED] * 2
+                    rig.obey(("*", "", "dead"))
+            until(lambda: [parts_in(one) for one in spools] == [last - 1] * 2, "all are spooled")
+        for daemon in daemons:
+            daemon.end(signal.SIGKILL)
+    for place in places:
+        for path in (place / "buffers").iterdir():
+            path.unlink()
+    rig.obey()
+    with ExitStack() as stack:
+        daemons = started(stack, places, spools)
+        until(lambda: [parts_in(spool) for spool in spools] == [0, 0], "both are empty")
+        copied, drained = (
+            [[e["step"] for e in daemon.events(name)] for daemon in daemons]
+            for name in ("draining_step", "drained_step")
+        )
+    steps = [f"1.{step}" for step in range(1, last + 1)]
+    assert copied == [steps[1:]] * 2
+    assert list(map(sorted, drained)) == [sorted(steps[1:])] * 2
+    assert asyncio.run(exact_commits(rig.file_url)) == steps
+
+
+def started(stack: ExitStack, places: list[Path], spools: list[Path]) -> list[Daemon]:
+    """A daemon at each place, with a spool of its own."""
+    found = []
+    for place, spool in zip(places, spools, strict=True):
+        environment = {**os.environ, "CKPTMGR_SPOOL": str(spool)}
+        found.append(stack.enter_context(Daemon(place, environment=environment)))
+    return found
+
+
+async def exact_commits(url: str) -> list[str]:
+    """Commits, oldest first; every bit of each rank's part of each is compared."""
+    store = open_store(url)
+    catalog = Catalog(store)
+    found = []
+    async for decision in catalog.committed():
+        for sealed in await catalog.manifests(decision):
+            state = memoryview(bytearray(MIB << 20))
+            await fetch(store, plan_whole(sealed.manifest), state, BufferPool(64 << 20))
+            assert not fault_in(state, decision.attempt, decision.step, MIB << 20)
+        assert decision.world == 2
+        found.append(str(decision.id))
+    await store.aclose()
+    return found[::-1]
 
 
 def test_no_kill_loses_anything_that_was_spooled(runtime: Path, rig: Rig, tmp_path: Path) -> None:
