@@ -149,13 +149,18 @@ def flipped(blob: bytes, at: int) -> bytes:
 async def test_a_daemon_saves_through_every_fault_and_commits_nothing_wrong(
     runtime: Path, url: str, bucket: Bucket, proxy: FaultProxy, tmp_path: Path
 ) -> None:
+    step = save_through(list(FAULTS.values()), runtime, url, proxy)
+    assert await commits(bucket, tmp_path) == [(1, number + 1) for number in range(step)]
+
+
+def save_through(faults: list[Fault], runtime: Path, url: str, proxy: FaultProxy) -> int:
     """Some requests in a row go wrong while two steps are saved; what is left over is committed
-    when the fault ends.
+    when the fault ends. Returns the last step.
     """
     step = 0
     with Daemon(runtime) as daemon, Rank(runtime, url, keep=10_000) as rank:
         rank.restore()
-        for fault in FAULTS.values():
+        for fault in faults:
             for _ in range(scaled(1, 20)):
                 proxy.struck.clear()
                 proxy.plan(replace(fault, times=scaled(3, 10)))
@@ -165,7 +170,7 @@ async def test_a_daemon_saves_through_every_fault_and_commits_nothing_wrong(
                 proxy.plan()
                 assert rank.wait(step).outcome == Outcome.COMMITTED
         assert not daemon.gone()
-    assert await commits(bucket, tmp_path) == [(1, number + 1) for number in range(step)]
+    return step
 
 
 @pytest.mark.parametrize(

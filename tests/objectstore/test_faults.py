@@ -50,8 +50,11 @@ def again(fault: Fault, times: int) -> Fault:
 async def test_whatever_fails_the_result_is_right(
     name: str, bucket: Bucket, proxy: FaultProxy
 ) -> None:
+    await meet(name, f"s3://{bucket.name}/run", bucket, proxy)
+
+
+async def meet(name: str, url: str, bucket: Bucket, proxy: FaultProxy) -> None:
     """Each operation meets the fault once, and then again and again with every third request."""
-    url = f"s3://{bucket.name}/run"
     store = RetryingStore(open_store(url), timeout_seconds=TRY_SECONDS, deadline_seconds=60)
     for number in range(scaled(1, 10)):
         proxy.plan(again(FAULTS[name], 1))

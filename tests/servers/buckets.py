@@ -6,11 +6,13 @@ import urllib.request
 from datetime import timedelta
 
 import obstore
-from obstore.store import S3Store
+from obstore.store import AzureStore, S3Store
 
 
 class Bucket:
     """A bucket at the endpoint at which it was made, whatever the environment says later."""
+
+    _client: S3Store | AzureStore
 
     def __init__(self, name: str, endpoint: str) -> None:
         self.name = name
@@ -34,3 +36,11 @@ class Bucket:
 
     def remove(self, key: str) -> None:
         obstore.delete(self._client, key)
+
+
+class Container(Bucket):
+    """A container of Azure's blobs, which servers/azurite.py makes."""
+
+    def __init__(self, name: str, endpoint: str) -> None:
+        self.name = name
+        self._client = AzureStore(name, endpoint=endpoint)
