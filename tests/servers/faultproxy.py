@@ -90,9 +90,11 @@ class _CutError(Exception):
 
 
 class FaultProxy:
-    """Listens on `port` of loopback, in front of `target`; `struck` counts the faults."""
+    """Listens on `port` of loopback, or on a socket that it is given, in front of `target` on
+    loopback; `struck` counts the faults.
+    """
 
-    def __init__(self, target: int, seed: int = 0) -> None:
+    def __init__(self, target: int, seed: int = 0, listener: socket.socket | None = None) -> None:
         self.struck: Counter[Kind] = Counter()
         self.requests = 0
         self._target = target
@@ -101,14 +103,14 @@ class FaultProxy:
         self._plan: list[tuple[Fault, list[int]]] = []
         self._healed = threading.Event()
         self._open: set[socket.socket] = set()
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
-        self.port = int(self._listener.getsockname()[1])
+        self._listener = listener or socket.create_server(("127.0.0.1", 0), backlog=256)
+        self.address, self.port = self._listener.getsockname()[:2]
         self._threads = [threading.Thread(target=self._accept, daemon=True)]
         self._threads[0].start()
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.address}:{self.port}"
 
     def plan(self, *faults: Fault) -> None:
         """Forget the earlier faults, let go what waits, and count anew; `plan()` heals."""

@@ -9,13 +9,18 @@ Nothing leaves the bridge, and nothing is left of it. Needs root and `ip`.
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 import secrets
 import shutil
+import socket
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import pytest
 
@@ -25,6 +30,7 @@ from servers.filesystems import run
 NET = "10.213.7"
 BURST_BYTES = 32 << 10
 QUEUE_MILLISECONDS = 200
+CLONE_NEWNET = 0x40000000
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +51,19 @@ class Host:
     def run(self, *command: str) -> str:
         """Run a command to its end; what it printed."""
         return run(*self.command(*command))
+
+    def listen(self) -> socket.socket:
+        """A socket that listens in this host's network, for a server of this process."""
+        with ThreadPoolExecutor(1, initializer=self._enter) as inside:
+            return inside.submit(socket.create_server, (self.address, 0), backlog=256).result()
+
+    def _enter(self) -> None:
+        """Move the calling thread into this host's network, for the rest of its life."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        fd = os.open(f"/run/netns/{self.space}", os.O_RDONLY)
+        failed = libc.setns(fd, CLONE_NEWNET)
+        os.close(fd)
+        assert not failed, os.strerror(ctypes.get_errno())
 
     def cut(self) -> None:
         """Pull the cable out: what was on its way is lost, and no error tells of it."""
@@ -87,6 +106,14 @@ class Host:
         """Bytes that have left the host."""
         (link,) = json.loads(self.run("ip", "-json", "-statistics", "link", "show", self.port))
         return int(link["stats64"]["tx"]["bytes"])
+
+
+class Network(Protocol):
+    """Servers of a store, and the hosts that use them."""
+
+    @property
+    def hosts(self) -> Mapping[str, Host]:
+        """By their names."""
 
 
 def needs_network(*tools: str) -> None:
