@@ -1,4 +1,4 @@
-"""A store that tests rig from outside the daemon: a local store that obeys rules.
+"""A store that tests rig from outside the daemon: a local store, or any other, that obeys rules.
 
 The rules are a JSON file beside the store, read before every operation; every operation is written
 to a log beside it before it is carried out. A daemon finds it as it finds any plugin: by an entry
@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from ckptmgr.errors import MediumError, StoreFullError, StorePermissionError, StoreUnreachableError
 from ckptmgr.store.base import Buffers, PutResult, Store
 from ckptmgr.store.local import LocalStore
+from ckptmgr.store.registry import open_store
 
 T = TypeVar("T")
 
@@ -26,16 +27,17 @@ LOOK_SECONDS = 0.005
 
 
 class RiggedStore(Store):
-    """A local store; `refuse`, `full`, `dead`, `unreadable` and `fault` fail, `hold` waits, `hang`
+    """A store; `refuse`, `full`, `dead`, `unreadable` and `fault` fail, `hold` waits, `hang`
     never ends.
     """
-
-    durable_on_return = LocalStore.durable_on_return
 
     def __init__(self, url: str) -> None:
         self._url = url
         self._path = Path(url.removeprefix("rigged://"))
-        self._inner = LocalStore(str(self._path))
+        self._inner = inner_of(self._path)
+        self.durable_on_return = self._inner.durable_on_return
+        self.visibility_lag_seconds = self._inner.visibility_lag_seconds
+        self.exclusive = self._inner.exclusive
 
     @property
     def url(self) -> str:
@@ -94,10 +96,9 @@ class SloppyStore(RiggedStore):
     when it looks puts its own, and the last one stays.
     """
 
-    exclusive = None
-
     def __init__(self, url: str) -> None:
         super().__init__(url.replace("sloppy://", "rigged://"))
+        self.exclusive = None
         self._url = url
 
     async def put_new(self, key: str, buffers: Buffers) -> PutResult:
@@ -113,6 +114,14 @@ class SloppyStore(RiggedStore):
         temporary.write_bytes(b"".join(buffers))
         temporary.replace(path)
         return PutResult.OK
+
+
+def inner_of(path: Path) -> Store:
+    """Where the objects are: in the store that a file beside `path` names, or at `path`."""
+    try:
+        return open_store(Path(f"{path}.inner").read_text())
+    except FileNotFoundError:
+        return LocalStore(str(path))
 
 
 def log(store: Path, line: str) -> None:
@@ -136,11 +145,13 @@ def rule_for(store: Path, operation: str, key: str) -> str | None:
 class Rig:
     """The test's end: rules to set, a log to read, and what a process needs to find the plugin."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, inner: str = "") -> None:
         self.path = directory / "store"
         self.url = f"rigged://{self.path}"
         self.sloppy_url = f"sloppy://{self.path}"
-        self.file_url = f"file://{self.path}"
+        self.file_url = inner or f"file://{self.path}"  # the objects, past the rules
+        if inner:
+            Path(f"{self.path}.inner").write_text(inner)
         self._site = directory / "site"
         info = self._site / "rigged-1.0.dist-info"
         info.mkdir(parents=True)
@@ -152,7 +163,8 @@ class Rig:
     def python_path(self) -> str:
         """Where a process finds the distribution, this module, and the tree."""
         here = Path(__file__).parent
-        return os.pathsep.join([str(self._site), str(here), str(here.parent)])
+        plugins = map(str, (here.parent / "plugins").iterdir())
+        return os.pathsep.join([str(self._site), str(here), str(here.parent), *plugins])
 
     def obey(self, *rules: tuple[str, str, str]) -> None:
         """Replace the rules: (operation or '*', key prefix, what to do)."""

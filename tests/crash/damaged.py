@@ -33,6 +33,17 @@ KINDS = {
 }
 
 
+LOSES_NOTHING = (
+    "attempts/00000001/have/",
+    "attempts/00000002/resume/",
+    "commit/00000001/000000000025",  # ABORT of a step of which nothing else was stored
+    "holds/",
+    "tags/",  # a copy
+    "verified/",
+)
+"""Objects that may be missing in a healthy store too: nobody can say that they are gone."""
+
+
 T = TypeVar("T")
 
 

@@ -24,13 +24,16 @@ from typing import Any
 
 from ckptmgr.errors import CkptmgrError, DamageError, ObjectNotFoundError
 from ckptmgr.repository.budget import BufferPool
-from ckptmgr.repository.catalog import Catalog, list_steps
+from ckptmgr.repository.catalog import Catalog, exists, list_steps
 from ckptmgr.restore.fetch import fetch
 from ckptmgr.restore.plan import plan_whole
+from ckptmgr.store.base import Store
 from ckptmgr.store.registry import open_store
+from ckptmgr.store.retry import RetryingStore
 from ckptmgr.types import StepId
 from crash.content import fault_in, values_of
 from crash.peek import WRITING, data_of, newest_usable, slots_below
+from driven import PYTHON_PATH
 
 HERE = Path(__file__).parent
 EVENT_SECONDS_MAX = 120.0
@@ -74,7 +77,9 @@ class Trainer:
 
 @dataclass(slots=True)
 class Storm:
-    """One chain of kills over one store and one runtime directory."""
+    """One chain of kills over one store and one runtime directory; without a URL the store is a
+    local one below `root`.
+    """
 
     root: Path
     runtime: Path
@@ -90,17 +95,17 @@ class Storm:
     facts: Counter[str] = field(default_factory=Counter)
     kills: int = 0
     sure: set[Id] = field(default_factory=set)
+    url: str = ""
 
-    @property
-    def url(self) -> str:
-        return f"file://{self.root}/store"
+    def __post_init__(self) -> None:
+        self.url = self.url or f"file://{self.root}/store"
 
     # -- processes ----------------------------------------------------------------------------
 
     def environment(self) -> dict[str, str]:
         return {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(map(str, [HERE.parents[1], HERE.parent])),
+            "PYTHONPATH": PYTHON_PATH,
             "CKPTMGR_RUNTIME_DIR": str(self.runtime),
             "CKPTMGR_IDLE_SECONDS": "120",
         }
@@ -254,8 +259,7 @@ class Storm:
         """Nothing sealed is torn, nothing acknowledged is lost, the latest never goes back."""
         if self.trainer is None:
             self._audit_memory()
-        if (self.root / "store").exists():
-            asyncio.run(self._audit())
+        asyncio.run(self._audit())
 
     def _audit_memory(self) -> None:
         """Read every sealed snapshot, by the format and not by the product."""
@@ -267,7 +271,7 @@ class Storm:
                 self.facts["sealed snapshots read"] += 1
 
     async def _audit(self) -> None:
-        store = open_store(self.url)
+        store = self.store()
         catalog = Catalog(store)
         try:
             listing = await list_steps(store)
@@ -322,12 +326,25 @@ class Storm:
 
     def store_latest(self) -> Id | None:
         async def read() -> Id | None:
-            store = open_store(self.url)
+            store = self.store()
             found = await Catalog(store).latest()
             await store.aclose()
             return (found.attempt, found.step) if found else None
 
-        return asyncio.run(read()) if (self.root / "store").exists() else None
+        return asyncio.run(read())
+
+    def store(self) -> Store:
+        """The judge's own way to the objects."""
+        return RetryingStore(open_store(self.url))
+
+    def is_stored(self, key: str) -> bool:
+        async def look() -> bool:
+            store = self.store()
+            found = await exists(store, key)
+            await store.aclose()
+            return found
+
+        return asyncio.run(look())
 
     # -- where a kill landed ------------------------------------------------------------------
 
@@ -355,9 +372,9 @@ class Storm:
         if one not in undecided:
             return "idle"
         key = f"{one[0]:08d}/{one[1]:012d}"
-        if (self.root / "store" / "commit" / key).exists():
+        if self.is_stored(f"commit/{key}"):
             return "committed, untold"
-        if (self.root / "store" / "man" / key / "000000").exists():
+        if self.is_stored(f"man/{key}/000000"):
             return "mid-commit"
         return "mid-persist"
 

@@ -26,7 +26,7 @@ from ckptmgr.repository.record import Kind, seal
 from ckptmgr.restore.check import restore_files, verify_store
 from ckptmgr.staging.hostbuffer import HostBuffer
 from ckptmgr.types import PAGE_BYTES, StepId
-from crash.damaged import KINDS, Rig, run_at_once
+from crash.damaged import KINDS, LOSES_NOTHING, Rig, run_at_once
 from reading import bring
 from scale import FULL, scaled
 from small_step import (
@@ -37,16 +37,6 @@ from small_step import (
 )
 
 pytestmark = pytest.mark.reliability
-
-LOSES_NOTHING = (
-    "attempts/00000001/have/",
-    "attempts/00000002/resume/",
-    "commit/00000001/000000000025",  # ABORT of a step of which nothing else was stored
-    "holds/",
-    "tags/",  # a copy
-    "verified/",
-)
-"""Objects that may be missing in a healthy store too: nobody can say that they are gone."""
 
 
 def test_the_store_is_whole_before_anything_is_damaged(rig: Rig) -> None:

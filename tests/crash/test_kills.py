@@ -35,7 +35,7 @@ AIMS = {
 
 
 @contextmanager
-def storm(tmp_path: Path, chance: random.Random) -> Iterator[Storm]:
+def storm(tmp_path: Path, chance: random.Random, url: str) -> Iterator[Storm]:
     name = secrets.token_hex(4)
     runtime = Path(f"/dev/shm/ckptmgr-storm-{name}")
     root = tmp_path / name
@@ -43,7 +43,8 @@ def storm(tmp_path: Path, chance: random.Random) -> Iterator[Storm]:
     open_private_dir(runtime)
     codec = chance.choice(["auto", "none", "zstd", "planes"])
     mib = chance.choice([4, 12, 12, 24, *([72] if FULL else [])])
-    found = Storm(root, runtime, chance, codec, mib, keep=chance.choice([2, 3, 5]))
+    keep = chance.choice([2, 3, 5])
+    found = Storm(root, runtime, chance, codec, mib, keep, url=url and f"{url}/{name}")
     try:
         yield found
     finally:
@@ -137,14 +138,17 @@ def strike(one: Storm, victim: str) -> None:
     one.audit()
 
 
-def run(victim: str, kills: int, tmp_path: Path) -> tuple[Counter[tuple[str, str]], Counter[str]]:
+def run(
+    victim: str, kills: int, tmp_path: Path, url: str = ""
+) -> tuple[Counter[tuple[str, str]], Counter[str]]:
+    """Where so many kills landed, and what was counted; stores are made below `url`."""
     places: Counter[tuple[str, str]] = Counter()
     facts: Counter[str] = Counter()
     seed = random.SystemRandom().getrandbits(32)
     print(f"{victim}: seed {seed}")
     chance = random.Random(seed)
     while places.total() < kills:
-        with storm(tmp_path, chance) as one:
+        with storm(tmp_path, chance, url) as one:
             goal = min(CHAIN, kills - places.total())
             while one.kills < goal:
                 strike(one, victim)

@@ -17,6 +17,7 @@ from scale import RACE_KEYS, STORES
 from servers.azurite import make_container, start_or_skip
 
 pytestmark = [
+    pytest.mark.timeout(1800),
     pytest.mark.stores(place="az:// on Azurite"),
     pytest.mark.skipif(not STORES, reason="az:// is checked with CKPTMGR_STORES=1"),
 ]

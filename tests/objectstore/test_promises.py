@@ -13,6 +13,7 @@ from servers.buckets import Bucket
 
 
 @pytest.mark.reliability
+@pytest.mark.timeout(1800)
 @pytest.mark.stores(place="s3:// on Ceph RGW")
 class TestPromises(StoreSuite):
     race_keys = RACE_KEYS if STORES else scaled(20, RACE_KEYS)

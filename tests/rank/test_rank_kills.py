@@ -68,14 +68,14 @@ class Table:
 
 
 @contextmanager
-def hosts_of(plan: Plan, root: Path, chance: random.Random) -> Iterator[list[Storm]]:
+def hosts_of(plan: Plan, root: Path, chance: random.Random, url: str) -> Iterator[list[Storm]]:
     """A runtime directory for each host of the job, and one store."""
     name = secrets.token_hex(4)
     runtimes = [Path(f"/dev/shm/ckptmgr-havoc-{name}-{at}") for at in range(plan.hosts)]
     for runtime in runtimes:
         open_private_dir(runtime)
     try:
-        yield [Storm(root, runtime, chance) for runtime in runtimes]
+        yield [Storm(root, runtime, chance, url=url) for runtime in runtimes]
     finally:
         for runtime in runtimes:
             end_processes_of(runtime)
@@ -142,11 +142,12 @@ def chain(
     chance: random.Random,
     kills: list[str],
     table: Table,
+    url: str,
 ) -> None:
     """Kill one job until `kills` is empty or CHAIN is reached, then let it end well."""
     root.mkdir()
     plan = replace(plan, hosts=chance.choice([1, 2, 2]))
-    with hosts_of(plan, root, chance) as hosts:
+    with hosts_of(plan, root, chance, url) as hosts:
         one = KilledJob(plan, zygote, chance, hosts, Judge(truth, root, Counter()))
         try:
             one.start()
@@ -170,6 +171,11 @@ def test_killed_ranks_and_daemons_change_no_bit(name: str, zygote: Zygote, tmp_p
     count = scaled(sample, full)
     if not count:
         pytest.skip("only with CKPTMGR_RELIABILITY=1")
+    kill(plan, count, zygote, tmp_path)
+
+
+def kill(plan: Plan, count: int, zygote: Zygote, tmp_path: Path, url: str = "") -> None:
+    """So many kills, over stores below `url`."""
     seed = random.SystemRandom().getrandbits(32)
     print(f"{plan}: seed {seed}")
     chance = random.Random(seed)
@@ -179,7 +185,8 @@ def test_killed_ranks_and_daemons_change_no_bit(name: str, zygote: Zygote, tmp_p
     truth = truth_of(plan, zygote, tmp_path / "truth")
     at = 0
     while kills:
-        chain(plan, truth, zygote, tmp_path / f"{at}", chance, kills, table)
+        place = url and f"{url}/{at}"
+        chain(plan, truth, zygote, tmp_path / f"{at}", chance, kills, table, place)
         shutil.rmtree(tmp_path / f"{at}")
         at += 1
     print(f"{plan}: {count} kills over {at} stores in {time.monotonic() - begun:.0f} s")

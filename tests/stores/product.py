@@ -23,10 +23,10 @@ from ckptmgr.store.base import PutResult, Store
 from ckptmgr.store.registry import open_store
 from ckptmgr.store.retry import RetryingStore
 from ckptmgr.types import Outcome
-from crash.damaged import KINDS, Rig
+from crash.damaged import KINDS, LOSES_NOTHING, Rig
 from driven import PYTHON_PATH, Daemon, Rank, Trainer, events_of, until
 from processes import end_processes_of, owners_of
-from small_step import made_in_memory, save_every_kind, smallest_state
+from small_step import Objects, made_in_memory, save_every_kind, smallest_state
 
 STEPS = 5
 DAMAGES_OF_A_KIND = 4
@@ -100,8 +100,10 @@ def damage_in(url: str) -> list[str]:
     return found
 
 
-def damage_over(url: str, scratch: Path) -> None:
-    """Flipped, cut and lost objects are named by verify, and never restored as other bits."""
+def damage_over(url: str, scratch: Path, of_a_kind: int = DAMAGES_OF_A_KIND) -> None:
+    """Flipped, cut, grown, swapped and lost objects are named by verify, and never restored as
+    other bits: so many damages of each kind of object, and each object deleted once.
+    """
     saved, objects = made_in_memory(lambda store: save_every_kind(store, smallest_state))
     directory = scratch / "restored"
     directory.mkdir()
@@ -114,14 +116,16 @@ def damage_over(url: str, scratch: Path) -> None:
         assert await rig.verify() == []
         assert await rig.restore() == str(rig.newest.id)
         for kind in KINDS:
-            keys = rig.keys_of(kind)
-            for key in chance.sample(keys, min(DAMAGES_OF_A_KIND, len(keys))):
-                await replace(store, key, damaged(objects[key], chance))
+            for key in chance.choices(rig.keys_of(kind), k=of_a_kind):
+                await replace(store, key, damaged(objects, key, chance))
                 await rig.judge(key)
                 await replace(store, key, objects[key])
-        for key in chance.sample(rig.keys_of("packs") + rig.keys_of("manifests"), 2):
+        for key in rig.keys_of("packs") + rig.keys_of("manifests") + rig.keys_of("registers"):
+            if key.startswith(LOSES_NOTHING):
+                continue
             await store.delete(key)
             assert key in {name for name, _ in await rig.verify()}
+            rig.counts["found gone"] += 1
             await rig.restore()
             await store.put_new(key, [memoryview(objects[key])])
         assert await rig.restore() == str(rig.newest.id)
@@ -131,10 +135,15 @@ def damage_over(url: str, scratch: Path) -> None:
     with_store(url, sweep)
 
 
-def damaged(blob: bytes, chance: random.Random) -> bytes:
-    """One bit flipped, or the end cut off."""
-    if chance.random() < 0.3:
+def damaged(objects: Objects, key: str, chance: random.Random) -> bytes:
+    """One bit flipped, the end cut off, something added, or all of another object."""
+    blob, kind = objects[key], chance.random()
+    if kind < 0.3:
         return blob[: chance.randrange(len(blob))]
+    if kind < 0.4:
+        return blob + b"x"
+    if kind < 0.5:
+        return objects[chance.choice([other for other in objects if other != key])]
     changed = bytearray(blob)
     changed[chance.randrange(len(blob))] ^= 1 << chance.randrange(8)
     return bytes(changed)

@@ -73,24 +73,28 @@ class Mounted(StoreSuite):
 
 
 @pytest.mark.root
+@pytest.mark.timeout(1800)
 @pytest.mark.stores(place="local on ext4")
 class TestExt4(Mounted):
     system = "ext4"
 
 
 @pytest.mark.root
+@pytest.mark.timeout(1800)
 @pytest.mark.stores(place="local on xfs")
 class TestXfs(Mounted):
     system = "xfs"
 
 
 @pytest.mark.root
+@pytest.mark.timeout(1800)
 @pytest.mark.stores(place="local on btrfs")
 class TestBtrfs(Mounted):
     system = "btrfs"
 
 
 @pytest.mark.root
+@pytest.mark.timeout(1800)
 @pytest.mark.stores(place="local on tmpfs")
 class TestTmpfs(Mounted):
     system = "tmpfs"

@@ -23,7 +23,7 @@ from servers.moosefs import Cluster, moosefs, needs_moosefs
 from stores.product import damage_over, pass_over
 from stores.rows import row
 
-pytestmark = [pytest.mark.root, *row("MooseFS, two mounts")]
+pytestmark = [pytest.mark.root, pytest.mark.timeout(1800), *row("MooseFS, two mounts")]
 
 PUTS_WATCHED = 200
 RACED_KEYS, RACERS_OF_A_MOUNT = 50, 4
