@@ -1,8 +1,8 @@
 """The slots of a host buffer between a rank and a daemon, store by store, either dying anywhere.
 
 Variables: word/k (state, generation), part/k/n and record/k (the generation that wrote them),
-settled/k and outcome/k of the daemon's page; alive; manifest/g and register/g in the store. A
-snapshot's step is its generation.
+settled/k and outcome/k of the daemon's page; alive; manifest/g and register/g in the store; spool/g
+(whole in the spool). A snapshot's step is its generation.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Bench:
     deaths: int = 1
     crashes: int = 1
     aborts: int = 0
+    spool: bool = False
 
 
 def _snapshot(slot: int, generation: int) -> Snapshot:
@@ -77,7 +78,8 @@ class Buffer:
     def _check_outcome(self, w: World, generation: int, outcome: Outcome) -> None:
         register = w["register", generation]
         told = {Outcome.COMMITTED: "COMMIT", Outcome.ABORTED: "ABORT"}.get(outcome, register)
-        if told != register:
+        lost = outcome is Outcome.SPOOLED and not (register or w["spool", generation])
+        if told != register or lost:
             raise ViolatedError(f"S4 {generation} is said to be {outcome.name}, and is {register}")
 
     def check_whole(self, w: World, snapshot: Snapshot, why: str) -> None:
@@ -143,7 +145,8 @@ class Rank:
             return
         if generation == max(snapshot.generation for snapshot, _ in sealed):
             raise ViolatedError(f"S2 the newest sealed snapshot {generation} is overwritten")
-        if how == "free" and w["register", generation] is None:
+        kept = w["register", generation] or w["spool", generation]
+        if how == "free" and not kept:
             raise ViolatedError(f"I10 {generation} is overwritten as free, and is undecided")
         older = [s.generation for s, _ in sealed if s.generation < generation]
         if how == "superseded" and older:
@@ -165,7 +168,9 @@ class Rank:
 
 
 class Daemon:
-    """Reads sealed slots into the store, decides them and says so; may die anywhere."""
+    """Reads sealed slots into the store or the spool, decides them and says so; drains the spool.
+    It may die anywhere.
+    """
 
     def __init__(self, buffer: Buffer) -> None:
         self._buffer = buffer
@@ -180,10 +185,19 @@ class Daemon:
         return moves
 
     def _scan(self, w: World, crashes: int) -> list[Move]:
+        parts = [g for g in range(1, self._bench.snapshots + 1) if w["spool", g]]
+        drain = [(f"drain {g}", ("drain", crashes, g), {}) for g in parts[:1]]
+        return [*drain, *self._take(w, crashes, frozenset(parts))]
+
+    def _take(self, w: World, crashes: int, spooled: frozenset[int]) -> list[Move]:
         sealed = self._buffer.sealed(w)
         alive = not w["dead"]
-        found = self._rules.pick(sealed, writer_alive=alive)
-        open_ = [s.generation for s, outcome in sealed if outcome is Outcome.UNDECIDED]
+        found = self._rules.pick(sealed, writer_alive=alive, skipped=spooled)
+        open_ = [
+            s.generation
+            for s, outcome in sealed
+            if outcome is Outcome.UNDECIDED and s.generation not in spooled
+        ]
         if found is None:
             return []
         if found.generation != (min(open_) if alive else max(open_)):
@@ -216,8 +230,39 @@ class Daemon:
     ) -> list[Move]:
         if set(read) != {generation}:
             raise ViolatedError(f"S1 the manifest of {generation} is of {read}")
-        then = ("decide", crashes, slot, generation)
-        return [(f"manifest {generation}", then, {("manifest", generation): True})]
+        then: Local = ("decide", crashes, slot, generation)
+        moves: list[Move] = [(f"manifest {generation}", then, {("manifest", generation): True})]
+        if self._bench.spool:
+            stored = {} if "spool first" in self._rules.without else {("spool", generation): True}
+            then = ("settle", crashes, slot, generation, Outcome.SPOOLED)
+            moves.append((f"spool {generation}", then, stored))
+        return moves
+
+    def _drain(self, w: World, crashes: int, generation: int) -> list[Move]:
+        """A part of the spool into the store, unless its step is decided already."""
+        if "decide before it goes" in self._rules.without:
+            return [
+                (f"forget {generation} early", ("scan", crashes), {("spool", generation): None})
+            ]
+        then = ("drained", crashes, generation)
+        if w["register", generation]:
+            return [(f"{generation} is decided", then, {})]
+        return [(f"bring {generation}", then, {("manifest", generation): True})]
+
+    def _drained(self, w: World, crashes: int, generation: int) -> list[Move]:
+        """The decision of a part, and the slot that may still hold its snapshot."""
+        found = w["register", generation] or "COMMIT"
+        outcome = Outcome.COMMITTED if found == "COMMIT" else Outcome.ABORTED
+        then: Local = ("forget", crashes, generation)
+        for slot in range(self._bench.slots):
+            if self._buffer.word(w, slot) == (SlotState.SEALED, generation):
+                then = ("settle", crashes, slot, generation, outcome)
+        return [(f"{generation} is {found}", then, {("register", generation): found})]
+
+    def _forget(self, w: World, crashes: int, generation: int) -> list[Move]:
+        if not w["register", generation]:
+            raise ViolatedError(f"S8 {generation} leaves the spool, and is undecided")
+        return [(f"forget {generation}", ("scan", crashes), {("spool", generation): None})]
 
     def _decide(self, w: World, crashes: int, slot: int, generation: int) -> list[Move]:
         key = ("register", generation)
@@ -239,12 +284,14 @@ class Daemon:
         return [(f"tell the outcome of {generation}", then, word)]
 
     def _settled(
-        self, _w: World, crashes: int, slot: int, generation: int, outcome: Outcome
+        self, w: World, crashes: int, slot: int, generation: int, outcome: Outcome
     ) -> list[Move]:
         word: dict[Any, Any] = {("settled", slot): generation}
         if "outcome first" in self._rules.without:
             word = {("outcome", slot): int(outcome)}
-        return [(f"settle {generation}", ("scan", crashes), word)]
+        drained = outcome.decided and w["spool", generation]
+        then: Local = ("forget", crashes, generation) if drained else ("scan", crashes)
+        return [(f"settle {generation}", then, word)]
 
     def _give_up(self, w: World, crashes: int, generation: int) -> list[Move]:
         key = ("register", generation)
@@ -279,10 +326,12 @@ BENCHES = {
     "two slots": Bench(snapshots=4, deaths=1, crashes=2),
     "three slots": Bench(slots=3, snapshots=5, deaths=1, crashes=1),
     "two slots, and others give up": Bench(snapshots=4, aborts=1),
+    "two slots and a spool": Bench(snapshots=3, aborts=1, spool=True),
 }
 BENCHES_FULL = {
     "two slots": Bench(snapshots=9, deaths=3, crashes=3, aborts=2),
     "three slots": Bench(slots=3, snapshots=8, deaths=2, crashes=2, aborts=2),
+    "two slots and a spool": Bench(snapshots=5, deaths=2, crashes=2, aborts=2, spool=True),
 }
 
 
@@ -306,14 +355,20 @@ SLOT_BUGS = {
     ),
     "the generation is settled before its outcome": SlotRules(without=frozenset({"outcome first"})),
     "an outcome is told before the register": SlotRules(without=frozenset({"decide first"})),
+    "SPOOLED is told before the part is stored": SlotRules(without=frozenset({"spool first"})),
+    "a part leaves the spool before its step is decided": SlotRules(
+        without=frozenset({"decide before it goes"})
+    ),
     "an undecided slot is taken for free": SlotRules(free_slot=_any_slot),
     "the newest sealed slot is taken": SlotRules(free_slot=_newest_too),
     "the newest is superseded": SlotRules(superseded_slot=lambda sealed: sealed[-1][0]),
     "the newest goes first while training runs": SlotRules(
-        pick=lambda sealed, **_: intake.pick(sealed, writer_alive=False)
+        pick=lambda sealed, *, skipped, **_: intake.pick(
+            sealed, writer_alive=False, skipped=skipped
+        )
     ),
     "the oldest goes first when the trainer is dead": SlotRules(
-        pick=lambda sealed, **_: intake.pick(sealed, writer_alive=True)
+        pick=lambda sealed, *, skipped, **_: intake.pick(sealed, writer_alive=True, skipped=skipped)
     ),
     "a snapshot that was given up is resumed": SlotRules(
         usable=lambda sealed: [s for s, _ in sealed]
