@@ -127,7 +127,9 @@ def test_two_hosts_bring_all_snapshots_of_an_outage_in_order(
     rig.obey()
     with ExitStack() as stack:
         daemons = started(stack, places, spools)
-        until(lambda: [parts_in(spool) for spool in spools] == [0, 0], "both are empty")
+        for daemon in daemons:
+            daemon.await_event("drained_step", last - 1)
+        assert [parts_in(spool) for spool in spools] == [0, 0]
         copied, drained = (
             [[e["step"] for e in daemon.events(name)] for daemon in daemons]
             for name in ("draining_step", "drained_step")
