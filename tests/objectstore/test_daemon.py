@@ -26,7 +26,7 @@ from servers.buckets import Bucket
 from servers.faultproxy import Fault, FaultProxy, Kind
 from small_step import read_safetensors
 
-pytestmark = pytest.mark.reliability
+pytestmark = [pytest.mark.reliability, pytest.mark.stores(place="s3:// on Ceph RGW")]
 
 STEP_BYTES = 1 << 20
 FAULTS = {

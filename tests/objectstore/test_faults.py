@@ -26,7 +26,7 @@ from scale import scaled
 from servers.buckets import Bucket
 from servers.faultproxy import Fault, FaultProxy, Kind
 
-pytestmark = pytest.mark.reliability
+pytestmark = [pytest.mark.reliability, pytest.mark.stores(place="s3:// on Ceph RGW")]
 
 STATUSES = (403, 409, 412, 429, 500, 503)
 FAULTS = {

@@ -38,7 +38,7 @@ from rank.zygote import Zygote
 from rigged import Rig
 from scale import scaled
 from stores.places import EXCLUSIVE, ROWS, Places, on
-from stores.product import damage_over
+from stores.product import damage_over, pass_over
 
 pytestmark = [pytest.mark.timeout(3600)]
 
@@ -112,6 +112,12 @@ def test_no_kill_tears_or_loses_anything(
 @pytest.mark.kill
 def test_killed_ranks_and_daemons_change_no_bit(url: str, zygote: Zygote, tmp_path: Path) -> None:
     kill(RANKS, scaled(5, 30), zygote, tmp_path, url)
+
+
+@pytest.mark.parametrize("url", on("ceph"), indirect=True)
+def test_the_whole_product(url: str, runtime: Path, tmp_path: Path) -> None:
+    """The other stores have it in files of their own."""
+    pass_over(url, runtime, tmp_path)
 
 
 def test_every_damage_is_found_and_none_comes_back(url: str, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ dead answers what it knew before.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import Iterator
@@ -13,9 +14,17 @@ from pathlib import Path
 
 import pytest
 
+from ckptmgr.repository.budget import BufferPool
+from ckptmgr.repository.catalog import Catalog
+from ckptmgr.restore.fetch import fetch
+from ckptmgr.restore.plan import plan_whole
 from ckptmgr.store.base import Store
 from ckptmgr.store.registry import open_store
+from ckptmgr.store.retry import RetryingStore
 from ckptmgr.testing import MIB, StoreSuite
+from ckptmgr.types import Outcome, StepId
+from crash.content import fault_in
+from driven import Daemon, Rank
 from servers.buckets import Bucket
 from servers.swift import FORGIVEN_SECONDS, Swift, needs_swift, swift
 from stores.product import pass_over
@@ -24,6 +33,7 @@ from stores.rows import row
 pytestmark = [pytest.mark.timeout(900), *row("s3:// on Swift")]
 
 OBJECTS, ROUNDS_MAX = 10, 8
+SAVES = 4
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +108,49 @@ def test_lists_miss_what_dead_nodes_missed(cluster: Swift, bucket: Bucket) -> No
 def test_the_whole_product(bucket: Bucket, runtime: Path, tmp_path: Path) -> None:
     """On nodes that are well; who decides is found out by the product itself."""
     pass_over(f"s3://{bucket.name}/run", runtime, tmp_path)
+
+
+def test_what_was_acknowledged_while_nodes_died_is_there_and_lists_may_not_say_so(
+    cluster: Swift, bucket: Bucket, runtime: Path
+) -> None:
+    """Two nodes are dead at each save, a third one when the latest step is asked for. Every step is
+    found by its name, bit by bit; the latest goes back, and why rank 0 decides alone was told.
+    """
+    url, steps, went_back = f"s3://{bucket.name}/run", range(1, SAVES + 1), 0
+    with Daemon(runtime) as daemon, Rank(runtime, url, keep=100) as rank:
+        daemon.await_event("single_decider")
+        attempt = rank.attempt
+        for step in steps:
+            dead = [cluster.nodes[(step + at) % len(cluster.nodes)] for at in range(3)]
+            for node in dead[:2]:
+                node.kill()
+            rank.save(step)
+            assert rank.wait(step, seconds=240).outcome == Outcome.COMMITTED
+            cluster.revive_all()
+            dead[2].kill()
+            time.sleep(FORGIVEN_SECONDS + 1)
+            went_back += asyncio.run(latest_of(url)) != StepId(attempt, step)
+            cluster.revive_all()
+    asyncio.run(check_steps(url, [StepId(attempt, step) for step in steps]))
+    print(f"\n{SAVES} acknowledged steps, each exact; {went_back} were not the latest by the list")
+
+
+async def latest_of(url: str) -> StepId | None:
+    store = RetryingStore(open_store(url))
+    found = await Catalog(store).latest()
+    await store.aclose()
+    return found
+
+
+async def check_steps(url: str, steps: list[StepId]) -> None:
+    """Each is committed, and every bit of it is what was saved."""
+    store = RetryingStore(open_store(url))
+    catalog = Catalog(store)
+    for step in steps:
+        decision = await catalog.decision(step)
+        assert decision.committed
+        (sealed,) = await catalog.manifests(decision)
+        state = memoryview(bytearray(MIB))
+        await fetch(store, plan_whole(sealed.manifest), state, BufferPool(64 * MIB))
+        assert not fault_in(state, step.attempt, step.step, MIB)
+    await store.aclose()
