@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from ckptmgr.bucket import Bucket
 from ckptmgr.config import SPOOL_SECONDS, STUCK_SECONDS, DaemonSettings
 from ckptmgr.daemon.committer import Committer
+from ckptmgr.daemon.glance import Glance
+from ckptmgr.daemon.history import History
 from ckptmgr.daemon.log import event, fault, label_of, warning
 from ckptmgr.daemon.mirror import Mirror
 from ckptmgr.daemon.resume import ActiveMarks
@@ -49,6 +51,8 @@ class Job:
     active: ActiveMarks = field(default_factory=ActiveMarks)
     published: set[int] = field(default_factory=set)
     mirror: Mirror | None = None
+    history: History = field(default_factory=History)
+    glance: Glance = field(init=False)
     committer: Committer = field(init=False)
     reading: Catalog = field(init=False)
     _following: asyncio.Task[None] | None = None
@@ -59,6 +63,7 @@ class Job:
     def __post_init__(self) -> None:
         self.committer = Committer(self.catalog, self.committed, self.stuck_seconds)
         self.reading = self.catalog
+        self.glance = Glance(self.catalog, self.history)
 
     def follow(self, url: str, pool: BufferPool, settings: DaemonSettings) -> None:
         """Keep a mirror at `url`, and read from it what the store does not give.
@@ -88,11 +93,12 @@ class Job:
         Raises:
             UsageError: the URL names no store.
         """
-        label = label_of(url)
+        label, history = label_of(url), History()
 
         def failed(operation: str, error: Exception) -> None:
             kind = type(error).__name__
             metrics.failures.labels(label, kind).inc()
+            history.failed(kind, str(error) or f"{operation} got no answer in time")
             warning("store_failed", job=label, operation=operation, kind=kind, why=str(error))
 
         async def pace(nbytes: int) -> None:
@@ -119,11 +125,13 @@ class Job:
             stuck_seconds=settings.stuck_seconds,
             spool=spool,
             spool_seconds=settings.spool_seconds,
+            history=history,
         )
 
     def committed(self, decision: Decision) -> None:
         """Take note of a commit."""
         self.metrics.commits.labels(self.label).inc()
+        self.history.committed(decision)
         if self.last_commit is None or decision.id > self.last_commit:
             self.last_commit = decision.id
             self.metrics.last_commit_step.labels(self.label).set(decision.step)
@@ -180,6 +188,7 @@ class Job:
     async def aclose(self) -> None:
         """End the waits and the collection that are under way, and close the store."""
         await self.committer.aclose()
+        await self.glance.aclose()
         tasks = [task for task in (self._retention, self._following) if task is not None]
         for task in tasks:
             task.cancel()
