@@ -21,7 +21,7 @@ from ckptmgr.daemon.glance import Shown
 from ckptmgr.daemon.history import PASSAGES_MAX, Passage
 from ckptmgr.daemon.intake import Held
 from ckptmgr.daemon.job import Job
-from ckptmgr.daemon.trouble import troubles_of, verdict_of
+from ckptmgr.daemon.trouble import late_after, troubles_of, verdict_of
 from ckptmgr.repository.commit import Decision
 from ckptmgr.types import Outcome, Snapshot, StepId, StepState
 
@@ -93,6 +93,7 @@ def job_document(
         "troubles": troubles,
         "last_commit": last,
         "interval_seconds": interval,
+        "late_after_seconds": late_after(interval) if interval else None,
         "writing": writing,
         "ranks": [_rank(held) for held in sorted(buffers, key=lambda one: one.binding.rank)],
         "spool": {"snapshots": len(job.spool.parts), "bytes": job.spool.used_bytes}

@@ -9,8 +9,8 @@ from ckptmgr.daemon.drain import Drainer
 from ckptmgr.daemon.intake import Held
 from ckptmgr.daemon.job import Job
 
-LATE_INTERVALS = 3.0
-"""So many usual intervals without a commit are told."""
+LATE_INTERVALS, LATE_SECONDS_MIN = 3.0, 30.0
+"""So many usual intervals, and so many seconds, without a commit are told."""
 
 AWAITED_SECONDS = 10.0
 """A rank's part that has not come so long after another's is told: its host is slow, or dead."""
@@ -84,6 +84,11 @@ def _ranks(ranks: Iterable[int]) -> str:
     return f"rank{'s' if len(listed) > 1 else ''} {shown}"
 
 
+def late_after(interval: float) -> float:
+    """Age in seconds at which the last commit is overdue."""
+    return max(LATE_INTERVALS * interval, LATE_SECONDS_MIN)
+
+
 def verdict_of(
     buffers: list[Held],
     troubles: list[Trouble],
@@ -112,6 +117,6 @@ def verdict_of(
         return {"level": "off", "text": "No trainer runs here."}
     if last_commit is None:
         return {"level": "busy", "text": "No step is committed yet."}
-    if interval and now - last_commit["at"] > LATE_INTERVALS * interval:
+    if interval and now - last_commit["at"] > late_after(interval):
         return {"level": "late", "text": "The next commit is overdue."}
     return {"level": "good", "text": "Commits come as usual."}

@@ -1,4 +1,4 @@
-"""A real daemon with real jobs, as the status page of docs/images shows them.
+"""A real daemon with two real jobs, as the pictures of its status page in docs/images show them.
 
 `PYTHONPATH=.:tests python tests/page/scene.py docs/images` makes the pictures anew.
 """
@@ -17,59 +17,52 @@ from pathlib import Path
 
 from called import call
 from ckptmgr.config import open_private_dir
+from ckptmgr.daemon.glance import GLANCE_SECONDS_MIN
 from ckptmgr.types import Outcome
 from driven import Daemon, Rank, until
 from page.browser import Browser
 from processes import end_processes_of
-from rigged import Rig
 
-WORLD = 2
+SCREENS = (
+    ("status-desktop", 1120, 900, False),
+    ("status-desktop-dark", 1120, 900, True),
+    ("status-phone", 360, 740, False),
+)
 
 
 @contextlib.contextmanager
-def scene(runtime: Path, place: Path) -> Iterator[tuple[Daemon, Rig]]:
-    """Two jobs: one of two ranks that commits as usual, with a mirror and a held step; one whose
-    store is full. The second one's store is the rig.
+def scene(runtime: Path, place: Path, pause_seconds: float) -> Iterator[Daemon]:
+    """A job of two ranks that commits as usual, with a mirror and a held step; and one whose store
+    has gone away, as a network file system that is not mounted any more.
     """
-    site = place / "data"
-    site.mkdir()
-    (place / "full").mkdir()
-    rig = Rig(place / "full")
-    url = f"file://{site}/llama-3b-run7"
-    environment = rig.environment(HOSTNAME="node12")
+    stores = place / "store"
+    stores.mkdir()
+    url, lost = f"file://{stores}/llama-3b-run7", stores / "gpt2-finetune"
     with (
-        Daemon(runtime, "--mirror", f"file://{place}/copy", environment=environment) as daemon,
-        Rank(runtime, url, world=WORLD, mib=8, codec="zstd", keep=12) as first,
-        Rank(runtime, url, world=WORLD, mib=8, codec="zstd", keep=12, rank=1, first=first) as second,
-        Rank(runtime, rig.url, mib=2) as other,
+        Daemon(runtime, "--mirror", f"file://{place}/copy") as daemon,
+        Rank(runtime, f"file://{lost}", mib=2) as other,
+        Rank(runtime, url, world=2, mib=8, codec="zstd", keep=16) as first,
+        Rank(runtime, url, world=2, mib=8, codec="zstd", keep=16, rank=1, first=first) as second,
     ):
-        for step in range(1, 31):
-            for rank in (first, second):
-                rank.save(step * 200)
-            for rank in (first, second):
-                assert rank.wait(step * 200).outcome == Outcome.COMMITTED
-            if step == 22:
-                assert call("hold", url, step * 200, "--why", "for the paper").status == 0
-            time.sleep(0.1)
-        for step in (1, 2, 3):
-            other.save(step * 50)
-            assert other.wait(step * 50).outcome == Outcome.COMMITTED
-        rig.obey(("put_new", "data/", "full"))
+        for step in (50, 100, 150):
+            save(step, other)
+        lost.rename(place / "away")
         other.save(200)
-        until(lambda: "is full" in str(daemon.status()), "its store is full")
-        yield daemon, rig
+        until(lambda: "is not mounted" in str(daemon.status()), "it is missed")
+        for step in range(200, 8200, 200):
+            save(step, first, second)
+            if step == 5600:
+                assert call("hold", url, step, "--why", "for the paper").status == 0
+            time.sleep(pause_seconds)
+        yield daemon
 
 
-def shoot(page: Browser, directory: Path) -> None:
-    """The four pictures, of a page that is open."""
-    for name, width, height, dark in (
-        ("status-desktop", 1180, 980, False),
-        ("status-desktop-dark", 1180, 980, True),
-        ("status-phone", 360, 1420, False),
-    ):
-        page.screen(width, height, dark=dark, scale=2 if width < 500 else 1)
-        time.sleep(0.5)
-        page.shoot(directory / f"{name}.png")
+def save(step: int, *ranks: Rank) -> None:
+    """Snapshot a step on all ranks, and see it committed."""
+    for rank in ranks:
+        rank.save(step)
+    for rank in ranks:
+        assert rank.wait(step).outcome == Outcome.COMMITTED
 
 
 def main(directory: Path) -> None:
@@ -77,14 +70,17 @@ def main(directory: Path) -> None:
     runtime = Path(f"/dev/shm/ckptmgr-test-{os.getpid()}-{secrets.token_hex(4)}")
     open_private_dir(runtime)
     os.environ["CKPTMGR_RUNTIME_DIR"] = str(runtime)
-    place = Path(tempfile.mkdtemp(prefix="scene-"))
+    place = Path(tempfile.mkdtemp(prefix="ckpt-"))
     try:
-        with scene(runtime, place) as (daemon, _), Browser() as page:
-            page.screen(1180, 980)
+        with scene(runtime, place, 1.5) as daemon, Browser() as page:
+            page.screen(1120, 900)
             page.open(f"http://127.0.0.1:{daemon.status()['metrics_port']}/")
-            page.await_text("held", ".job tbody") if False else page.await_text("does not take")
-            time.sleep(20)
-            shoot(page, directory)
+            page.await_text("Commits come as usual")
+            time.sleep(GLANCE_SECONDS_MIN + 3)
+            for name, width, height, dark in SCREENS:
+                page.screen(width, height, dark=dark, scale=1.5 if width < 500 else 1)
+                time.sleep(0.5)
+                page.shoot(directory / f"{name}.png")
     finally:
         end_processes_of(runtime)
         shutil.rmtree(runtime, ignore_errors=True)

@@ -4,7 +4,8 @@
 
 const EVERY_MS = 2000;
 const SILENT_MS_MAX = 8000;
-const COLUMN_PX = 12;
+const COLUMN_PX_MIN = 12;
+const COLUMN_PX_MAX = 18;
 const TIERS = ["memory", "spool", "store", "mirror"];
 
 let clockSkew = 0; // seconds that the host's clock is ahead of this one's
@@ -121,10 +122,10 @@ function showFigures(section, job) {
   const place = figure(
     section, "commit", last ? ago(last.at) : "none yet",
     (last ? `step ${last.step}` : "") + (usual ? `, usually every ${duration(usual)}` : ""));
-  const ratio = last && usual ? Math.min(3, (now() - last.at) / usual) : null;
+  const ratio = last && usual ? Math.min(1, Math.max(0, now() - last.at) / job.late_after_seconds) : null;
   const meter = $(place, "meter");
   mark(meter, "value", ratio === null ? null : ratio.toFixed(2));
-  mark(meter, "aria-label", ratio === null ? null : `age of the last commit in usual intervals`);
+  mark(meter, "aria-label", ratio === null ? null : "age of the last commit; full is overdue");
 
   const done = job.steps.filter((step) => step.stall_seconds !== null);
   const stalls = done.map((step) => step.stall_seconds);
@@ -147,9 +148,11 @@ function showFigures(section, job) {
 function showSteps(section, job) {
   const place = $(section, ".steps");
   mark(section, "class", ["job", job.spool ? "" : "bare", job.mirror ? "" : "plain"].filter(Boolean).join(" "));
-  place.style.setProperty("--column", `${COLUMN_PX}px`);
-  const fits = Math.max(1, Math.floor((place.clientWidth - 2) / COLUMN_PX));
-  const steps = job.steps.slice(-fits);
+  const width = place.clientWidth - 2;
+  const steps = job.steps.slice(-Math.max(1, Math.floor(width / COLUMN_PX_MIN)));
+  const column = Math.min(COLUMN_PX_MAX, Math.max(COLUMN_PX_MIN, Math.floor(width / (steps.length || 1))));
+  place.style.setProperty("--column", `${column}px`);
+  showAxis($(section, ".axis"), steps, column);
   const fastest = Math.max(1, ...steps.map((step) => step.raw_rate || 0));
   const known = new Map([...place.children].map((button) => [button.dataset.step, button]));
   const wanted = new Set(steps.map((step) => step.step));
@@ -172,6 +175,14 @@ function showSteps(section, job) {
     button.tabIndex = is ? 0 : -1;
   }
   showChosen(section, current);
+}
+
+function showAxis(place, steps, column) {
+  const dated = steps.filter((step) => step.sealed_at);
+  const ends = dated.length > 7 ? [dated[0], dated[dated.length - 1]] : [];
+  place.hidden = !ends.length;
+  place.style.setProperty("--span", `${column * steps.length}px`);
+  [...place.children].forEach((end, index) => put(end, ends.length ? ago(ends[index].sealed_at) : ""));
 }
 
 function pick(job, steps) {
@@ -206,7 +217,8 @@ function showColumn(button, step, fastest) {
   const pin = $(button, ".pin");
   if (step.held && !pin) button.append(make("i", undefined, "pin"));
   if (!step.held && pin) pin.remove();
-  mark(button, "aria-label", `step ${step.step}, ${step.state}, in ${where(step)}`);
+  const held = step.held ? ", held" : "";
+  mark(button, "aria-label", `step ${step.step}, ${step.state}${held}, in ${where(step)}`);
 }
 
 function showChosen(section, step) {
@@ -314,7 +326,8 @@ function showFreshness() {
   const silent = Date.now() - seenAt;
   const stale = seenAt > 0 && silent > SILENT_MS_MAX;
   place.classList.toggle("stale", stale);
-  put(place, stale ? `The daemon does not answer. This is ${duration(Math.round(silent / 1000))} old.` : "");
+  const clock = new Date(seenAt).toLocaleTimeString();
+  put(place, stale ? `The daemon does not answer. This is of ${clock}.` : "");
 }
 
 async function refresh() {
