@@ -89,7 +89,7 @@ def job_document(
     return {
         "label": job.label,
         "url": job.url,
-        "verdict": verdict_of(buffers, troubles, last, interval, now),
+        "verdict": verdict_of(buffers, troubles, len(spooled), last, interval, now),
         "troubles": troubles,
         "last_commit": last,
         "interval_seconds": interval,

@@ -35,8 +35,10 @@ def _told(
 def troubles_of(
     job: Job, drainer: Drainer | None, buffers: Iterable[Held], now: float
 ) -> list[Trouble]:
-    """Everything that is stuck, the worst first. `kind` is `superseded`, `store`, `spool`,
-    `waiting`, `mirror` or `note`.
+    """Everything that is stuck, the worst first.
+
+    `kind` is `superseded`, `store`, `spooled` (the store takes nothing, but the spool does),
+    `spool` (which is full), `waiting`, `mirror` or `note`.
     """
     found = [_superseded(held) for held in buffers if held.superseded_by is not None]
     failing: dict[str, list[Held]] = {}
@@ -48,11 +50,12 @@ def troubles_of(
         found.append(
             _told(_ranks(held.binding.rank for held in ranks), why, kind="store", retry_at=retry_at)
         )
-    failure = job.history.failure
-    if failure is not None and not failing:
-        found.append(_told("store", failure.why, kind="store", since=failure.since))
-    if drainer is not None and drainer.last_failure and job.spool is not None:
-        found.append(_told("spool", drainer.last_failure, kind="store", retry_at=drainer.retry_at))
+    kept = job.spool is not None and bool(job.spool.parts) and not failing
+    kind, failure = "spooled" if kept else "store", job.history.failure
+    if drainer is not None and drainer.last_failure:
+        found.append(_told("spool", drainer.last_failure, kind=kind, retry_at=drainer.retry_at))
+    elif failure is not None and not failing:
+        found.append(_told("store", failure.why, kind=kind, since=failure.since))
     if job.spool is not None and job.spool.full:
         found.append(_told("spool", "has no room for another snapshot", kind="spool"))
     found += _waiting(job, now)
@@ -92,6 +95,7 @@ def late_after(interval: float) -> float:
 def verdict_of(
     buffers: list[Held],
     troubles: list[Trouble],
+    spooled: int,
     last_commit: dict[str, Any] | None,
     interval: float | None,
     now: float,
@@ -100,17 +104,18 @@ def verdict_of(
     kinds = {trouble["kind"] for trouble in troubles}
     alive = any(held.writer_alive for held in buffers)
     undecided = sum(held.undecided() for held in buffers)
-    in_spool = {trouble["where"] for trouble in troubles if trouble["kind"] == "store"} == {"spool"}
     if "superseded" in kinds:
         return {"level": "bad", "text": "A newer attempt of this job has taken over."}
     if "spool" in kinds:
         return {"level": "bad", "text": "The store takes nothing, and the spool is full."}
-    if in_spool:
-        return {"level": "late", "text": "The store takes nothing; the spool keeps everything."}
     if "store" in kinds:
         return {"level": "bad", "text": "The store does not take snapshots."}
+    if "spooled" in kinds:
+        return {"level": "late", "text": "The store takes nothing; the spool keeps everything."}
     if "waiting" in kinds:
         return {"level": "late", "text": "A step waits for ranks of other hosts."}
+    if spooled:
+        return {"level": "busy", "text": "The spool is being emptied into the store."}
     if not alive:
         if undecided:
             return {"level": "busy", "text": "The trainer is gone; its snapshots are finished."}

@@ -191,6 +191,47 @@ def _answers(daemon: Daemon) -> bool:
 # ---- what is told -----------------------------------------------------------
 
 
+def test_an_outage_with_a_spool_and_a_newer_attempt_are_told(
+    runtime: Path, rig: Rig, tmp_path: Path
+) -> None:
+    environment = rig.environment(CKPTMGR_SPOOL_SECONDS="0.3")
+    with (
+        Daemon(runtime, f"--spool={tmp_path}/spool", environment=environment) as daemon,
+        Rank(runtime, rig.url) as rank,
+    ):
+        rank.save(1)
+        assert rank.wait(1).outcome == Outcome.COMMITTED
+        rig.obey(("put_new", "data/", "dead"))
+        rank.save(2)
+        spooled = "The store takes nothing; the spool keeps everything."
+        until(lambda: page_of(daemon)["verdict"]["text"] == spooled, "it is spooled, and said")
+        shown = page_of(daemon)
+        assert "spool" in shown["steps"][-1]["tiers"]
+        assert "is dead by the test's will" in shown["troubles"][0]["why"]
+        rig.obey()
+        assert rank.wait(2).outcome == Outcome.COMMITTED
+        until(lambda: page_of(daemon)["verdict"]["level"] == "good", "it is over")
+        (runtime / "host2").mkdir(mode=0o700)
+        with Daemon(runtime / "host2", environment=environment):
+            with Rank(runtime / "host2", rig.url) as newer:
+                newer.save(1)
+                assert newer.wait(1).outcome == Outcome.COMMITTED
+            rank.save(3)
+            assert rank.wait(3).outcome == Outcome.ABORTED
+            shown = page_of(daemon)
+            assert shown["verdict"]["text"] == "A newer attempt of this job has taken over."
+            assert shown["troubles"][0]["where"] == "rank 0"
+            (given_up,) = (one for one in shown["steps"] if one["step"] == "1.3")
+            assert (given_up["state"], given_up["tiers"]) == ("aborted", ["memory"])
+            assert "attempt 2 is active" in given_up["why"]
+
+
+def page_of(daemon: Daemon) -> dict[str, Any]:
+    """What the page shows of the only job."""
+    (job,) = json.loads(ask(daemon, "/page.json")[2])["jobs"]
+    return dict(job)
+
+
 def test_no_home_directory_is_shown(runtime: Path, tmp_path: Path) -> None:
     home = tmp_path / "home" / "alice"
     environment = {**os.environ, "HOME": str(home)}
