@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from types import TracebackType
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -14,6 +14,9 @@ from ckptmgr.commands.app import STATUS, app
 from ckptmgr.errors import CkptmgrError
 
 __all__ = ["STATUS", "app", "main"]
+
+_PARSER_ERROR: type[Exception] = typer.BadParameter.mro()[1]
+"""A usage error of the parser: its name is in click, or within typer, as typer's version goes."""
 
 
 @app.callback(invoke_without_command=True)
@@ -32,13 +35,26 @@ def main() -> None:
     sys.excepthook = _last_words
     try:
         # Not `app()`, which puts an excepthook of its own in the place of ours.
-        typer.main.get_command(app)(standalone_mode=True)
+        sys.exit(typer.main.get_command(app)(prog_name="ckptmgr", standalone_mode=False))
+    except _PARSER_ERROR as error:
+        _refuse(error)
     except CkptmgrError as error:
         if present.debug:
             raise
         for line in f"ckptmgr: {error}".splitlines():
             typer.echo(present.printable(line), err=True)
         foreground.end(error.exit_status)
+
+
+def _refuse(error: Any) -> NoReturn:
+    """What the parser says, in the form of all other errors; no arguments at all ask for help."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+    else:
+        path = error.ctx.command_path if error.ctx else "ckptmgr"
+        typer.echo(f"ckptmgr: {present.printable(error.format_message().rstrip('.'))}", err=True)
+        typer.echo(f"hint: Run `{path} --help` to see what it takes.", err=True)
+    sys.exit(error.exit_code)
 
 
 def _last_words(

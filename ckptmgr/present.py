@@ -317,18 +317,26 @@ def _mirror(mirror: dict[str, Any]) -> str:
 
 def status(state: dict[str, Any]) -> None:
     """The lines of `status`."""
-    _print(
-        f"daemon {state['pid']}, metrics on 127.0.0.1:{state['metrics_port']}, "
-        f"{state['trainers']} trainers, {state['undecided']} snapshots undecided",
+    for line in status_lines(state):
+        _print(line)
+
+
+def status_lines(state: dict[str, Any]) -> Iterator[str]:
+    """What `status` says, line by line."""
+    port = state["metrics_port"]
+    web = f"page and metrics on http://127.0.0.1:{port}/" if port >= 0 else "no page or metrics"
+    yield (
+        f"daemon {state['pid']}, {web}, "
+        f"{state['trainers']} trainers, {state['undecided']} snapshots undecided"
     )
     if state["max_store_gbps"]:
-        _print(f"at most {state['max_store_gbps']:g} Gbit/s to and from all stores")
+        yield f"at most {state['max_store_gbps']:g} Gbit/s to and from all stores"
     for job in state["jobs"]:
-        _print(f"{job['url']}: last commit {job['last_commit'] or '-'}{_writing(job['writing'])}")
+        yield f"{job['url']}: last commit {job['last_commit'] or '-'}{_writing(job['writing'])}"
         if job["spool"] and (job["spool"]["parts"] or job["spool"]["full"]):
-            _print(_spool(job["spool"]))
+            yield _spool(job["spool"])
         if job["mirror"]:
-            _print(_mirror(job["mirror"]))
+            yield _mirror(job["mirror"])
         for buffer in job["buffers"]:
             alive = "alive" if buffer["trainer_alive"] else "gone"
             line = f"  rank {buffer['rank']} {size(buffer['bytes'])}, trainer {alive}"
@@ -338,11 +346,11 @@ def status(state: dict[str, Any]) -> None:
                 line += f", SUPERSEDED by attempt {buffer['superseded_by']}"
             if buffer["writing"]:
                 line += f", writing {buffer['writing']}"
-            _print(line)
+            yield line
             for snapshot in buffer["snapshots"]:
-                _print(
+                yield (
                     f"    {snapshot['step']} {snapshot['outcome']}, {size(snapshot['bytes'])}, "
-                    f"sealed {age(snapshot['sealed_at'])} ago",
+                    f"sealed {age(snapshot['sealed_at'])} ago"
                 )
             if buffer["last_failure"]:
-                _print(f"    failing: {buffer['last_failure'].partition(chr(10))[0]}")
+                yield f"    failing: {buffer['last_failure'].partition(chr(10))[0]}"

@@ -42,6 +42,19 @@ def call(*arguments: object, runtime: Path | None = None, **environment: str) ->
     return Called(done.returncode, done.stdout, done.stderr)
 
 
+def check_error(found: Called, status: int, *words: str) -> None:
+    """One line, a hint, nothing on standard output, and no traceback."""
+    assert found.status == status, found
+    assert found.out == ""
+    lines = found.err.splitlines()
+    assert lines[0].startswith("ckptmgr: "), found.err
+    assert len(lines) <= 2, found.err
+    assert all(line.startswith("hint: ") for line in lines[1:]), found.err
+    for word in words:
+        assert word in found.err
+    assert "Traceback" not in found.err
+
+
 def make_store(directory: Path, runtime: Path) -> Path:
     """A store of one job: steps 1 to 3 of attempt 1, and step 2 of attempt 2, all committed."""
     store = directory / "store"

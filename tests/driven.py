@@ -30,7 +30,7 @@ from ckptmgr.staging.control import (
 from ckptmgr.staging.hostbuffer import TAGS_BYTES_MAX, HostBuffer, table_bytes_needed
 from ckptmgr.staging.launch import connect
 from ckptmgr.staging.slots import free_slot
-from ckptmgr.types import Snapshot
+from ckptmgr.types import Snapshot, Tags
 from crash.content import content, fault_in, layout_of, values_of
 from rigged import Rig
 
@@ -161,6 +161,7 @@ class Rank:
             claimed = first.attempt, first.link.nonce
         self.nbytes = mib << 20
         self.k = 0
+        self.tags: Tags = {}
         layout, _ = layout_of(self.nbytes)
         table = table_bytes_needed(len(layout), len(values_of(0, 0)) + TAGS_BYTES_MAX)
         wanted = Wanted(
@@ -204,7 +205,7 @@ class Rank:
             layout=layout,
             layout_hash=layout_hash,
             values=values_of(self.attempt, step),
-            tags={"attempt": self.attempt, "step": step},
+            tags=self.tags or {"attempt": self.attempt, "step": step},
             data_bytes=self.nbytes,
             stall_seconds=0.001,
         )

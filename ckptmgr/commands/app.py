@@ -80,7 +80,8 @@ def with_store(
         store = open_for_reading(url, mirror, present.read_mirror, keys.FORMAT, objects=objects)
         try:
             if not await check_format(store, create=False):
-                raise NothingToRestoreError("is not a ckptmgr store", subject=store.url)
+                hint = "Check the URL; the first trainer of a job makes its store."
+                raise NothingToRestoreError("is not a ckptmgr store", subject=store.url, hint=hint)
             return await use(Catalog(store))
         finally:
             await store.aclose()

@@ -24,7 +24,8 @@ def gc(
     from ckptmgr.repository.budget import BufferPool
 
     if keep < 1:
-        raise UsageError(f"{keep} is not allowed", subject="--keep")
+        hint = "Give at least 1; the newest two commits stay in any case."
+        raise UsageError(f"{keep} is not allowed", subject="--keep", hint=hint)
 
     async def use(catalog: Any) -> list[dict[str, Any]]:
         done = await collect(catalog, BufferPool(BUDGET_BYTES), keep, dry_run=dry_run)

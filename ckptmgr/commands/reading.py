@@ -87,7 +87,7 @@ def verify(
     from ckptmgr.restore.check import damaged_store, verify_store
 
     if every and step is not None:
-        raise UsageError("give a step or --all, not both")
+        raise UsageError("give a step or --all, not both", hint="Leave the step out for all.")
 
     async def use(catalog: Any) -> list[dict[str, Any]]:
         with present.progress("verifying") as advance:

@@ -10,6 +10,7 @@ import typer
 
 from ckptmgr import present
 from ckptmgr.commands.app import Json, command, out
+from ckptmgr.commands.live import watch_status
 from ckptmgr.config import DRAIN_SECONDS, GIB, DaemonSettings, checked_limit, runtime_dir
 from ckptmgr.errors import CkptmgrError, DaemonError, SupersededError
 
@@ -69,13 +70,27 @@ def daemon(
 
 
 @command
-def status(as_json: Json = False) -> None:
-    """Show what the daemon on this host holds and does."""
+def status(
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show it anew every second, until Ctrl-C.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what the daemon on this host holds and does.
+
+    The same is on the page that it serves: see `page` in the first line.
+    """
     from ckptmgr.staging.control import Stated, Status
     from ckptmgr.staging.launch import connect
 
-    with connect(runtime_dir()) as client:
-        state = client.ask(Status(), Stated).state
+    def ask() -> dict[str, Any]:
+        with connect(runtime_dir()) as client:
+            return client.ask(Status(), Stated).state
+
+    if watch:
+        watch_status(ask, as_json=as_json)
+        return
+    state = ask()
     out(state, as_json, lambda: present.status(state))
 
 

@@ -116,6 +116,14 @@ class Committer:
         watch = self._watches.get(step)
         return 0.0 if watch is None else time.monotonic() - watch.answered_at
 
+    def missing(self, step: StepId) -> tuple[int, ...]:
+        """Ranks whose part of a step is not known to be in the store, once that was asked."""
+        watch = self._watches.get(step)
+        if watch is None or not watch.listed_at:
+            return ()
+        there = {*watch.present, *watch.manifests}
+        return tuple(rank for rank in range(watch.world) if rank not in there)
+
     def _forget(self, step: StepId) -> None:
         task = self._tasks.pop(step)
         del self._watches[step]

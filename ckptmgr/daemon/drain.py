@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from typing import TYPE_CHECKING
 
 from ckptmgr.config import RETRY_SECONDS_MAX, RETRY_SECONDS_MIN
@@ -64,6 +65,7 @@ class Drainer:
         self._poked = asyncio.Event()
         self._told: set[int] = set()
         self.last_failure = ""
+        self.retry_at = 0.0
 
     async def run(self) -> None:
         """Drain whatever is there; sleep while there is nothing."""
@@ -87,7 +89,7 @@ class Drainer:
                 sealed = await self._bring(part)
                 pause, self.last_failure = RETRY_SECONDS_MIN, ""
             except StoreError as error:
-                self.last_failure = str(error)
+                self.last_failure, self.retry_at = str(error), time.time() + pause
                 warning(
                     "drain_failed",
                     job=self._job.label,

@@ -54,7 +54,8 @@ class Held:
     live on without a connection. `worker` writes its snapshots. `results` are by nonce and step:
     attempts are numbered anew in a store that was emptied. `busy` are the snapshots on their way,
     by generation: being written, or waiting for the other ranks. `spool` is where they go when the
-    store does not take them.
+    store does not take them. `retry_at` is when a write that failed is tried again, in Unix
+    seconds, for people.
     """
 
     buffer: HostBuffer
@@ -69,6 +70,7 @@ class Held:
     decided: asyncio.Condition = field(default_factory=asyncio.Condition)
     results: OrderedDict[tuple[str, int], tuple[Outcome, str]] = field(default_factory=OrderedDict)
     last_failure: str = ""
+    retry_at: float = 0.0
     busy: dict[int, Snapshot] = field(default_factory=dict)
     spool: Spool | None = None
     _freed: bool = False

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from ckptmgr.bucket import Bucket
 from ckptmgr.config import SPOOL_SECONDS, STUCK_SECONDS, DaemonSettings
 from ckptmgr.daemon.committer import Committer
+from ckptmgr.daemon.glance import Glance
+from ckptmgr.daemon.history import History
 from ckptmgr.daemon.log import event, fault, label_of, warning
 from ckptmgr.daemon.mirror import Mirror
 from ckptmgr.daemon.resume import ActiveMarks
@@ -49,6 +51,8 @@ class Job:
     active: ActiveMarks = field(default_factory=ActiveMarks)
     published: set[int] = field(default_factory=set)
     mirror: Mirror | None = None
+    history: History = field(default_factory=History)
+    glance: Glance = field(init=False)
     committer: Committer = field(init=False)
     reading: Catalog = field(init=False)
     _following: asyncio.Task[None] | None = None
@@ -59,6 +63,7 @@ class Job:
     def __post_init__(self) -> None:
         self.committer = Committer(self.catalog, self.committed, self.stuck_seconds)
         self.reading = self.catalog
+        self.glance = Glance(self.catalog, self.history)
 
     def follow(self, url: str, pool: BufferPool, settings: DaemonSettings) -> None:
         """Keep a mirror at `url`, and read from it what the store does not give.
@@ -67,7 +72,7 @@ class Job:
             UsageError: the URL names no store.
         """
         copy = patient(url, settings.store_timeout_seconds, keys.FORMAT)
-        tell = _teller(self.label, self.metrics)
+        tell = _teller(self.label, self.metrics, self.history)
         first = patient(self.url, settings.store_timeout_seconds, keys.FORMAT, tell)
         self.mirror = mirror = Mirror(self, copy, pool)
         self.reading = Catalog(MirroredStore(first, copy, mirror.read, keys.FORMAT))
@@ -89,7 +94,7 @@ class Job:
         Raises:
             UsageError: the URL names no store.
         """
-        label = label_of(url)
+        label, history = label_of(url), History()
 
         async def pace(nbytes: int) -> None:
             seconds = limit.reserve(nbytes) if limit is not None and nbytes else 0.0
@@ -99,7 +104,7 @@ class Job:
         store = RetryingStore(
             open_store(url),
             timeout_seconds=settings.store_timeout_seconds,
-            on_failure=_teller(label, metrics),
+            on_failure=_teller(label, metrics, history),
             landmark=keys.FORMAT,
             pace=pace,
         )
@@ -115,11 +120,13 @@ class Job:
             stuck_seconds=settings.stuck_seconds,
             spool=spool,
             spool_seconds=settings.spool_seconds,
+            history=history,
         )
 
     def committed(self, decision: Decision) -> None:
         """Take note of a commit."""
         self.metrics.commits.labels(self.label).inc()
+        self.history.committed(decision)
         if self.last_commit is None or decision.id > self.last_commit:
             self.last_commit = decision.id
             self.metrics.last_commit_step.labels(self.label).set(decision.step)
@@ -176,6 +183,7 @@ class Job:
     async def aclose(self) -> None:
         """End the waits and the collection that are under way, and close the store."""
         await self.committer.aclose()
+        await self.glance.aclose()
         tasks = [task for task in (self._retention, self._following) if task is not None]
         for task in tasks:
             task.cancel()
@@ -185,12 +193,13 @@ class Job:
             await self.reading.store.aclose()
 
 
-def _teller(label: str, metrics: Metrics) -> OnFailure:
-    """Counts and logs each try of a store operation that failed."""
+def _teller(label: str, metrics: Metrics, history: History) -> OnFailure:
+    """Counts, remembers and logs each try of a store operation that failed."""
 
     def tell(operation: str, error: Exception) -> None:
         kind = type(error).__name__
         metrics.failures.labels(label, kind).inc()
+        history.failed(kind, str(error) or f"{operation} got no answer in time")
         warning("store_failed", job=label, operation=operation, kind=kind, why=str(error))
 
     return tell

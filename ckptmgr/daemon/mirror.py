@@ -50,6 +50,7 @@ class Mirror:
         self._behind = 0
         self._last_failure = ""
         self.reads = 0
+        self.followed = False
 
     def committed(self) -> None:
         """There is a commit more to bring."""
@@ -83,7 +84,7 @@ class Mirror:
             self._wake.clear()
             try:
                 await self._follow()
-                pause, self._last_failure = RETRY_SECONDS_MIN, ""
+                pause, self._last_failure, self.followed = RETRY_SECONDS_MIN, "", True
             except CkptmgrError as error:
                 self._last_failure = str(error)
                 warning("mirror_failed", job=self._job.label, why=str(error), retry_in=pause)
@@ -171,6 +172,7 @@ class Mirror:
             return False
         await self._copy_records([keys.commit(step), keys.tags(step)])
         if decision.committed:
+            self._job.history.mirrored(step)
             self._job.metrics.mirrored.labels(self._job.label).inc()
             event("mirrored", job=self._job.label, step=str(step), bytes=decision.stored_bytes)
         return True

@@ -18,7 +18,7 @@ from typing import Any
 from ckptmgr.bucket import Bucket, bytes_per_second
 from ckptmgr.config import DRAIN_SECONDS, DaemonSettings
 from ckptmgr.daemon.drain import Drainer
-from ckptmgr.daemon.http import MetricsServer
+from ckptmgr.daemon.http import WebServer
 from ckptmgr.daemon.intake import Held, Intake
 from ckptmgr.daemon.job import Job
 from ckptmgr.daemon.log import event, fault, label_of, warning
@@ -59,6 +59,7 @@ class Service:
         self.jobs: dict[str, Job] = {}
         self.metrics_port = -1
         self.host = ""
+        self.adopted = False
         self.spools: SpoolDirectory | None = None
         self.drainers: dict[str, Drainer] = {}
         self._draining: dict[str, asyncio.Task[None]] = {}
@@ -93,7 +94,7 @@ class Service:
             self.host = host_identity(runtime)
             shutil.rmtree(runtime / FETCHED, ignore_errors=True)
             (runtime / FETCHED).mkdir(mode=0o700)
-            metrics = self._serve_metrics()
+            web = self._serve_web()
             watch = InboxWatch(runtime, lambda: loop.call_soon_threadsafe(self._ticket))
             # Before anybody can ask: what is not known to be in the spool is taken for lost.
             await self._open_spools()
@@ -102,18 +103,19 @@ class Service:
             try:
                 for held in self.intake.adopt():
                     self._employ(held)
+                self.adopted = True
                 await self._until_ended()
             finally:
-                await self._close(server, watch, metrics)
+                await self._close(server, watch, web)
             if self._fault is not None:
                 fault(self._fault)
                 raise CkptmgrError("ended over a fault of its own; its log has the traceback")
 
-    def _serve_metrics(self) -> MetricsServer | None:
+    def _serve_web(self) -> WebServer | None:
         if self.settings.metrics_port < 0:
             return None
         try:
-            server = MetricsServer(self.metrics, self.settings.metrics_port)
+            server = WebServer(self, self.settings.metrics_port)
         except OSError as error:
             warning("metrics_off", port=self.settings.metrics_port, why=str(error))
             return None
@@ -190,7 +192,7 @@ class Service:
                     await job.aclose()
 
     async def _close(
-        self, server: asyncio.Server, watch: InboxWatch, metrics: MetricsServer | None
+        self, server: asyncio.Server, watch: InboxWatch, web: WebServer | None
     ) -> None:
         server.close()
         workers = [held.worker for held in self.intake.held.values() if held.worker]
@@ -199,8 +201,8 @@ class Service:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         watch.close()
-        if metrics is not None:
-            metrics.close()
+        if web is not None:
+            web.close()
         (self.settings.runtime_dir / SOCKET).unlink(missing_ok=True)
         for held in list(self.intake.held.values()):
             if not held.writer_alive and not held.undecided():
@@ -389,6 +391,11 @@ class Service:
 
     def _spooled(self) -> int:
         return sum(len(spool.parts) for spool in self.spools.unfinished()) if self.spools else 0
+
+    @property
+    def ending(self) -> bool:
+        """Whether the daemon was told to end."""
+        return self._ending.is_set()
 
     def end(self) -> None:
         """Drain and end."""

@@ -81,7 +81,7 @@ class Writer:
                 pause = min(2 * pause, RETRY_SECONDS_MAX)
 
     def _failed(self, snapshot: Snapshot, error: StoreError, pause: float) -> None:
-        self._held.last_failure = str(error)
+        self._held.last_failure, self._held.retry_at = str(error), time.time() + pause
         warning("write_failed", step=str(snapshot.id), why=str(error), retry_in=pause)
 
     async def _pause(self, seconds: float) -> None:
@@ -102,6 +102,7 @@ class Writer:
                 handed_over = True
         except TornSnapshotError:
             event("superseded", step=str(snapshot.id), why="its slot holds a newer step")
+            self._job.history.given_up(snapshot.id, "superseded by a newer snapshot")
             await self._give_up(snapshot.id, "superseded by a newer snapshot")
         except StoreError:
             raise
@@ -200,6 +201,7 @@ class Writer:
 
     async def _store(self, snapshot: Snapshot) -> SealedManifest:
         await self._check_active(snapshot)
+        self._job.history.writing(snapshot)
         source = Source(self._held.buffer, snapshot, self._job.store, host_name())
         event("writing", job=self._job.label, step=str(snapshot.id), bytes=snapshot.data_bytes)
         return await self._pipeline.write(source, self._held.binding.codec, self._stored)
@@ -213,6 +215,7 @@ class Writer:
             metrics = self._job.metrics
             metrics.commit_duration.labels(self._job.label).observe(time.monotonic() - start)
             metrics.stall.labels(self._job.label).observe(snapshot.stall_seconds)
+            self._job.history.wrote(snapshot, manifest.manifest.stored_bytes)
             await self._settle(snapshot, decision)
         except StoreError as error:
             self._failed(snapshot, error, RETRY_SECONDS_MIN)
@@ -258,6 +261,7 @@ class Writer:
 
     def _stored(self, raw_bytes: int, stored_bytes: int) -> None:
         self._moved(raw_bytes, stored_bytes)
+        self._job.history.moved()
         self._job.metrics.raw_bytes.labels(self._job.label).inc(raw_bytes)
         self._job.metrics.stored_bytes.labels(self._job.label).inc(stored_bytes)
 
@@ -301,6 +305,7 @@ class Writer:
         else:
             self._job.metrics.aborts.labels(self._job.label).inc()
             event("aborted", step=str(snapshot.id), why=decision.why)
+            self._job.history.given_up(snapshot.id, decision.why)
             await self._look_for_newer(snapshot)
             await self._held.settle(snapshot, Outcome.ABORTED, decision.why)
 
@@ -328,6 +333,7 @@ class Writer:
                 return
         self._job.metrics.failures.labels(self._job.label, kind).inc()
         warning("given_up", step=str(snapshot.id), kind=kind, why=str(error))
+        self._job.history.given_up(snapshot.id, str(error))
         await self._held.settle(snapshot, Outcome.ABORTED, str(error))
 
     async def _abort(self, step: StepId, why: str) -> Decision:
