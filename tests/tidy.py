@@ -23,13 +23,14 @@ IMPORTS: dict[str, set[str]] = {
     "types": {"errors"},
     "config": {"errors", "types"},
     "bucket": set(),
+    "preemption": {"errors"},
     "metrics": BASE,
     "staging": BASE,
     "store": BASE | {"bucket"},
     "repository": BASE | {"metrics", "staging", "store"},
     "restore": BASE | {"metrics", "staging", "store", "repository"},
     "daemon": BASE | {"metrics", "staging", "store", "repository", "restore", "bucket", FACE},
-    "rank": BASE | {"staging", "bucket"},
+    "rank": BASE | {"staging", "bucket", "preemption"},
     "testing": {"errors", "types", "store"},
     "foreground": set(),
     "present": BASE | {"repository", "restore"},  # how the command line shows things
@@ -46,7 +47,7 @@ IMPORTS: dict[str, set[str]] = {
 """Unit -> units of ckptmgr that it may import. A module that stands here by its own name is judged
 by that entry instead of its package's."""
 
-PLUGIN_IMPORTS = BASE | {"store"}
+PLUGIN_IMPORTS = BASE | {"store", "preemption"}
 
 FACE_NAMES = {
     "Checkpointer": "rank",
