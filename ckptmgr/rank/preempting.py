@@ -46,6 +46,7 @@ class Preempting:
         self._link, self._pace = link, pace
         self._notices: queue.SimpleQueue[tuple[Source, Notice] | None] = queue.SimpleQueue()
         self._ended = threading.Event()
+        self._committed = -1
         self._thread = threading.Thread(target=self._run, name="ckptmgr preemption", daemon=True)
         if not sources:
             return
@@ -77,6 +78,8 @@ class Preempting:
             for _ in range(self._notices.qsize()):
                 if self._notices.get() is None:
                     return
+        if self._pace.preempted and self._committed < 0:
+            self._answer(-1, time.monotonic())  # another rank was told, and all leave
 
     def _serve(self, source: Source, notice: Notice) -> None:
         """Ask for a snapshot, tell the daemon, and tell the sources what becomes of it."""
@@ -85,6 +88,9 @@ class Preempting:
         before = max((s.generation for s, _ in self._link.sealed_here()), default=-1)
         self._pace.preempt()
         self._tell_daemon(Preempt(source.name, notice.why, notice.seconds))
+        self._answer(before, deadline)
+
+    def _answer(self, before: int, deadline: float) -> None:
         last = self._await_last(before, deadline, committed=False)
         if last is None:
             return
@@ -92,6 +98,7 @@ class Preempting:
             one.sealed(last.step)
         last = self._await_last(before, deadline, committed=True)
         if last is not None:
+            self._committed = last.step
             for one in self._sources:
                 one.committed(last.step)
 

@@ -61,7 +61,7 @@ def test_a_preempted_loop_snapshots_once_more_and_leaves(runtime: Path, store_ur
             state["x"] += 1
             if step == 7:
                 source.announce("maintenance", 600)
-                until(lambda: ckpt._saving._pace._preempting, "the notice is heard")  # type: ignore[union-attr]
+                until(lambda: events(runtime, "preempted"), "the notice is heard")
             assert (ckpt.step(step) is not None) == (step == 7)
             if ckpt.preempted:
                 break
