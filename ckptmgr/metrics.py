@@ -62,6 +62,18 @@ class Metrics:
         )
         self.trainers = Gauge("ckptmgr_trainers", "Trainers attached.", registry=r)
         self._of_spool_and_mirror(r, job)
+        self._of_preemption(r, job)
+
+    def _of_preemption(self, r: CollectorRegistry, job: list[str]) -> None:
+        self.preemption_signals = Counter(
+            "ckptmgr_preemption_signals", "Preemptions that ranks have told of.", job, registry=r
+        )
+        self.preemption_saves = Counter(
+            "ckptmgr_preemption_saves",
+            "Preemptions whose last snapshot was committed; fewer than signals: work was lost.",
+            job,
+            registry=r,
+        )
 
     def _of_spool_and_mirror(self, r: CollectorRegistry, job: list[str]) -> None:
         self.spooled = Counter(

@@ -84,6 +84,8 @@ class Requests:
                 return control.Done()
             case control.Wait():
                 return await self._wait(request)
+            case control.Preempt():
+                return self._preempt(request)
             case control.Detach():
                 return self._detach(request)
             case control.Drain():
@@ -200,6 +202,15 @@ class Requests:
         if held is not None and held is not taken:
             held.let_go()
             held.free_when_decided = True
+
+    def _preempt(self, request: control.Preempt) -> control.Reply:
+        session = self._attached()
+        if session.held is None:
+            raise UsageError("attach first", subject="control socket")
+        self._service.preemptions.told(
+            session.held, session.job.label, session.attempt, session.nonce, request
+        )
+        return control.Done()
 
     def _detach(self, request: control.Detach) -> control.Reply:
         if self._session is not None and self._session.held is not None:

@@ -23,6 +23,7 @@ from ckptmgr.daemon.intake import Held, Intake
 from ckptmgr.daemon.job import Job
 from ckptmgr.daemon.log import event, fault, label_of, warning
 from ckptmgr.daemon.pipeline import Pipeline
+from ckptmgr.daemon.preempted import Preemptions
 from ckptmgr.daemon.reader import Reader
 from ckptmgr.daemon.requests import Requests
 from ckptmgr.daemon.spool import Spool, SpoolDirectory
@@ -53,6 +54,7 @@ class Service:
     def __init__(self, settings: DaemonSettings) -> None:
         self.settings = settings
         self.metrics = Metrics()
+        self.preemptions = Preemptions(self.metrics)
         self.pool = BufferPool(settings.budget_bytes)
         self.intake = Intake(settings.runtime_dir)
         self.reader = Reader(self.intake, settings.runtime_dir / FETCHED)
@@ -91,6 +93,7 @@ class Service:
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self._ending.set)
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a scheduler's warning to the whole job
             self.host = host_identity(runtime)
             shutil.rmtree(runtime / FETCHED, ignore_errors=True)
             (runtime / FETCHED).mkdir(mode=0o700)
@@ -196,7 +199,7 @@ class Service:
     ) -> None:
         server.close()
         workers = [held.worker for held in self.intake.held.values() if held.worker]
-        tasks = [*self._connections, *workers, *self._draining.values()]
+        tasks = [*self._connections, *workers, *self._draining.values(), *self.preemptions.tasks]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 import warnings
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,6 +18,7 @@ from ckptmgr.config import (
 )
 from ckptmgr.config import runtime_dir as default_runtime_dir
 from ckptmgr.errors import StepOrderError, UsageError
+from ckptmgr.preemption import Source, open_sources
 from ckptmgr.rank.arguments import absolute_url, checked, checked_patterns, checked_state
 from ckptmgr.rank.capture import Capture
 from ckptmgr.rank.courier import Courier
@@ -26,6 +27,7 @@ from ckptmgr.rank.handle import RestoredStep, SaveHandle, Stats
 from ckptmgr.rank.link import Link, Wanted
 from ckptmgr.rank.pace import OwnPace, Pace
 from ckptmgr.rank.planner import Planner
+from ckptmgr.rank.preempting import Preempting
 from ckptmgr.rank.resuming import Resuming
 from ckptmgr.rank.saving import Saving
 from ckptmgr.rank.schedule import parse_every
@@ -62,6 +64,9 @@ class Checkpointer:
         max_d2h_gbps: limit on copies out of the tensors that overlap with training, in gigabits
             (10^9 bits) per second: 80 are 10 GB/s. 0 is none; None is CKPTMGR_MAX_D2H_GBPS or none.
             A copy that training waits for is not slowed down.
+        preemption: who tells that this process will be ended: "signals" (SIGTERM and SIGUSR1), a
+            plugin's name, a `ckptmgr.preemption.Source`, or several; None is CKPTMGR_PREEMPTION or
+            none (docs/preemption.md).
 
     Entering claims a new attempt of the job. With many ranks, all of them enter, and all call
     `step`, `save` and `restore` with the same steps; every rank is told the same error.
@@ -91,6 +96,7 @@ class Checkpointer:
         group: ProcessGroup | None = None,
         replicated: Sequence[str] = (),
         max_d2h_gbps: float | None = None,
+        preemption: str | Source | Iterable[str | Source] | None = None,
     ) -> None:
         self.state = checked_state(state)
         self.stats = Stats()
@@ -105,6 +111,7 @@ class Checkpointer:
         self._run_id = run_id or os.environ.get("TORCHELASTIC_RUN_ID", "")
         self._ranks = ranks_of(group)
         alike = checked_patterns(replicated)
+        self._sources = open_sources(preemption)
         self._max_d2h_gbps = (
             env_limit("CKPTMGR_MAX_D2H_GBPS")
             if max_d2h_gbps is None
@@ -119,6 +126,7 @@ class Checkpointer:
             max_d2h_gbps=self._max_d2h_gbps,
         )
         self._link: Link | None = None
+        self._saving: Saving | None = None
         self._last_step = -1
         self._used = False
 
@@ -134,6 +142,11 @@ class Checkpointer:
         self._resuming = Resuming(
             link, self._ranks, self.state, self._saving.release, rng=self._rng, url=self._url
         )
+        try:
+            self._preempting = Preempting(self._sources, self._ranks.rank, link, pace)
+        except BaseException:
+            self._saving.close(clean=False)
+            raise
         self._link = link
         return self
 
@@ -211,10 +224,14 @@ class Checkpointer:
             saving.tell_handles()
         finally:
             self._link = None
-            saving.close(clean=kind is None)
+            try:
+                self._preempting.close()
+            finally:
+                # What is to be resumed soon, perhaps on this host, stays in its memory.
+                saving.close(clean=kind is None and not saving.preempted)
 
     def _entered(self) -> Saving:
-        if self._link is None:
+        if self._link is None or self._saving is None:
             hint = "Write `with ckptmgr.Checkpointer(...) as ckpt:`."
             raise UsageError("is used outside its block", subject="Checkpointer", hint=hint)
         return self._saving
@@ -253,6 +270,16 @@ class Checkpointer:
         """
         self._entered().request()
 
+    @property
+    def preempted(self) -> bool:
+        """Whether the last snapshot before a preemption was taken: leave the loop now.
+
+        It turns true in a `step`, in the same one on all ranks, and stays so. The snapshot is
+        sealed before leaving the block returns, and the daemon finishes it though this process be
+        killed.
+        """
+        return self._saving is not None and self._saving.preempted
+
     def save(self, step: int, tags: Mapping[str, Any] | None = None) -> SaveHandle:
         """Snapshot now, whatever the cadence. All ranks call it with the same step.
 
@@ -264,7 +291,7 @@ class Checkpointer:
 
     def _next_step(self, step: int) -> int:
         """`step` as a plain int, remembered as the last one."""
-        if self._saving.busy:
+        if self._entered().busy:
             raise UsageError("is called by a signal handler amid a snapshot", subject="save")
         try:
             number = -1 if isinstance(step, bool) else operator.index(step)
@@ -298,5 +325,5 @@ class Checkpointer:
             return 0
         self.restored = found
         self._last_step = found.step
-        self._saving.resumed_from(StepId(found.attempt, found.step))
+        self._entered().resumed_from(StepId(found.attempt, found.step))
         return found.step

@@ -64,6 +64,7 @@ class Courier:
         self._forgotten = 0
         self._seen_bytes = 0
         self._asked = self._asked_told = 0
+        self._preempted = self._preempted_told = False
         self._counted_at = 0.0
         self._count_seconds = max(COUNT_SECONDS, 4 * ask_pause_seconds(self._world))
         self._pause = _FIRST_PAUSE_SECONDS
@@ -71,6 +72,8 @@ class Courier:
         """How often the store has answered."""
         self.requests = 0
         """Snapshots that all ranks together have asked for, as far as rank 0 knows."""
+        self.preemptions = 0
+        """Ranks that were told that they will be ended, as far as rank 0 knows."""
         self.progress = 0
         """Bytes that all ranks together have put into the store, as far as rank 0 knows."""
         self.safe: frozenset[int] = frozenset()
@@ -86,6 +89,10 @@ class Courier:
     def request(self) -> None:
         """Ask for a snapshot. Takes no lock: it may come from a signal handler."""
         self._asked += 1
+
+    def preempt(self) -> None:
+        """Ask for a snapshot after which all ranks leave. Takes no lock, as `request`."""
+        self._preempted = True
 
     def propose(self, window: Window) -> None:
         """Offer the plan of the next window; dropped if that is decided already."""
@@ -201,6 +208,9 @@ class Courier:
         if asked > self._asked_told:
             self._registers.count("requests", asked - self._asked_told)
             self._asked_told = asked
+        if self._preempted and not self._preempted_told:
+            self._registers.count("preemptions", 1)
+            self._preempted_told = True
         here = self._progress_bytes()
         more = here - self._seen_bytes if here >= self._seen_bytes else here  # a new buffer
         if more:
@@ -209,6 +219,7 @@ class Courier:
         self._count_spooled()
         if self._rank == 0:
             self.requests = self._registers.count("requests")
+            self.preemptions = self._registers.count("preemptions")
             self.progress = self._registers.count("progress")
             self._forget()
 

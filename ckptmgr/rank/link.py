@@ -17,6 +17,7 @@ from ckptmgr.staging.control import Attach, Attached, Client, Detach, Done, Mess
 from ckptmgr.staging.hostbuffer import HostBuffer
 from ckptmgr.staging.inbox import drop_ticket
 from ckptmgr.staging.launch import connect, connect_or_start
+from ckptmgr.staging.slots import Sealed
 from ckptmgr.types import Outcome
 
 ATTACH_SECONDS_MAX = 4 * STORE_TIMEOUT_SECONDS
@@ -157,13 +158,16 @@ class Link:
 
     def spooled_steps(self) -> list[int]:
         """Steps of this attempt that are in the spool; any thread may ask while another grows."""
+        sealed = self.sealed_here()
+        return [snapshot.step for snapshot, outcome in sealed if outcome is Outcome.SPOOLED]
+
+    def sealed_here(self) -> Sealed:
+        """What this attempt has sealed; any thread may ask while another grows."""
         try:
-            sealed = self.buffer.snapshots()
             return [
-                snapshot.step
-                for snapshot in sealed
+                (snapshot, self.buffer.outcome(snapshot))
+                for snapshot in self.buffer.snapshots()
                 if snapshot.attempt == self.attempt
-                and self.buffer.outcome(snapshot) is Outcome.SPOOLED
             ]
         except (ValueError, HostMemoryError):  # it is just being closed, or a slot is damaged
             return []

@@ -33,7 +33,12 @@ class Look:
 
 
 class Pace(Protocol):
-    """Decides for the training thread, which calls the methods in this order for every step."""
+    """Decides for the training thread, which calls the methods in this order for every step.
+
+    `preempted`: the snapshot that `preempt` asked for was taken, by the plan on all ranks alike.
+    """
+
+    preempted: bool
 
     def due(self, step: int, look: Callable[[], Look]) -> bool:
         """Whether `step` is to be snapshotted now."""
@@ -56,6 +61,9 @@ class Pace(Protocol):
 
     def request(self) -> None:
         """Snapshot at the next opportunity. May be called by a signal handler."""
+
+    def preempt(self) -> None:
+        """Snapshot at the next opportunity, the last one. Any thread may call it."""
 
     def resumed_from(self, step: StepId) -> None:
         """What this attempt goes on from."""
@@ -81,11 +89,14 @@ class OwnPace:
         self._cadence = Cadence(every, clock())
         self._patience = Patience(patience_seconds(every))
         self._keeps_up = True
-        self._requested = False
+        self._requested = self._preempting = self.preempted = False
 
     def due(self, step: int, look: Callable[[], Look]) -> bool:  # noqa: ARG002
         """As promised by Pace."""
-        return self._requested or self._cadence.due(step, self._clock())
+        return self._asked() or self._cadence.due(step, self._clock())
+
+    def _asked(self) -> bool:
+        return self._requested or (self._preempting and not self.preempted)
 
     def slot(self, step: int, look: Callable[[], Look]) -> int | None:  # noqa: ARG002
         """As promised by Pace; a store that has kept up so far gets a moment to free a slot.
@@ -142,11 +153,16 @@ class OwnPace:
     def taken(self) -> None:
         """As promised by Pace."""
         self._requested = False
+        self.preempted = self._preempting
         self._cadence.taken(self._clock())
 
     def request(self) -> None:
         """As promised by Pace."""
         self._requested = True
+
+    def preempt(self) -> None:
+        """As promised by Pace."""
+        self._preempting = True
 
     def resumed_from(self, step: StepId) -> None:
         """The slots of one rank tell it all it needs."""

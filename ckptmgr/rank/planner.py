@@ -80,6 +80,7 @@ class Planner:
         self._given_up: set[int] = set()
         self._last_at = clock()
         self._requests_seen = self._requests_served = 0
+        self.preempted = False
 
     # -- the gate -----------------------------------------------------------------------------
 
@@ -135,6 +136,8 @@ class Planner:
             self._waits_for_rank_0 = True
         if window.snapshot:
             self._requests_served = self._requests_seen
+        if window.leave:
+            self.preempted = True
         self._obey(window)
 
     def _obey(self, window: Window) -> None:
@@ -215,6 +218,7 @@ class Planner:
             undecided=undecided,
             free=tuple(one for one in self._scheduled if one not in undecided),
             stuck=len(undecided) > self._slots - 2 and self._is_stuck(),
+            preempted=self._plans.preemptions > 0 and not self.preempted,
         )
 
     def _undecided(self, look: Look, copying: int | None) -> tuple[int, ...]:
@@ -290,6 +294,10 @@ class Planner:
     def request(self) -> None:
         """As promised by Pace."""
         self._plans.request()
+
+    def preempt(self) -> None:
+        """As promised by Pace."""
+        self._plans.preempt()
 
     def resumed_from(self, step: StepId) -> None:
         """As promised by Pace."""

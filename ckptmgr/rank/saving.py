@@ -82,6 +82,15 @@ class Saving:
         """Snapshot soon."""
         self._pace.request()
 
+    def preempt(self) -> None:
+        """Snapshot soon, for the last time."""
+        self._pace.preempt()
+
+    @property
+    def preempted(self) -> bool:
+        """Whether that snapshot was taken."""
+        return self._pace.preempted
+
     def resumed_from(self, step: StepId) -> None:
         """What this attempt goes on from."""
         self._pace.resumed_from(step)

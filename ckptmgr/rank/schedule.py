@@ -106,7 +106,8 @@ class Window(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The plan of the steps [start, stop), proposed `by` a rank.
 
     `snapshot`: the first call of `step` in it is snapshotted. `free`: steps of this attempt whose
-    slots every rank may write again, because they are decided or given up.
+    slots every rank may write again, because they are decided or given up. `leave`: that snapshot
+    is for a preemption, after which the ranks may leave their loops together.
     """
 
     start: StepNumber
@@ -114,6 +115,7 @@ class Window(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     snapshot: bool
     free: Annotated[tuple[StepNumber, ...], msgspec.Meta(max_length=FREE_STEPS_MAX)] = ()
     by: Annotated[int, msgspec.Meta(ge=0, le=_STEP_MAX)] = 0
+    leave: bool = False
 
     def __post_init__(self) -> None:
         if self.stop <= self.start:
@@ -154,6 +156,7 @@ class Outlook:
         undecided: scheduled steps that are neither decided nor given up, oldest first.
         free: the other steps that were scheduled, oldest first.
         stuck: nothing has arrived in the store for longer than the patience.
+        preempted: a rank was told that it will be ended.
     """
 
     start: int
@@ -163,6 +166,7 @@ class Outlook:
     undecided: tuple[int, ...]
     free: tuple[int, ...]
     stuck: bool
+    preempted: bool = False
 
 
 def next_window(every: Every, slots: int, outlook: Outlook, *, late: bool) -> Window | None:
@@ -173,7 +177,7 @@ def next_window(every: Every, slots: int, outlook: Outlook, *, late: bool) -> Wi
     """
     at_multiple = every.steps > 0 and outlook.start % every.steps == 0
     after_time = 0 < every.seconds <= outlook.since_seconds
-    due = at_multiple or after_time or outlook.requested
+    due = at_multiple or after_time or outlook.requested or outlook.preempted
     too_many = max(0, len(outlook.undecided) - (slots - 2))
     given_up = outlook.undecided[:too_many] if due and outlook.stuck else ()
     fits = len(given_up) == too_many
@@ -182,7 +186,9 @@ def next_window(every: Every, slots: int, outlook: Outlook, *, late: bool) -> Wi
     # A snapshot at a multiple is for that step alone: a loop that leaves it out has none to take.
     stop = outlook.start + 1 if at_multiple else _stop(every, outlook.start, outlook.step_seconds)
     free = (*outlook.free, *given_up)[-FREE_STEPS_MAX:]
-    return Window(outlook.start, stop, due and fits, free)
+    snapshot = due and fits
+    leave = snapshot and outlook.preempted
+    return Window(outlook.start, stop, snapshot, free, leave=leave)
 
 
 def empty_window(

@@ -167,6 +167,16 @@ class Waited(Message, frozen=True):
     why: str = ""
 
 
+class Preempt(Message, frozen=True):
+    """The trainer will be ended, in about `seconds` (0: not known). It is counted, and what is
+    sealed goes on its way without a pause.
+    """
+
+    source: str
+    why: str
+    seconds: float
+
+
 class Detach(Message, frozen=True):
     """The trainer leaves; `clean` frees its host memory when everything is decided."""
 
@@ -209,7 +219,18 @@ class Failed(Message, frozen=True):
 
 
 Request = (
-    Attach | Restore | Load | Describe | Fetch | Release | Wait | Detach | Drain | Status | Stop
+    Attach
+    | Restore
+    | Load
+    | Describe
+    | Fetch
+    | Release
+    | Wait
+    | Preempt
+    | Detach
+    | Drain
+    | Status
+    | Stop
 )
 Reply = Attached | Restored | Described | Fetched | Waited | Done | Stated | Failed
 

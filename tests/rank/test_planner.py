@@ -395,3 +395,36 @@ def test_a_store_that_decides_nothing_holds_nobody_up_once_all_parts_are_spooled
     assert all(rank.taken == ranks[0].taken for rank in ranks)
     assert ranks[0].taken[-1] > 150
     assert ranks[0].stats.superseded == 0
+
+
+def test_all_ranks_leave_after_the_same_snapshot_whichever_was_preempted(
+    registers: Registers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schedule, "WINDOW_SECONDS", 0.02)
+    monkeypatch.setattr(courier, "COUNT_SECONDS", 0.01)
+    world, generator = 3, random.Random(11)
+    commits = Commits(world, lambda: 0.01)
+    ranks = [
+        Rank(number, world, registers, commits, every=Every(seconds=3600))
+        for number in range(world)
+    ]
+    left: dict[int, int] = {}
+    met = threading.Barrier(world)
+
+    def train(number: int, rank: Rank) -> None:
+        for step in range(1, 100_000):
+            sleep_in(generator, 0.001)
+            if number == 2 and step == 30:
+                rank.planner.preempt()
+            rank.step(step)
+            if rank.planner.preempted:
+                left[number] = step
+                return
+            if step % 5 == 0:  # a rank that left alone would be missed here
+                met.wait(JOIN_SECONDS)
+
+    run(ranks, train)
+    assert set(left.values()) == {ranks[0].taken[-1]}, left
+    assert len(left) == world
+    assert all(rank.taken == ranks[0].taken for rank in ranks)
+    assert left[0] >= 30

@@ -1,0 +1,130 @@
+"""What a rank does when it is told that it will be ended; a thread of its own, and no lock of step.
+
+The training thread is asked for one more snapshot. It may be hung, in a loader or a collective, and
+never come to its next step: what it sealed last is committed by the daemon in any case, and as the
+time ends that is what the sources are told of.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+import time
+import warnings
+from collections.abc import Sequence
+from functools import partial
+
+from ckptmgr.errors import CkptmgrError
+from ckptmgr.preemption import Notice, Source
+from ckptmgr.rank.link import Link
+from ckptmgr.rank.pace import Pace
+from ckptmgr.staging.control import Done, Preempt
+from ckptmgr.types import Outcome, Snapshot
+
+LOOK_SECONDS = 0.02
+"""How often slots are looked at while a preemption is under way: words in shared memory."""
+
+ANSWER_SECONDS_MAX, ANSWER_SHARE = 1.0, 0.2
+"""What a source is left, of the time that it gave, to do something with the last commit."""
+
+_LEAVE_SECONDS = 2.0
+
+
+class Preempting:
+    """The sources of one block, and the thread that serves what they tell.
+
+    A notice that comes while another one is served is of the same preemption. Without a source
+    there is no thread.
+
+    Raises:
+        UsageError: a source can not listen here; none does then.
+    """
+
+    def __init__(self, sources: Sequence[Source], rank: int, link: Link, pace: Pace) -> None:
+        self._sources = sources
+        self._link, self._pace = link, pace
+        self._notices: queue.SimpleQueue[tuple[Source, Notice] | None] = queue.SimpleQueue()
+        self._ended = threading.Event()
+        self._committed = -1
+        self._thread = threading.Thread(target=self._run, name="ckptmgr preemption", daemon=True)
+        if not sources:
+            return
+        self._thread.start()
+        try:
+            for source in sources:
+                source.listen(partial(self._told, source), rank)
+        except BaseException:
+            self.close()
+            raise
+
+    def _told(self, source: Source, notice: Notice) -> None:
+        self._notices.put((source, notice))
+
+    def close(self) -> None:
+        """End the sources and the thread; one that a source holds up is left behind."""
+        self._ended.set()
+        self._notices.put(None)
+        if self._thread.is_alive():
+            self._thread.join(_LEAVE_SECONDS)
+        for source in self._sources:
+            source.close()
+
+    # -- the thread ---------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while (told := self._notices.get()) is not None:
+            self._serve(*told)
+            for _ in range(self._notices.qsize()):
+                if self._notices.get() is None:
+                    return
+        if self._pace.preempted and self._committed < 0:
+            self._answer(-1, time.monotonic())  # another rank was told, and all leave
+
+    def _serve(self, source: Source, notice: Notice) -> None:
+        """Ask for a snapshot, tell the daemon, and tell the sources what becomes of it."""
+        left = notice.seconds - min(ANSWER_SECONDS_MAX, ANSWER_SHARE * notice.seconds)
+        deadline = time.monotonic() + left if notice.seconds else math.inf
+        before = max((s.generation for s, _ in self._link.sealed_here()), default=-1)
+        self._pace.preempt()
+        self._tell_daemon(Preempt(source.name, notice.why, notice.seconds))
+        self._answer(before, deadline)
+
+    def _answer(self, before: int, deadline: float) -> None:
+        last = self._await_last(before, deadline, committed=False)
+        if last is None:
+            return
+        for one in self._sources:
+            one.sealed(last.step)
+        last = self._await_last(before, deadline, committed=True)
+        if last is not None:
+            self._committed = last.step
+            for one in self._sources:
+                one.committed(last.step)
+
+    def _await_last(self, before: int, deadline: float, *, committed: bool) -> Snapshot | None:
+        """The newest snapshot that was sealed since, or any at all once the time is over; as soon
+        as there is one that is `committed`, where that is asked for. None if the block is left
+        first.
+        """
+        while True:
+            ended = self._ended.wait(LOOK_SECONDS)
+            late = ended or time.monotonic() >= deadline
+            found = [
+                snapshot
+                for snapshot, outcome in self._link.sealed_here()
+                if (late or snapshot.generation > before)
+                and (outcome is Outcome.COMMITTED or not committed)
+            ]
+            if found or ended:
+                return max(found, key=lambda s: s.generation, default=None)
+
+    def _tell_daemon(self, request: Preempt) -> None:
+        try:
+            self._link.ask(request, Done)
+        except CkptmgrError as error:
+            warnings.warn(
+                f"ckptmgr: preempted, and the daemon can not be told: {error}",
+                RuntimeWarning,
+                stacklevel=1,
+            )

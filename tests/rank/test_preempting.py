@@ -1,0 +1,150 @@
+"""A rank that is told that it will be ended: one more snapshot, or the last one before."""
+
+from __future__ import annotations
+
+import threading
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import torch
+from training import committed
+
+import ckptmgr
+from ckptmgr.errors import UsageError
+from ckptmgr.preemption import Announced
+from ckptmgr.staging.control import Done, Preempt, Stated, Status
+from ckptmgr.staging.launch import connect
+from driven import PATIENCE_SECONDS, Daemon, Rank, events_of, until
+from rigged import Rig
+
+
+class Heard(Announced):
+    """An announcement, and what comes back for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[tuple[str, int]] = []
+        self.answered = threading.Event()
+
+    def sealed(self, step: int) -> None:
+        self.told.append(("sealed", step))
+
+    def committed(self, step: int) -> None:
+        self.told.append(("committed", step))
+        self.answered.set()
+
+
+def counted(runtime: Path) -> dict[str, float]:
+    """The counters of preemption, over all jobs."""
+    with connect(runtime) as client:
+        port = client.ask(Status(), Stated).state["metrics_port"]
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as reply:
+        lines = reply.read().decode().splitlines()
+    found = {"signals": 0.0, "saves": 0.0}
+    for line in lines:
+        for name in found:
+            if line.startswith(f"ckptmgr_preemption_{name}_total{{"):
+                found[name] += float(line.rpartition(" ")[2])
+    return found
+
+
+def events(runtime: Path, name: str) -> list[dict[str, Any]]:
+    return [event for event in events_of(runtime / "daemon.log") if event["event"] == name]
+
+
+def test_a_preempted_loop_snapshots_once_more_and_leaves(runtime: Path, store_url: str) -> None:
+    source = Heard()
+    state = {"x": torch.zeros(3)}
+    with ckptmgr.Checkpointer(store_url, state, every=None, preemption=source) as ckpt:
+        for step in range(1, 100):
+            state["x"] += 1
+            if step == 7:
+                source.announce("maintenance", 600)
+                until(lambda: events(runtime, "preempted"), "the notice is heard")
+            assert (ckpt.step(step) is not None) == (step == 7)
+            if ckpt.preempted:
+                break
+        assert source.answered.wait(PATIENCE_SECONDS)
+    assert ckpt.preempted
+    assert source.told == [("sealed", 7), ("committed", 7)]
+    assert committed(store_url) == ["1.7"]
+    until(lambda: counted(runtime) == {"signals": 1, "saves": 1}, "counted")
+    (told,) = events(runtime, "preempted")
+    assert (told["source"], told["seconds"], told["why"]) == ("announced", 600, "maintenance")
+    (saved,) = events(runtime, "preemption_saved")
+    assert saved["step"] == "1.7"
+    # Left for a preemption, host memory stays for whoever comes next.
+    state["x"].zero_()
+    with ckptmgr.Checkpointer(store_url, state, every=None) as ckpt:
+        assert ckpt.restore() == 7
+        assert ckpt.restored is not None
+        assert ckpt.restored.source == "memory"
+        assert not ckpt.preempted
+    assert state["x"].tolist() == [7, 7, 7]
+
+
+def test_a_loop_that_hangs_costs_only_what_came_after_the_last_snapshot(
+    runtime: Path, store_url: str
+) -> None:
+    source = Heard()
+    state = {"x": torch.zeros(3)}
+    with ckptmgr.Checkpointer(store_url, state, every=5, preemption=source) as ckpt:
+        for step in range(1, 8):
+            state["x"] += 1
+            ckpt.step(step)
+        source.announce("suspended", 1.0)
+        assert source.answered.wait(PATIENCE_SECONDS), "it is told as the time ends"
+        assert source.told == [("sealed", 5), ("committed", 5)]
+        assert not ckpt.preempted
+        assert counted(runtime) == {"signals": 1, "saves": 0}, "the loop may still come to a step"
+    until(lambda: counted(runtime) == {"signals": 1, "saves": 1}, "it has ended, nothing is lost")
+    assert committed(store_url) == ["1.5"]
+
+
+def test_a_dead_trainers_last_snapshot_counts_when_it_is_committed(
+    runtime: Path, tmp_path: Path
+) -> None:
+    rig = Rig(tmp_path)
+    rig.obey(("put_new", "data/", "hold"))
+    with Daemon(runtime, environment=rig.environment()) as daemon:
+        with Rank(runtime, rig.url) as rank:
+            rank.save(3)
+            rank.link.ask(Preempt("test", "preempted", 1.0), Done)
+            until(lambda: rig.asked("put_new", "data/"), "it is being written")
+        daemon.await_event("preempted")
+        assert counted(runtime) == {"signals": 1, "saves": 0}
+        rig.obey()
+        until(lambda: counted(runtime) == {"signals": 1, "saves": 1}, "saved by the daemon")
+        assert daemon.await_event("preemption_saved")["step"] == "1.3"
+
+
+def test_a_trainer_that_had_sealed_nothing_saves_nothing(runtime: Path, store_url: str) -> None:
+    with Daemon(runtime) as daemon:
+        with Rank(runtime, store_url) as rank:
+            rank.link.ask(Preempt("test", "preempted", 0.0), Done)
+        with Rank(runtime, store_url) as rank:
+            rank.save(1)
+            rank.wait(1)
+            rank.link.ask(Preempt("test", "preempted", 0.0), Done)
+        daemon.await_event("preemption_saved")
+        until(lambda: counted(runtime) == {"signals": 2, "saves": 1}, "a mismatch is to be seen")
+        assert daemon.end() == 0
+
+
+def test_a_source_that_can_not_listen_leaves_nothing_behind(runtime: Path, store_url: str) -> None:
+    failures: list[BaseException] = []
+
+    def enter() -> None:
+        try:
+            with ckptmgr.Checkpointer(store_url, {"x": torch.ones(3)}, preemption="signals"):
+                pass
+        except UsageError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert "main thread" in str(failures[0])
+    with connect(runtime) as client:
+        until(lambda: client.ask(Status(), Stated).state["trainers"] == 0, "nobody is attached")
