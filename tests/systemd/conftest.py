@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import subprocess
 from collections.abc import Iterator
 from typing import Any, Self
@@ -94,22 +95,22 @@ class Tenant:
             raise AssertionError(f"{error}\n{text}\n{self.machine.told(self.service)}") from None
         return self.events(name)[count - 1]
 
-    def train(self, steps: int, url: str = "") -> Training:
-        """A trainer that saves, and then waits to be killed."""
-        return Training(self, steps, url or self.url)
+    def train(self, steps: int, url: str = "", keep: int = 3) -> Training:
+        """A trainer that saves, and then waits to be killed. Two steps are never one too many."""
+        return Training(self, steps, url or self.url, keep)
 
 
 class Training:
     """crash/writer.py in the machine; it tells its events on its standard output."""
 
-    def __init__(self, tenant: Tenant, steps: int, url: str) -> None:
+    def __init__(self, tenant: Tenant, steps: int, url: str, keep: int) -> None:
         options = {
             "runtime": tenant.runtime,
             "url": url,
             "codec": "none",
             "seed": 1,
             "mib": 1,
-            "keep": 3,
+            "keep": keep,
             "pipe": 1,
             "steps": steps,
         }
@@ -157,3 +158,4 @@ def tenant(booted: Machine) -> Iterator[Tenant]:
     booted.run("systemctl", "kill", "--signal=KILL", found.service)
     booted.run("systemctl", "stop", found.socket, found.service)
     booted.run("systemctl", "reset-failed", found.socket, found.service)
+    shutil.rmtree(booted.path(found.runtime), ignore_errors=True)

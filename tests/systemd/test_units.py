@@ -39,19 +39,6 @@ def test_systemd_finds_nothing_to_complain_about(booted: Machine, tenant: Tenant
     assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
 
 
-def test_systemd_finds_nothing_to_complain_about_in_a_users_units(booted: Machine) -> None:
-    installed = booted.ckptmgr("install-units", "--user")
-    assert installed.returncode == 0, installed.stderr
-    jobs = [f"ckptmgr-{job}@run7.{kind}" for job in JOBS for kind in ("service", "timer")]
-    names = ["ckptmgr.service", "ckptmgr.socket", *jobs]
-    booted.run("mkdir", "-p", "/run/user/0")
-    checked = booted.run(
-        *("env", "HOME=/root", "XDG_RUNTIME_DIR=/run/user/0"),
-        *("systemd-analyze", "--user", "verify", *names),
-    )
-    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
-
-
 def test_systemd_complains_where_there_is_reason_to(booted: Machine, tenant: Tenant) -> None:
     """So that the silence above means something: its exit status does not."""
     tenant.change("Service", "WatchdogSecs=3")
@@ -150,7 +137,8 @@ def test_snapshots_outlive_a_kill_though_their_trainer_is_dead(
 @pytest.fixture
 def small_memory(booted: Machine) -> object:
     """A /dev/shm that is too small for any buffer, as that of a container."""
-    booted.run("mount", "-o", "remount,size=1M", "/dev/shm")
+    mounted = booted.run("mount", "-o", "remount,size=1M", "/dev/shm")
+    assert mounted.returncode == 0, mounted.stderr
     yield
     booted.run("mount", "-o", "remount,size=50%", "/dev/shm")
 
@@ -215,7 +203,8 @@ def test_a_stop_waits_for_the_drain_beyond_its_timeout(booted: Machine, tenant: 
     booted.await_property(tenant.service, "ActiveState", "inactive")
     assert booted.property(tenant.service, "Result") == "success"
     assert commits(tenant) == ["1/1"]
-    assert [e["event"] for e in tenant.events()][-2:] == ["drained", "ended"]
+    names = [e["event"] for e in tenant.events()]
+    assert names.index("committed") < names.index("drained") < names.index("ended")
 
 
 # ---- who may ---------------------------------------------------------------
@@ -247,19 +236,3 @@ def test_a_daemon_that_a_trainer_started_is_not_cut_off(booted: Machine, tenant:
         assert "another daemon serves this runtime directory" in booted.told(tenant.socket)
         ended = booted.ckptmgr("drain", "--stop", uid=tenant.uid)
         assert ended.returncode == 0, ended.stderr
-
-
-# ---- gc, verify, doctor ----------------------------------------------------
-
-
-def a_job(booted: Machine, tenant: Tenant, steps: int) -> str:
-    """A job with this many committed steps, for the units of one job; its name."""
-    tenant.start()
-    with tenant.train(steps) as training:
-        training.await_event("finished")
-        tenant.await_event("committed", steps)
-    booted.systemctl("stop", tenant.socket, tenant.service)
-    name = f"job{tenant.uid}"
-    text = f"CKPTMGR_URL=file://{tenant.home}/store\nCKPTMGR_KEEP=2\n"
-    booted.write(f"/etc/ckptmgr/jobs/{name}.env", text, mode=0o600)
-    return name
