@@ -135,7 +135,7 @@ class Supervisor:
             if alive():
                 lines.append("WATCHDOG=1")
             else:
-                warning("inbox_deaf")
+                warning("inbox_deaf", why="its thread has ended")
             self._tell(*lines, *self._extension())
             await asyncio.sleep(pause)
 

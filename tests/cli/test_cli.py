@@ -57,7 +57,7 @@ def check_error(found: Called, status: int, *words: str) -> None:
 
 def test_the_commands_are_the_ones_that_were_promised() -> None:
     assert [
-        *("bench", "daemon", "demo", "drain", "gc", "hold", "ls"),
+        *("bench", "daemon", "demo", "drain", "gc", "hold", "install-units", "ls"),
         *("release", "restore", "show", "status", "verify"),
     ] == COMMANDS
 
