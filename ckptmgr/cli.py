@@ -9,7 +9,13 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from ckptmgr import __version__, foreground, present
-from ckptmgr.commands import changing, reading, running, trying  # noqa: F401 - registers them
+from ckptmgr.commands import (  # noqa: F401 - registers them
+    changing,
+    installing,
+    reading,
+    running,
+    trying,
+)
 from ckptmgr.commands.app import STATUS, app
 from ckptmgr.errors import CkptmgrError
 

@@ -68,6 +68,7 @@ class Daemon:
         *arguments: str,
         environment: dict[str, str] | None = None,
         prefix: Sequence[str] = (),
+        pass_fds: Sequence[int] = (),
         wait: bool = True,
     ) -> None:
         self.runtime = runtime
@@ -82,6 +83,7 @@ class Daemon:
             self.process = subprocess.Popen(
                 [*prefix, sys.executable, "-m", "ckptmgr.cli", "daemon", *arguments],
                 env=environment,
+                pass_fds=pass_fds,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -18,6 +18,7 @@ from ckptmgr.errors import CkptmgrError, DaemonError, SupersededError
 @command
 def daemon(
     auto: Annotated[bool, typer.Option("--auto", hidden=True)] = False,
+    prepare: Annotated[bool, typer.Option("--prepare", hidden=True)] = False,
     idle_seconds: Annotated[
         float | None, typer.Option(help="End after this long without work; 0 never.")
     ] = None,
@@ -47,7 +48,13 @@ def daemon(
     """
     from dataclasses import replace
 
+    if prepare:  # before a service manager listens for a daemon that it may start later
+        from ckptmgr.daemon.alone import prepare_alone
+
+        return prepare_alone(runtime_dir())
+
     from ckptmgr.daemon import log
+    from ckptmgr.daemon.notify import Supervisor
     from ckptmgr.daemon.service import Service
 
     limit = None if max_store_gbps is None else checked_limit(max_store_gbps, "--max-store-gbps")
@@ -63,7 +70,7 @@ def daemon(
     settings = replace(DaemonSettings.from_env(auto=auto), **changes)
     log.configure()
     try:
-        asyncio.run(Service(settings).run())
+        asyncio.run(Service(settings, Supervisor.from_env()).run())
     except DaemonError:
         if not auto:  # two ranks may start one at the same moment: one of the two is enough
             raise

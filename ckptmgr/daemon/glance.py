@@ -14,7 +14,7 @@ from ckptmgr.errors import CkptmgrError, DamageError, ObjectNotFoundError
 from ckptmgr.repository import keys
 from ckptmgr.repository.catalog import Catalog, decided_steps
 from ckptmgr.repository.commit import Decision
-from ckptmgr.repository.lanes import in_lanes
+from ckptmgr.store.lanes import in_lanes
 from ckptmgr.types import StepId
 
 GLANCE_SECONDS_MIN = 15.0

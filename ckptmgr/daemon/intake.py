@@ -5,20 +5,25 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ckptmgr.daemon.log import event, warning
+from ckptmgr.daemon.notify import Supervisor
 from ckptmgr.daemon.spool import Spool
 from ckptmgr.errors import HostMemoryError, HostMemoryFullError
-from ckptmgr.staging.bufferfile import Capacity
+from ckptmgr.staging.bufferfile import Capacity, is_unnamed
 from ckptmgr.staging.hostbuffer import HostBuffer
 from ckptmgr.staging.inbox import BUFFERS
 from ckptmgr.types import Binding, Outcome, Snapshot, StepId
 
 _RESULTS_MAX = 1000
 """Decided steps remembered per buffer for `wait`; older ones are looked up in the store."""
+
+_MORTAL = "will not survive the daemon"
 
 _WASTE_MAX = 1.5
 """A buffer is adopted if the new layout fills it to 1/1.5 at least; else memory lies idle."""
@@ -208,11 +213,16 @@ class Held:
             await self.decided.wait_for(lambda: not self.undecided())
 
 
-def make_buffer(directory: Path, binding: Binding, capacity: Capacity) -> tuple[HostBuffer, str]:
+def make_buffer(
+    directory: Path,
+    binding: Binding,
+    capacity: Capacity,
+    keep: Callable[[HostBuffer], bool] = lambda _: False,
+) -> tuple[HostBuffer, str]:
     """A new buffer, and what a person should do about it.
 
     Where the tmpfs is too small (containers have 64 MiB) the job is not failed: the buffer is made
-    without a name. It then survives the trainer, but not the daemon.
+    without a name. It then survives the trainer, but not the daemon, unless somebody can `keep` it.
 
     Raises:
         HostMemoryFullError: not enough memory either way.
@@ -221,7 +231,8 @@ def make_buffer(directory: Path, binding: Binding, capacity: Capacity) -> tuple[
         return HostBuffer.create(directory, binding, capacity), ""
     except HostMemoryFullError as error:
         buffer = HostBuffer.create_unnamed(binding, capacity)
-        note = f"host memory will not survive the daemon: {error}"
+        lasts = "lasts as long as the daemon's unit runs" if keep(buffer) else _MORTAL
+        note = f"host memory {lasts}: {error}"
         warning("shared_memory_small", buffer=buffer.id, why=note)
         return buffer, note
 
@@ -229,8 +240,9 @@ def make_buffer(directory: Path, binding: Binding, capacity: Capacity) -> tuple[
 class Intake:
     """All host buffers below a runtime directory."""
 
-    def __init__(self, runtime: Path) -> None:
+    def __init__(self, runtime: Path, supervisor: Supervisor | None = None) -> None:
         self._directory = runtime / BUFFERS
+        self._supervisor = supervisor or Supervisor()
         self.held: dict[str, Held] = {}
 
     def adopt(self) -> list[Held]:
@@ -240,19 +252,26 @@ class Intake:
             if path.name.startswith("."):
                 path.unlink(missing_ok=True)  # a header that was never finished
                 continue
-            if path.stem in self.held:
-                continue
-            try:
-                held = Held(HostBuffer.open(path))
-            except HostMemoryError as error:
-                # Not deleted: it may hold the only copy of something a newer version understands.
-                warning("buffer_refused", path=path.name, why=error.message)
-                continue
-            held.writer_alive = held.buffer.has_live_writer()
-            self.held[held.buffer.id] = held
-            found.append(held)
-            event("adopted", buffer=held.buffer.id, snapshots=len(held.snapshots()))
+            if path.stem not in self.held:
+                found += self._adopt(path.name, partial(HostBuffer.open, path))
+        for fd in self._supervisor.buffers():
+            found += self._adopt(f"descriptor {fd}", partial(HostBuffer.of_descriptor, fd))
         return found
+
+    def _adopt(self, name: str, opened: Callable[[], HostBuffer]) -> list[Held]:
+        try:
+            held = Held(opened())
+        except HostMemoryError as error:
+            # Not deleted: it may hold the only copy of something a newer version understands.
+            warning("buffer_refused", path=name, why=error.message)
+            return []
+        held.writer_alive = held.buffer.has_live_writer()
+        self.held[held.buffer.id] = held
+        event("adopted", buffer=held.buffer.id, snapshots=len(held.snapshots()))
+        return [held]
+
+    def _keep(self, buffer: HostBuffer) -> bool:
+        return self._supervisor.keep(buffer.id, buffer.fileno())
 
     def place_for(self, binding: Binding, capacity: Capacity, own: str = "") -> tuple[Held, bool]:
         """A buffer for a writer: its own, one of a dead writer of the same rank, or a new one.
@@ -282,7 +301,7 @@ class Intake:
                 held.free_when_decided = True
                 warning("buffer_vanished", buffer=buffer.id, path=str(buffer.path))
         self._free_for(binding)
-        held = Held(*make_buffer(self._directory, binding, capacity))
+        held = Held(*make_buffer(self._directory, binding, capacity, self._keep))
         self.held[held.buffer.id] = held
         return held, True
 
@@ -339,5 +358,7 @@ class Intake:
     def release(self, held: Held) -> None:
         """Free a buffer's memory."""
         del self.held[held.buffer.id]
+        if is_unnamed(held.buffer.path):
+            self._supervisor.forget(held.buffer.id)
         held.free()
         event("freed", buffer=held.buffer.id)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import secrets
 import shutil
@@ -17,11 +16,13 @@ from typing import Any
 
 from ckptmgr.bucket import Bucket, bytes_per_second
 from ckptmgr.config import DRAIN_SECONDS, DaemonSettings
+from ckptmgr.daemon.alone import only_one
 from ckptmgr.daemon.drain import Drainer
 from ckptmgr.daemon.http import WebServer
 from ckptmgr.daemon.intake import Held, Intake
 from ckptmgr.daemon.job import Job
 from ckptmgr.daemon.log import event, fault, label_of, warning
+from ckptmgr.daemon.notify import Supervisor
 from ckptmgr.daemon.pipeline import Pipeline
 from ckptmgr.daemon.preempted import Preemptions
 from ckptmgr.daemon.reader import Reader
@@ -29,7 +30,7 @@ from ckptmgr.daemon.requests import Requests
 from ckptmgr.daemon.spool import Spool, SpoolDirectory
 from ckptmgr.daemon.state import job_state
 from ckptmgr.daemon.writer import Writer
-from ckptmgr.errors import CkptmgrError, DaemonError, StoreError, UsageError
+from ckptmgr.errors import CkptmgrError, StoreError, UsageError
 from ckptmgr.metrics import Metrics
 from ckptmgr.repository.budget import LEASE_BYTES, BufferPool
 from ckptmgr.repository.hold import host_name
@@ -51,12 +52,13 @@ LOOK_SECONDS_MAX = 2.0
 class Service:
     """One daemon: one runtime directory, one user, any number of jobs."""
 
-    def __init__(self, settings: DaemonSettings) -> None:
+    def __init__(self, settings: DaemonSettings, supervisor: Supervisor | None = None) -> None:
         self.settings = settings
+        self.supervisor = supervisor or Supervisor()
         self.metrics = Metrics()
         self.preemptions = Preemptions(self.metrics)
         self.pool = BufferPool(settings.budget_bytes)
-        self.intake = Intake(settings.runtime_dir)
+        self.intake = Intake(settings.runtime_dir, self.supervisor)
         self.reader = Reader(self.intake, settings.runtime_dir / FETCHED)
         self.jobs: dict[str, Job] = {}
         self.metrics_port = -1
@@ -89,7 +91,7 @@ class Service:
         """
         runtime = self.settings.runtime_dir
         prepare(runtime)
-        with _only_one(runtime / LOCK):
+        with only_one(runtime / LOCK):
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self._ending.set)
@@ -101,13 +103,15 @@ class Service:
             watch = InboxWatch(runtime, lambda: loop.call_soon_threadsafe(self._ticket))
             # Before anybody can ask: what is not known to be in the spool is taken for lost.
             await self._open_spools()
-            server = await control.listen(runtime / SOCKET, self._connected)
+            given = self.supervisor.socket(runtime / SOCKET)
+            server = await control.listen(runtime / SOCKET, self._connected, given)
             event("started", pid=os.getpid(), runtime=str(runtime), metrics_port=self.metrics_port)
             try:
                 for held in self.intake.adopt():
                     self._employ(held)
                 self.adopted = True
-                await self._until_ended()
+                async with self.supervisor.told(self._in_words, watch.is_alive):
+                    await self._until_ended()
             finally:
                 await self._close(server, watch, web)
             if self._fault is not None:
@@ -152,7 +156,8 @@ class Service:
                 event("idle", seconds=self.settings.idle_seconds)
                 return
         event("draining", undecided=self.undecided())
-        left = await self.drain(_SIGTERM_DRAIN_SECONDS)
+        with self.supervisor.stopping():
+            left = await self.drain(_SIGTERM_DRAIN_SECONDS)
         if left:
             warning("drain_incomplete", left=left)
         else:
@@ -195,7 +200,7 @@ class Service:
                     await job.aclose()
 
     async def _close(
-        self, server: asyncio.Server, watch: InboxWatch, web: WebServer | None
+        self, server: control.Listener, watch: InboxWatch, web: WebServer | None
     ) -> None:
         server.close()
         workers = [held.worker for held in self.intake.held.values() if held.worker]
@@ -206,7 +211,6 @@ class Service:
         watch.close()
         if web is not None:
             web.close()
-        (self.settings.runtime_dir / SOCKET).unlink(missing_ok=True)
         for held in list(self.intake.held.values()):
             if not held.writer_alive and not held.undecided():
                 self.intake.release(held)
@@ -404,6 +408,11 @@ class Service:
         """Drain and end."""
         self._ending.set()
 
+    def _in_words(self) -> str:
+        """One line for `systemctl status`."""
+        trainers = sum(held.writer_alive for held in self.intake.held.values())
+        return f"{len(self.jobs)} jobs, {trainers} trainers, {self.undecided()} snapshots undecided"
+
     def state(self) -> dict[str, Any]:
         """What `ckptmgr status --json` prints (docs/cli-json.md)."""
         return {
@@ -441,25 +450,3 @@ def host_identity(runtime: Path) -> str:
         os.close(fd)
         temporary.rename(path)  # under the lock of the directory: nobody else makes one
     return f"{host_name()}.{path.read_text()}"
-
-
-@contextlib.contextmanager
-def _only_one(path: Path) -> Any:
-    """Hold the lock of a runtime directory; the kernel drops it when this process dies.
-
-    Raises:
-        DaemonError: another daemon has it.
-    """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DaemonError(
-                "another daemon serves this runtime directory",
-                subject=str(path.parent),
-                hint="Use that one (`ckptmgr status`), or set another CKPTMGR_RUNTIME_DIR.",
-            ) from None
-        yield
-    finally:
-        os.close(fd)

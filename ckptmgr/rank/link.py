@@ -238,7 +238,7 @@ class Link:
         self._client.close()
         self._client, attached = self._join()
         self.rejoined += 1
-        self.lost = Path(attached.path) != self.buffer.path
+        self.lost = not self.buffer.follow(Path(attached.path))
 
     def sealed(self) -> None:
         """Wake the daemon.

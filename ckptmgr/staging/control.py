@@ -7,9 +7,11 @@ answers every request with one frame, in order. Both sides check that the peer i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import struct
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +26,8 @@ from ckptmgr.types import MALFORMED
 
 PROTOCOL = 1
 """Version of these messages: a daemon outlives the installation that it was started from."""
+
+ROOT = 0
 
 _LENGTH = struct.Struct("<I")
 _UCRED = struct.Struct("3i")
@@ -253,15 +257,17 @@ def _raise(reply: Failed) -> None:
     raise kind(reply.message, subject=reply.subject, hint=reply.hint)
 
 
-def check_peer(sock: socket.socket) -> int:
+def check_peer(sock: socket.socket, *trusted: int) -> int:
     """Refuse a peer of another user; returns its process id (0 from another pid namespace).
+
+    `trusted` are users who may be at the other end as well.
 
     Raises:
         ControlProtocolError: the peer is another user.
     """
     raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
     pid, uid, _ = _UCRED.unpack(raw)
-    if uid != os.getuid():
+    if uid not in (os.getuid(), *trusted):
         raise ControlProtocolError(f"peer is user {uid}", subject="control socket")
     return int(pid)
 
@@ -275,7 +281,9 @@ class Client:
         try:
             self._socket.settimeout(CONTROL_TIMEOUT_SECONDS)
             self._socket.connect(str(path))
-            check_peer(self._socket)
+            # A service manager listens for the daemon until that has started. Root could do without
+            # our trust whatever we would let him do here.
+            check_peer(self._socket, ROOT)
         except OSError as error:
             self._socket.close()
             raise DaemonUnreachableError(
@@ -386,14 +394,40 @@ async def send_reply(writer: asyncio.StreamWriter, reply: Reply) -> None:
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
+_OPTIONS: dict[str, Any] = {"limit": CONTROL_FRAME_BYTES_MAX}
+if sys.version_info >= (3, 13):
+    _OPTIONS["cleanup_socket"] = False  # it would remove a file that is not ours
 
-async def listen(path: Path, serve: Serve) -> asyncio.Server:
-    """Listen on `path` (mode 0600). The caller holds the daemon's lock, so a socket file that is
-    already there belongs to a dead daemon.
+
+class Listener:
+    """The daemon's end of a control socket; its file is removed with it if we have made it."""
+
+    def __init__(self, server: asyncio.Server, path: Path, inode: int) -> None:
+        self._server = server
+        self._path = path
+        self._inode = inode
+
+    def close(self) -> None:
+        """Take no more connections."""
+        self._server.close()
+        with contextlib.suppress(FileNotFoundError):
+            # A service manager may listen at the same place by now.
+            if os.lstat(self._path).st_ino == self._inode:
+                self._path.unlink()
+
+
+async def listen(path: Path, serve: Serve, given: socket.socket | None = None) -> Listener:
+    """Listen on `path` (mode 0600), or on a socket that is bound to it already.
+
+    The caller holds the daemon's lock, so a socket file that is already there belongs to a dead
+    daemon.
     """
+    if given is not None:
+        return Listener(await asyncio.start_unix_server(serve, sock=given, **_OPTIONS), path, 0)
     path.unlink(missing_ok=True)
     old = os.umask(0o177)
     try:
-        return await asyncio.start_unix_server(serve, str(path), limit=CONTROL_FRAME_BYTES_MAX)
+        server = await asyncio.start_unix_server(serve, str(path), **_OPTIONS)
+        return Listener(server, path, os.lstat(path).st_ino)
     finally:
         os.umask(old)

@@ -110,9 +110,7 @@ class HostBuffer:
         Raises:
             HostMemoryFullError: not enough memory.
         """
-        fd = make_unnamed(binding, capacity)
-        path = Path(f"/proc/{os.getpid()}/fd/{fd}")
-        return cls(path, fd, SharedMap(fd, capacity.file_bytes), capacity)
+        return cls.of_descriptor(make_unnamed(binding, capacity))
 
     @classmethod
     def open(cls, path: Path) -> HostBuffer:
@@ -122,13 +120,30 @@ class HostBuffer:
             HostMemoryError: it is not a file of this user, or can not be mapped.
             HostBufferDamagedError: its header does not hold.
         """
-        fd = open_buffer(path)
+        return cls._map_file(open_buffer(path), path)
+
+    @classmethod
+    def of_descriptor(cls, fd: int) -> HostBuffer:
+        """Map the buffer without a name that `fd` is, which is closed with it.
+
+        Raises:
+            HostMemoryError: it is not a file of this user, or can not be mapped.
+            HostBufferDamagedError: its header does not hold.
+        """
+        return cls._map_file(fd, Path(f"/proc/{os.getpid()}/fd/{fd}"))
+
+    @classmethod
+    def _map_file(cls, fd: int, path: Path) -> HostBuffer:
         try:
             capacity = read_header(fd, path)
             return cls(path, fd, SharedMap(fd, capacity.file_bytes), capacity)
         except BaseException:
             os.close(fd)
             raise
+
+    def fileno(self) -> int:
+        """The descriptor of the file."""
+        return self._fd
 
     def close(self) -> None:
         """Unmap the file and drop the writer's lock, if this process holds it."""
@@ -140,11 +155,23 @@ class HostBuffer:
         """Whether its path still leads to it: cleaners of tmpfs and logind's RemoveIPC delete files
         that are in use.
         """
+        return self._is_at(self.path)
+
+    def _is_at(self, path: Path) -> bool:
         try:
-            named, own = os.stat(self.path), os.fstat(self._fd)
+            named, own = os.stat(path), os.fstat(self._fd)
         except FileNotFoundError:
             return False
         return (named.st_dev, named.st_ino) == (own.st_dev, own.st_ino)
+
+    def follow(self, path: Path) -> bool:
+        """Whether `path` leads to it; if so it is its path from now on. Each daemon has another
+        name for a buffer without one.
+        """
+        if not self._is_at(path):
+            return False
+        self.path = path
+        return True
 
     def unlink(self) -> None:
         """Remove the file; whoever has it mapped keeps the memory until it closes."""

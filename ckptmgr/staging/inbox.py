@@ -83,6 +83,10 @@ class InboxWatch(FileSystemEventHandler):
         """A ticket got its final name."""
         self._wake()
 
+    def is_alive(self) -> bool:
+        """Whether tickets are heard."""
+        return bool(self._observer.is_alive())
+
     def close(self) -> None:
         """Stop watching."""
         self._observer.stop()

@@ -32,8 +32,8 @@ from driven import PATIENCE_SECONDS, PYTHON_PATH, Daemon, Rank
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
 ESCAPE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
-WITHOUT_JSON = {"daemon"}
-"""Commands that print no result at all."""
+WITHOUT_JSON = {"daemon", "install-units"}
+"""Commands that print no result, or only what they do and what to do next."""
 
 WRONG: dict[str, tuple[list[str], int, str]] = {
     "bench": (["--codec=pickle"], 2, "'pickle' is not a codec"),
@@ -42,6 +42,7 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
     "drain": ([], 1, "no daemon answers"),
     "gc": (["/nothing", "--keep=0"], 2, "0 is not allowed"),
     "hold": (["/nothing", "first"], 4, "is not a ckptmgr store"),
+    "install-units": (["--user", "--run-as=train"], 2, "are for the system's units"),
     "ls": (["s3://key:word@bucket"], 2, "carries credentials"),
     "release": (["/nothing", "1", "nonsense"], 4, "is not a ckptmgr store"),
     "restore": (["/nothing", "--format=pickle"], 2, "'pickle' is not a format"),
