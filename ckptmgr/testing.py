@@ -23,6 +23,7 @@ from ckptmgr.errors import ObjectNotFoundError, StoreError, StoreUnreachableErro
 from ckptmgr.store.base import PutResult, Store, Wanted
 from ckptmgr.store.faulty import Fault, FaultyStore, dead, refuse_reads
 from ckptmgr.store.registry import open_store
+from ckptmgr.store.retry import RetryingStore
 
 MIB = 1 << 20
 
@@ -481,7 +482,8 @@ def _race_of_processes(url: str, top: str, writers: int, keys: int) -> list[list
 
 
 def _race_in_this_process(url: str, top: str, writer: str, keys: str) -> None:
-    store = open_store(url)
+    # As the product opens it: an answer that was lost on the way is not a lost race.
+    store = RetryingStore(open_store(url))
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     sys.stdin.readline()
