@@ -106,6 +106,7 @@ def test_two_hosts_bring_all_snapshots_of_an_outage_in_order(
     its parts in order; of neighbours that are whole at the same time either may be decided first.
     """
     last = 1 + scaled(8, 50)
+    steps = [f"1.{step}" for step in range(1, last + 1)]
     places, spools = [runtime / "h0", runtime / "h1"], [tmp_path / "spool0", tmp_path / "spool1"]
     for place in places:
         place.mkdir(mode=0o700)
@@ -128,16 +129,22 @@ def test_two_hosts_bring_all_snapshots_of_an_outage_in_order(
     with ExitStack() as stack:
         daemons = started(stack, places, spools)
         for daemon in daemons:
-            daemon.await_event("drained_step", last - 1)
+            until(
+                lambda one=daemon: set(steps[1:]) <= {*steps_in(one, "drained_step")},
+                "all are drained",
+            )
         assert [parts_in(spool) for spool in spools] == [0, 0]
-        copied, drained = (
-            [[e["step"] for e in daemon.events(name)] for daemon in daemons]
-            for name in ("draining_step", "drained_step")
-        )
-    steps = [f"1.{step}" for step in range(1, last + 1)]
+        # On a busy machine the first step may have gone through the spool, too.
+        copied = [
+            [step for step in steps_in(one, "draining_step") if step != steps[0]] for one in daemons
+        ]
     assert copied == [steps[1:]] * 2
-    assert list(map(sorted, drained)) == [sorted(steps[1:])] * 2
     assert asyncio.run(exact_commits(rig.file_url)) == steps
+
+
+def steps_in(daemon: Daemon, name: str) -> list[str]:
+    """Steps of which the daemons of a place have told, in that order."""
+    return [event["step"] for event in daemon.events(name)]
 
 
 def started(stack: ExitStack, places: list[Path], spools: list[Path]) -> list[Daemon]:

@@ -88,9 +88,9 @@ def hosts(runtime: Path) -> list[Path]:
     return found
 
 
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    """A warm process that ranks are forked from; its children get the environment of each."""
+@pytest.fixture
+def zygote(url: str) -> Iterator[Zygote]:
+    """A warm process that ranks are forked from; its environment leads to the store."""
     with Zygote("rank.killed_job") as found:
         yield found
 
