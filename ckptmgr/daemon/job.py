@@ -72,7 +72,7 @@ class Job:
             UsageError: the URL names no store.
         """
         copy = patient(url, settings.store_timeout_seconds, keys.FORMAT)
-        tell = _teller(self.label, self.metrics, self.history)
+        tell = _teller(self.label, self.metrics)
         first = patient(self.url, settings.store_timeout_seconds, keys.FORMAT, tell)
         self.mirror = mirror = Mirror(self, copy, pool)
         self.reading = Catalog(MirroredStore(first, copy, mirror.read, keys.FORMAT))
@@ -193,14 +193,15 @@ class Job:
             await self.reading.store.aclose()
 
 
-def _teller(label: str, metrics: Metrics, history: History) -> OnFailure:
-    """Counts, remembers and logs each try of a store operation that failed."""
+def _teller(label: str, metrics: Metrics, history: History | None = None) -> OnFailure:
+    """Counts and logs each try of a store operation that failed; `history` is of what is saved."""
 
     def tell(operation: str, error: Exception) -> None:
         kind = type(error).__name__
         metrics.failures.labels(label, kind).inc()
-        history.failed(kind, str(error) or f"{operation} got no answer in time")
         warning("store_failed", job=label, operation=operation, kind=kind, why=str(error))
+        if history is not None:
+            history.failed(kind, str(error) or f"{operation} got no answer in time")
 
     return tell
 
