@@ -15,9 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ckptmgr import __version__
 from ckptmgr.bucket import Bucket, bytes_per_second
 from ckptmgr.config import DRAIN_SECONDS, DaemonSettings
+from ckptmgr.daemon.counts import counted
 from ckptmgr.daemon.drain import Drainer
+from ckptmgr.daemon.gauges import Clock, Gauges
 from ckptmgr.daemon.http import MetricsServer
 from ckptmgr.daemon.intake import Held, Intake
 from ckptmgr.daemon.job import Job
@@ -55,6 +58,8 @@ class Service:
         self.metrics = Metrics()
         self.pool = BufferPool(settings.budget_bytes)
         self.intake = Intake(settings.runtime_dir)
+        self._gauges = Gauges(self.metrics, self.intake)
+        self._clock = Clock()
         self.reader = Reader(self.intake, settings.runtime_dir / FETCHED)
         self.jobs: dict[str, Job] = {}
         self.metrics_port = -1
@@ -86,7 +91,7 @@ class Service:
         """
         runtime = self.settings.runtime_dir
         prepare(runtime)
-        with _only_one(runtime / LOCK):
+        with counted(self.metrics), _only_one(runtime / LOCK) as killed:
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self._ending.set)
@@ -99,6 +104,9 @@ class Service:
             await self._open_spools()
             server = await control.listen(runtime / SOCKET, self._connected)
             event("started", pid=os.getpid(), runtime=str(runtime), metrics_port=self.metrics_port)
+            self.metrics.build.labels(__version__).set(1)
+            if killed:
+                warning("killed_before")
             try:
                 for held in self.intake.adopt():
                     self._employ(held)
@@ -141,6 +149,8 @@ class Service:
     async def _until_ended(self) -> None:
         while not self._ending.is_set():
             await self._wait_for_change()
+            self._clock.look()
+            self._count()
             self._look_after_orphans()
             await self._close_unused()
             if self._idle_for() > self.settings.idle_seconds > 0:
@@ -295,18 +305,7 @@ class Service:
 
     def _count(self) -> None:
         """Bring the gauges up to date: on every ticket, and whenever a worker turns around."""
-        queued: dict[str, int] = dict.fromkeys((job.label for job in self.jobs.values()), 0)
-        for held in self.intake.held.values():
-            job = self.jobs.get(held.binding.url)
-            if job is not None:
-                queued[job.label] += held.undecided()
-        for label, count in queued.items():
-            self.metrics.queue.labels(label).set(count)
-        for job in self.jobs.values():
-            if job.spool is not None:
-                self.metrics.spool_parts.labels(job.label).set(len(job.spool.parts))
-                self.metrics.spool_bytes.labels(job.label).set(job.spool.used_bytes)
-        self.metrics.trainers.set(sum(held.writer_alive for held in self.intake.held.values()))
+        self._gauges.update(self.jobs.values(), self.spools)
 
     def _ticket(self) -> None:
         """Something was sealed. The tickets only say where to look first."""
@@ -435,7 +434,8 @@ def host_identity(runtime: Path) -> str:
 
 @contextlib.contextmanager
 def _only_one(path: Path) -> Any:
-    """Hold the lock of a runtime directory; the kernel drops it when this process dies.
+    """Hold the lock of a runtime directory; the kernel drops it when this process dies. Gives
+    whether whoever had it before was killed, and so did not empty the file.
 
     Raises:
         DaemonError: another daemon has it.
@@ -450,6 +450,11 @@ def _only_one(path: Path) -> Any:
                 subject=str(path.parent),
                 hint="Use that one (`ckptmgr status`), or set another CKPTMGR_RUNTIME_DIR.",
             ) from None
-        yield
+        killed = bool(os.pread(fd, 1, 0))
+        os.pwrite(fd, b"1", 0)
+        try:
+            yield killed
+        finally:
+            os.ftruncate(fd, 0)
     finally:
         os.close(fd)
