@@ -2,9 +2,37 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+import contextlib
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+)
 
 SECONDS_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
+
+REASONS = (
+    *("rank_missing", "decider_silent", "parts_missing", "newer_attempt"),
+    *("newer_snapshot", "failure"),
+)
+"""Why a step is given up, as `ckptmgr_aborts_total` says it."""
+
+STORE_OPERATIONS = ("put_new", "get", "get_many", "list", "delete", "make_durable")
+STORE_ERRORS = (
+    *("StoreUnreachableError", "StoreFullError", "StorePermissionError", "MediumError"),
+    *("TimeoutError", "ChunkDamagedError", "RecordDamagedError"),
+)
+TIERS = ("memory", "store")
+SOURCES = ("memory", "store")
+
+
+def remove(gauge: Gauge, label: str) -> None:
+    """Drop one job's value of a gauge, if it has one."""
+    with contextlib.suppress(KeyError):  # of older prometheus_clients
+        gauge.remove(label)
 
 
 class Metrics:
@@ -24,7 +52,9 @@ class Metrics:
             registry=r,
         )
         self.commits = Counter("ckptmgr_commits", "Steps committed.", job, registry=r)
-        self.aborts = Counter("ckptmgr_aborts", "Steps given up.", job, registry=r)
+        self.aborts = Counter(
+            "ckptmgr_aborts", "Steps given up, by reason.", [*job, "reason"], registry=r
+        )
         self.stall = Histogram(
             "ckptmgr_stall_seconds",
             "Time the training thread was blocked by a snapshot.",
@@ -61,8 +91,12 @@ class Metrics:
             registry=r,
         )
         self.trainers = Gauge("ckptmgr_trainers", "Trainers attached.", registry=r)
+        self._of_progress(r, job)
+        self._of_store(r, job)
+        self._of_trust(r, job)
         self._of_spool_and_mirror(r, job)
         self._of_preemption(r, job)
+        self._of_daemon(r)
 
     def _of_preemption(self, r: CollectorRegistry, job: list[str]) -> None:
         self.preemption_signals = Counter(
@@ -73,6 +107,130 @@ class Metrics:
             "Preemptions whose last snapshot was committed; fewer than signals: work was lost.",
             job,
             registry=r,
+        )
+
+    def open_job(self, label: str) -> None:
+        """Start the counters of a job at 0: what appears at 1 has not grown, for Prometheus."""
+        for counter in (self.commits, self.fallbacks, self.superseded_attempts, self.dropped):
+            counter.labels(label)
+        for counter, values in (
+            (self.aborts, REASONS),
+            (self.corruption, TIERS),
+            (self.restores, SOURCES),
+            (self.store_retries, STORE_OPERATIONS),
+        ):
+            for value in values:
+                counter.labels(label, value)
+        for operation in STORE_OPERATIONS:
+            self.store_seconds.labels(label, operation)
+            for kind in STORE_ERRORS:
+                self.store_errors.labels(label, operation, kind)
+
+    def close_job(self, label: str) -> None:
+        """Drop what is only true of a job that somebody runs; its counters stay."""
+        for gauge in (
+            *(self.attempt, self.attached, self.current_step, self.interval, self.commit_awaited),
+            *(self.backlog_bytes, self.oldest_undecided, self.unnamed_buffers, self.queue),
+            *(self.spool_parts, self.spool_bytes, self.spool_full, self.mirror_behind),
+        ):
+            remove(gauge, label)
+
+    def _of_progress(self, r: CollectorRegistry, job: list[str]) -> None:
+        self.attempt = Gauge(
+            "ckptmgr_attempt", "Newest attempt that was attached.", job, registry=r
+        )
+        self.attached = Gauge(
+            "ckptmgr_attached_ranks", "Ranks of this host whose trainer lives.", job, registry=r
+        )
+        self.current_step = Gauge(
+            "ckptmgr_current_step", "Step of the newest snapshot.", job, registry=r
+        )
+        self.interval = Gauge(
+            "ckptmgr_snapshot_interval_seconds",
+            "Time between the newest two snapshots of an attempt; 0 until there are two.",
+            job,
+            registry=r,
+        )
+        self.commit_awaited = Gauge(
+            "ckptmgr_commit_awaited_timestamp_seconds",
+            "Unix time of the newest commit, or of the newest attach if that is later.",
+            job,
+            registry=r,
+        )
+        self.backlog_bytes = Gauge(
+            "ckptmgr_upload_backlog_bytes",
+            "Bytes of snapshots that are not decided yet, in host memory and in the spool.",
+            job,
+            registry=r,
+        )
+        self.oldest_undecided = Gauge(
+            "ckptmgr_oldest_undecided_timestamp_seconds",
+            "Unix time of the oldest snapshot that is not decided yet; absent without one.",
+            job,
+            registry=r,
+        )
+        self.dropped = Counter(
+            "ckptmgr_dropped_snapshots",
+            "Snapshots that a trainer gave up for newer ones before they were decided.",
+            job,
+            registry=r,
+        )
+        self.superseded_attempts = Counter(
+            "ckptmgr_superseded_attempts",
+            "Attempts that went on here though a newer one was active.",
+            job,
+            registry=r,
+        )
+        self.unnamed_buffers = Gauge(
+            "ckptmgr_unnamed_buffers",
+            "Host buffers outside of /dev/shm, which will not survive the daemon.",
+            job,
+            registry=r,
+        )
+
+    def _of_store(self, r: CollectorRegistry, job: list[str]) -> None:
+        self.store_seconds = Histogram(
+            "ckptmgr_store_op_seconds",
+            "Time of one try of a store operation that worked.",
+            [*job, "op"],
+            registry=r,
+            buckets=SECONDS_BUCKETS,
+        )
+        self.store_errors = Counter(
+            "ckptmgr_store_errors",
+            "Tries of store operations that failed, by operation and class of error.",
+            [*job, "op", "class"],
+            registry=r,
+        )
+        self.store_retries = Counter(
+            "ckptmgr_store_retries",
+            "Tries of store operations after one that failed.",
+            [*job, "op"],
+            registry=r,
+        )
+
+    def _of_trust(self, r: CollectorRegistry, job: list[str]) -> None:
+        self.last_verified = Gauge(
+            "ckptmgr_last_verified_timestamp_seconds",
+            "Unix time at which a commit was read back whole the last time.",
+            job,
+            registry=r,
+        )
+        self.corruption = Counter(
+            "ckptmgr_corruption_detected",
+            "Damage that was met, by tier: memory or store.",
+            [*job, "tier"],
+            registry=r,
+        )
+        self.restore_seconds = Histogram(
+            "ckptmgr_restore_seconds",
+            "Time from asking for a step to its first bytes in host memory.",
+            [*job, "source"],
+            registry=r,
+            buckets=SECONDS_BUCKETS,
+        )
+        self.gc_deleted_bytes = Counter(
+            "ckptmgr_gc_deleted_bytes", "Stored bytes of retired steps.", job, registry=r
         )
 
     def _of_spool_and_mirror(self, r: CollectorRegistry, job: list[str]) -> None:
@@ -98,3 +256,36 @@ class Metrics:
         self.mirror_reads = Counter(
             "ckptmgr_mirror_reads", "Objects read from the mirror.", job, registry=r
         )
+
+    def _of_daemon(self, r: CollectorRegistry) -> None:
+        self.build = Gauge(
+            "ckptmgr_build_info", "1, with the version of the daemon.", ["version"], registry=r
+        )
+        self.events = Counter(
+            "ckptmgr_events",
+            "Events logged, by code (docs/events.md).",
+            ["code", "event", "level"],
+            registry=r,
+        )
+        self.adopted = Gauge(
+            "ckptmgr_adopted_snapshots",
+            "Sealed snapshots that this daemon found when it started.",
+            registry=r,
+        )
+        self.after_kill = Gauge(
+            "ckptmgr_started_after_kill",
+            "1 if the daemon before this one was killed, and did not end by itself.",
+            registry=r,
+        )
+        self.clock_jumps = Counter(
+            "ckptmgr_clock_jumps", "Jumps of this host's clock by a second or more.", registry=r
+        )
+        self.spool_free_bytes = Gauge(
+            "ckptmgr_spool_free_bytes", "Bytes that the spool may still take.", registry=r
+        )
+        self.spool_capacity = Gauge(
+            "ckptmgr_spool_capacity_bytes",
+            "Bytes that the spool may take altogether; 0 without a spool.",
+            registry=r,
+        )
+        ProcessCollector(registry=r)

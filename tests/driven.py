@@ -40,7 +40,7 @@ PATIENCE_SECONDS = 60.0
 """Bound of every wait: far above what is ever needed, so that only a hang meets it."""
 
 
-def until(holds: Callable[[], Any], what: str) -> Any:
+def until(holds: Callable[[], Any], what: str, pause_seconds: float = 0.005) -> Any:
     """Wait for something that another process will do; its first true value."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
@@ -48,7 +48,7 @@ def until(holds: Callable[[], Any], what: str) -> Any:
         if found:
             return found
         assert time.monotonic() < deadline, f"never happened: {what}"
-        time.sleep(0.005)
+        time.sleep(pause_seconds)
 
 
 def events_of(log: Path) -> list[dict[str, Any]]:
@@ -164,6 +164,7 @@ class Rank:
         self.nbytes = mib << 20
         self.k = 0
         self.tags: Tags = {}
+        self.stall_seconds = 0.001
         layout, _ = layout_of(self.nbytes)
         table = table_bytes_needed(len(layout), len(values_of(0, 0)) + TAGS_BYTES_MAX)
         wanted = Wanted(
@@ -209,7 +210,7 @@ class Rank:
             values=values_of(self.attempt, step),
             tags=self.tags or {"attempt": self.attempt, "step": step},
             data_bytes=self.nbytes,
-            stall_seconds=0.001,
+            stall_seconds=self.stall_seconds,
         )
 
     def save(self, step: int, slot: int | None = None) -> Snapshot:

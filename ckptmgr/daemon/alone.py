@@ -13,12 +13,24 @@ from ckptmgr.staging.inbox import LOCK, prepare
 
 
 @contextlib.contextmanager
-def only_one(path: Path) -> Iterator[None]:
-    """Hold the lock of a runtime directory; the kernel drops it when this process dies.
+def only_one(path: Path) -> Iterator[bool]:
+    """Hold the lock of a runtime directory; the kernel drops it when this process dies. Gives
+    whether whoever had it before was killed, and so did not empty the file.
 
     Raises:
         DaemonError: another daemon has it.
     """
+    with _locked(path) as fd:
+        killed = bool(os.pread(fd, 1, 0))
+        os.pwrite(fd, b"1", 0)
+        try:
+            yield killed
+        finally:
+            os.ftruncate(fd, 0)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[int]:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         try:
@@ -29,7 +41,7 @@ def only_one(path: Path) -> Iterator[None]:
                 subject=str(path.parent),
                 hint="Use that one (`ckptmgr status`), or set another CKPTMGR_RUNTIME_DIR.",
             ) from None
-        yield
+        yield fd
     finally:
         os.close(fd)
 
@@ -42,5 +54,5 @@ def prepare_alone(runtime: Path) -> None:
         HostMemoryError: the runtime directory is not ours.
     """
     prepare(runtime)
-    with only_one(runtime / LOCK):
+    with _locked(runtime / LOCK):
         return

@@ -176,6 +176,7 @@ class Drainer:
         newest = await put_active(store, part.id.attempt, part.nonce, self._job.active)
         if newest > part.id.attempt:
             self._intake.supersede(self._spool.url, part.rank, part.nonce, newest)
+            self._job.superseded(part.id.attempt, newest)
         place = part.id, part.rank, part.nonce
         sealed = await adopt_manifest(store, *place)
         if sealed is not None:
@@ -236,6 +237,7 @@ class Drainer:
 
     async def _given_up(self, part: Part, why: str) -> None:
         warning("spool_dropped", job=self._job.label, step=str(part.id), why=why)
+        self._job.given_up(why)
         await self._settle(part, Outcome.ABORTED, why)
 
     async def _settle(self, part: Part, outcome: Outcome, why: str = "") -> None:

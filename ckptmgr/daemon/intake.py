@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ckptmgr.daemon.log import event, warning
+from ckptmgr.daemon.log import event, label_of, warning
 from ckptmgr.daemon.notify import Supervisor
 from ckptmgr.daemon.spool import Spool
 from ckptmgr.errors import HostMemoryError, HostMemoryFullError
@@ -109,18 +109,19 @@ class Held:
             try:
                 snapshot = self.buffer.snapshot(slot)
             except HostMemoryError as error:
-                self._tell_damage(slot, error)
+                self.tell_damage(slot, error)
                 continue
             if snapshot is not None:
                 found.append((snapshot, self.buffer.outcome(snapshot)))
         return sorted(found, key=lambda pair: pair[0].generation)
 
-    def _tell_damage(self, slot: int, error: HostMemoryError) -> None:
+    def tell_damage(self, slot: int, error: HostMemoryError) -> None:
         """Once for each snapshot: it is met again at every look."""
         found = (slot, self.buffer.state(slot)[1])
         if found not in self._damaged:
             self._damaged.add(found)
-            warning("slot_damaged", buffer=self.buffer.id, slot=slot, why=error.message)
+            job, why = label_of(self.binding.url), error.message
+            warning("slot_damaged", job=job, buffer=self.buffer.id, slot=slot, why=why)
 
     def let_go(self) -> None:
         """The trainer is gone: what it sealed is finished now, and its memory is freed in time."""

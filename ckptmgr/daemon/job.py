@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from ckptmgr.bucket import Bucket
 from ckptmgr.config import SPOOL_SECONDS, STUCK_SECONDS, DaemonSettings
 from ckptmgr.daemon.committer import Committer
+from ckptmgr.daemon.counts import StoreCounts, reason_of
 from ckptmgr.daemon.glance import Glance
 from ckptmgr.daemon.history import History
 from ckptmgr.daemon.log import event, fault, label_of, warning
@@ -25,7 +26,7 @@ from ckptmgr.repository.commit import Decision, check_format
 from ckptmgr.store.base import Store
 from ckptmgr.store.mirrored import MirroredStore, patient
 from ckptmgr.store.registry import open_store
-from ckptmgr.store.retry import OnFailure, RetryingStore
+from ckptmgr.store.retry import RetryingStore
 from ckptmgr.types import StepId
 
 
@@ -59,6 +60,7 @@ class Job:
     _retention: asyncio.Task[None] | None = None
     _retain_again: bool = False
     _settled: bool = False
+    _superseded: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.committer = Committer(self.catalog, self.committed, self.stuck_seconds)
@@ -72,7 +74,7 @@ class Job:
             UsageError: the URL names no store.
         """
         copy = patient(url, settings.store_timeout_seconds, keys.FORMAT)
-        tell = _teller(self.label, self.metrics)
+        tell = StoreCounts(self.metrics, self.label).failed
         first = patient(self.url, settings.store_timeout_seconds, keys.FORMAT, tell)
         self.mirror = mirror = Mirror(self, copy, pool)
         self.reading = Catalog(MirroredStore(first, copy, mirror.read, keys.FORMAT))
@@ -96,6 +98,12 @@ class Job:
         """
         label, history = label_of(url), History()
 
+        counts = StoreCounts(metrics, label)
+
+        def failed(operation: str, error: Exception) -> None:
+            counts.failed(operation, error)
+            history.failed(type(error).__name__, str(error) or f"{operation} got no answer in time")
+
         async def pace(nbytes: int) -> None:
             seconds = limit.reserve(nbytes) if limit is not None and nbytes else 0.0
             if seconds:
@@ -104,7 +112,9 @@ class Job:
         store = RetryingStore(
             open_store(url),
             timeout_seconds=settings.store_timeout_seconds,
-            on_failure=_teller(label, metrics, history),
+            on_failure=failed,
+            on_answer=counts.answered,
+            on_retry=counts.retried,
             landmark=keys.FORMAT,
             pace=pace,
         )
@@ -127,6 +137,7 @@ class Job:
         """Take note of a commit."""
         self.metrics.commits.labels(self.label).inc()
         self.history.committed(decision)
+        self.metrics.commit_awaited.labels(self.label).set_to_current_time()
         if self.last_commit is None or decision.id > self.last_commit:
             self.last_commit = decision.id
             self.metrics.last_commit_step.labels(self.label).set(decision.step)
@@ -138,6 +149,17 @@ class Job:
             raw_bytes=decision.raw_bytes,
             stored_bytes=decision.stored_bytes,
         )
+
+    def given_up(self, why: str) -> None:
+        """Count a step that was given up."""
+        self.metrics.aborts.labels(self.label, reason_of(why)).inc()
+
+    def superseded(self, attempt: int, newest: int) -> None:
+        """Tell, once for each attempt, that it goes on here though a newer one is active."""
+        if attempt not in self._superseded:
+            self._superseded.add(attempt)
+            self.metrics.superseded_attempts.labels(self.label).inc()
+            warning("attempt_superseded", job=self.label, attempt=attempt, newest=newest)
 
     def retain_soon(self, keep: int) -> None:
         """Give old steps up in the background, so that the next snapshot need not wait for it."""
@@ -191,19 +213,6 @@ class Job:
         await self.store.aclose()
         if self.reading is not self.catalog:
             await self.reading.store.aclose()
-
-
-def _teller(label: str, metrics: Metrics, history: History | None = None) -> OnFailure:
-    """Counts and logs each try of a store operation that failed; `history` is of what is saved."""
-
-    def tell(operation: str, error: Exception) -> None:
-        kind = type(error).__name__
-        metrics.failures.labels(label, kind).inc()
-        warning("store_failed", job=label, operation=operation, kind=kind, why=str(error))
-        if history is not None:
-            history.failed(kind, str(error) or f"{operation} got no answer in time")
-
-    return tell
 
 
 def _tell_fault(following: asyncio.Task[None]) -> None:

@@ -9,7 +9,12 @@ import time
 from hashlib import blake2b
 from typing import Any, TextIO
 
+from ckptmgr.daemon.codes import code_of
+
 _LOGGER = logging.getLogger("ckptmgr")
+
+LOGGERS = (_LOGGER, logging.getLogger("asyncio"))
+"""Whose records are events; asyncio tells of tasks that failed."""
 
 
 def label_of(url: str) -> str:
@@ -32,8 +37,8 @@ def fault(error: BaseException, **fields: Any) -> None:
     _LOGGER.error("fault", extra={"fields": {**fields, "why": repr(error)}}, exc_info=error)
 
 
-def _name_and_fields(record: logging.LogRecord) -> tuple[str, dict[str, Any]]:
-    """Records of other libraries (asyncio tells of tasks that failed) are faults, too."""
+def name_and_fields(record: logging.LogRecord) -> tuple[str, dict[str, Any]]:
+    """What a record tells; those of other libraries are faults."""
     if record.name == _LOGGER.name:
         return record.getMessage(), getattr(record, "fields", {})
     return "fault", {"why": record.getMessage()}
@@ -41,11 +46,12 @@ def _name_and_fields(record: logging.LogRecord) -> tuple[str, dict[str, Any]]:
 
 class _JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        name, fields = _name_and_fields(record)
+        name, fields = name_and_fields(record)
         line = {
             "at": round(record.created, 3),
             "level": record.levelname.lower(),
             "event": name,
+            "code": code_of(name),
             **fields,
         }
         if record.exc_info:
@@ -56,7 +62,7 @@ class _JsonLines(logging.Formatter):
 class _HumanLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
-        name, fields = _name_and_fields(record)
+        name, fields = name_and_fields(record)
         text = " ".join(f"{field}={value}" for field, value in fields.items())
         line = f"{clock} {name:<18} {text}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
@@ -66,7 +72,7 @@ def configure(stream: TextIO = sys.stderr, *, debug: bool = False) -> None:
     """Send the events of this process to `stream`."""
     target = logging.StreamHandler(stream)
     target.setFormatter(_HumanLines() if stream.isatty() else _JsonLines())
-    _LOGGER.handlers[:] = [target]
-    logging.getLogger("asyncio").handlers[:] = [target]
+    for logger in LOGGERS:
+        logger.handlers[:] = [target]
     _LOGGER.setLevel(logging.DEBUG if debug else logging.INFO)
     _LOGGER.propagate = False

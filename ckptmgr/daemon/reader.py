@@ -87,6 +87,7 @@ class Session:
     lending: Lending | None = None
     holds: AsyncExitStack = field(default_factory=AsyncExitStack)
     kept: set[StepId] = field(default_factory=set)
+    asked_at: float = 0.0
 
     async def keep(self, step: StepId) -> None:
         """Keep retention away from a step that is read from the store, until `release`.
@@ -176,6 +177,7 @@ class Reader:
             StoreUnreachableError: the store does not answer; nothing was decided on a guess.
         """
         job, k = session.job, request.k
+        session.asked_at = time.monotonic()
         await job.settle_exclusion()
         if session.prefetch is not None:
             await session.prefetch
@@ -203,6 +205,7 @@ class Reader:
 
     async def load(self, session: Session, request: Load) -> Restored:
         """Choose a committed step for a session that only reads; errors as `restore`."""
+        session.asked_at = time.monotonic()
         skipped: list[Skipped] = []
         rejected = [StepId(*one) for one in request.rejected]
         choice = await self._choose(session, request.step, request.of_attempt, rejected, skipped)
@@ -277,8 +280,9 @@ class Reader:
 
     def tell_skipped(self, session: Session, step: StepId, error: DamageError) -> None:
         """Count and log that a step can not be used."""
-        session.job.metrics.fallbacks.labels(session.job.label).inc()
-        warning("restore_skipped", step=str(step), why=str(error))
+        job = session.job
+        job.metrics.fallbacks.labels(job.label).inc()
+        warning("restore_skipped", job=job.label, step=str(step), why=str(error))
 
     async def _restored(self, session: Session, skipped: list[Skipped]) -> Restored:
         chosen = _chosen_of(session)
@@ -340,7 +344,7 @@ class Reader:
             try:
                 return held, snapshot, held.buffer.table(snapshot)
             except HostMemoryError as error:
-                warning("slot_damaged", buffer=held.buffer.id, slot=snapshot.slot, why=str(error))
+                held.tell_damage(snapshot.slot, error)
         return None
 
     # -- describe and fetch -------------------------------------------------------------------
@@ -395,7 +399,12 @@ class Reader:
             await session.prefetch
         parts = [await self._part(session, rank, ranges) for rank, ranges in wanted]
         source = "memory" if all(part.source == "memory" for part in parts) else "store"
-        session.job.metrics.restores.labels(session.job.label, source).inc()
+        metrics, label = session.job.metrics, session.job.label
+        metrics.restores.labels(label, source).inc()
+        if session.asked_at:
+            seconds = time.monotonic() - session.asked_at
+            metrics.restore_seconds.labels(label, source).observe(seconds)
+            session.asked_at = 0.0
         event("restored", step=str(chosen.id), source=source)
         return Fetched(tuple(parts))
 

@@ -150,6 +150,8 @@ class Requests:
             self._remembering = asyncio.create_task(self._remember_resume(session))
             # A trainer that changes daemons in an outage must not wait for the store.
             await asyncio.wait([self._remembering], timeout=REMEMBER_SECONDS)
+        job.metrics.attempt.labels(job.label).set(attempt)
+        job.metrics.commit_awaited.labels(job.label).set_to_current_time()
         event("attached", job=job.label, attempt=attempt, rank=request.rank, new=new_buffer)
         return control.Attached(str(held.buffer.path), attempt, nonce, held.note)
 

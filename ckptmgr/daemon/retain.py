@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from ckptmgr.daemon.log import event, warning
+from ckptmgr.daemon.log import event, label_of, warning
 from ckptmgr.errors import DamageError, ObjectNotFoundError
 from ckptmgr.repository import keys
 from ckptmgr.repository.budget import BufferPool
@@ -112,7 +112,8 @@ async def collect(
                 if decision.id not in durable:
                     await catalog.store.make_durable(keys.commit(decision.id))
                     durable.add(decision.id)
-            await retire(catalog.store, step, f"keep={keep}")
+            nbytes = next(c.stored_bytes for c in commits if c.id == step)
+            await retire(catalog.store, step, f"keep={keep}", nbytes)
     done += await _sweep(catalog, listing, commits, dry_run=dry_run)
     return done
 
@@ -148,7 +149,8 @@ async def _one_verified(
         if not damage:
             await mark_verified(catalog.store, decision.id)
             return True
-        warning("damaged", step=str(decision.id), key=damage[0].key, what=damage[0].what)
+        job, found = label_of(catalog.store.url), damage[0]
+        warning("damaged", job=job, step=str(decision.id), key=found.key, what=found.what)
     return False
 
 
@@ -175,15 +177,19 @@ async def mark_verified(store: Store, step: StepId) -> None:
         # back. So one that does not hold may be replaced, or each collection would read it again.
         await store.delete(key)
         await put_record(store, Kind.VERIFIED, key, record)
-    event("verified", step=str(step))
+    event("verified", job=label_of(store.url), step=str(step))
 
 
-async def retire(store: Store, step: StepId, why: str) -> bool:
-    """Give a committed step up; False if somebody holds it, and then its data stays."""
+async def retire(store: Store, step: StepId, why: str, stored_bytes: int = 0) -> bool:
+    """Give a committed step up; False if somebody holds it, and then its data stays.
+
+    `stored_bytes` is what that frees, for those who count it.
+    """
     await put_record(store, Kind.RETIRED, keys.retired(step), Retired(step.attempt, step.step, why))
     if not await _delete_retired(store, step):
         return False
-    event("retired", step=str(step), why=why)
+    job = label_of(store.url)
+    event("retired", job=job, step=str(step), bytes=stored_bytes, why=why)
     return True
 
 

@@ -14,10 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ckptmgr import __version__
 from ckptmgr.bucket import Bucket, bytes_per_second
 from ckptmgr.config import DRAIN_SECONDS, DaemonSettings
 from ckptmgr.daemon.alone import only_one
+from ckptmgr.daemon.counts import counted
 from ckptmgr.daemon.drain import Drainer
+from ckptmgr.daemon.gauges import Clock, Gauges
 from ckptmgr.daemon.http import WebServer
 from ckptmgr.daemon.intake import Held, Intake
 from ckptmgr.daemon.job import Job
@@ -59,6 +62,8 @@ class Service:
         self.preemptions = Preemptions(self.metrics)
         self.pool = BufferPool(settings.budget_bytes)
         self.intake = Intake(settings.runtime_dir, self.supervisor)
+        self._gauges = Gauges(self.metrics, self.intake)
+        self._clock = Clock()
         self.reader = Reader(self.intake, settings.runtime_dir / FETCHED)
         self.jobs: dict[str, Job] = {}
         self.metrics_port = -1
@@ -91,7 +96,7 @@ class Service:
         """
         runtime = self.settings.runtime_dir
         prepare(runtime)
-        with only_one(runtime / LOCK):
+        with counted(self.metrics), only_one(runtime / LOCK) as killed:
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self._ending.set)
@@ -106,6 +111,9 @@ class Service:
             given = self.supervisor.socket(runtime / SOCKET)
             server = await control.listen(runtime / SOCKET, self._connected, given)
             event("started", pid=os.getpid(), runtime=str(runtime), metrics_port=self.metrics_port)
+            self.metrics.build.labels(__version__).set(1)
+            if killed:
+                warning("killed_before")
             try:
                 for held in self.intake.adopt():
                     self._employ(held)
@@ -150,6 +158,8 @@ class Service:
     async def _until_ended(self) -> None:
         while not self._ending.is_set():
             await self._wait_for_change()
+            self._clock.look()
+            self._count()
             self._look_after_orphans()
             await self._close_unused()
             if self._idle_for() > self.settings.idle_seconds > 0:
@@ -304,18 +314,7 @@ class Service:
 
     def _count(self) -> None:
         """Bring the gauges up to date: on every ticket, and whenever a worker turns around."""
-        queued: dict[str, int] = dict.fromkeys((job.label for job in self.jobs.values()), 0)
-        for held in self.intake.held.values():
-            job = self.jobs.get(held.binding.url)
-            if job is not None:
-                queued[job.label] += held.undecided()
-        for label, count in queued.items():
-            self.metrics.queue.labels(label).set(count)
-        for job in self.jobs.values():
-            if job.spool is not None:
-                self.metrics.spool_parts.labels(job.label).set(len(job.spool.parts))
-                self.metrics.spool_bytes.labels(job.label).set(job.spool.used_bytes)
-        self.metrics.trainers.set(sum(held.writer_alive for held in self.intake.held.values()))
+        self._gauges.update(self.jobs.values(), self.spools)
 
     def _ticket(self) -> None:
         """Something was sealed. The tickets only say where to look first."""

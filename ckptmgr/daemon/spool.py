@@ -300,14 +300,19 @@ class SpoolDirectory:
 
     def room_for(self, nbytes: int) -> bool:
         """Whether so many bytes more are allowed, and there."""
-        if self.bytes_max and self.used_bytes + nbytes > self.bytes_max:
-            return False
+        return self.free_bytes() >= nbytes
+
+    def free_bytes(self) -> int:
+        """How many bytes more are allowed, and there."""
         try:
             found = os.statvfs(self.path)
         except OSError:
-            return False
+            return 0
         reserved = sum(spool.reserved_bytes for spool in self._spools.values())
-        return found.f_bavail * found.f_frsize >= reserved + nbytes
+        free = found.f_bavail * found.f_frsize - reserved
+        if self.bytes_max:
+            free = min(free, self.bytes_max - self.used_bytes)
+        return max(free, 0)
 
     def state(self) -> dict[str, Any]:
         """What `status` says of it."""

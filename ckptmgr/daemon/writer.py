@@ -289,7 +289,7 @@ class Writer:
             self._job.store, snapshot.attempt, snapshot.nonce, self._job.active
         )
         if newest > snapshot.attempt:
-            self._held.buffer.supersede(newest)
+            self._supersede(snapshot, newest)
             if self._held.writer_alive:
                 raise SupersededError(f"attempt {newest} is active", subject=str(snapshot.id))
             # The snapshot of a dead trainer is finished all the same: it can do no harm, since
@@ -303,7 +303,7 @@ class Writer:
             if goes_first(snapshot.step, snapshot.world, (snapshot.rank,), exclusive):
                 self._job.retain_soon(self._held.binding.keep)
         else:
-            self._job.metrics.aborts.labels(self._job.label).inc()
+            self._job.given_up(decision.why)
             event("aborted", step=str(snapshot.id), why=decision.why)
             self._job.history.given_up(snapshot.id, decision.why)
             await self._look_for_newer(snapshot)
@@ -316,7 +316,12 @@ class Writer:
         with contextlib.suppress(StoreError):  # the step is decided, whatever fails now
             newest = await newest_active(self._job.store, snapshot.attempt, self._job.active)
             if newest > snapshot.attempt:
-                self._held.buffer.supersede(newest)
+                self._supersede(snapshot, newest)
+
+    def _supersede(self, snapshot: Snapshot, newest: int) -> None:
+        self._held.buffer.supersede(newest)
+        if self._held.writer_alive:
+            self._job.superseded(snapshot.attempt, newest)
 
     async def _refuse(self, snapshot: Snapshot, error: CkptmgrError) -> None:
         """Give up what can not be committed; told only when the register says so.
@@ -331,6 +336,7 @@ class Writer:
             if decision.committed:
                 await self._settle(snapshot, decision)
                 return
+            self._job.given_up(decision.why)
         self._job.metrics.failures.labels(self._job.label, kind).inc()
         warning("given_up", step=str(snapshot.id), kind=kind, why=str(error))
         self._job.history.given_up(snapshot.id, str(error))
@@ -351,6 +357,8 @@ class Writer:
     async def _give_up(self, step: StepId, why: str) -> None:
         """Abort a step whose slot is gone; what fails here is left to collection."""
         try:
-            await self._abort(step, why)
+            decision = await self._abort(step, why)
+            if not decision.committed:
+                self._job.given_up(decision.why)
         except CkptmgrError as error:
             warning("give_up_failed", step=str(step), why=str(error))

@@ -40,12 +40,17 @@ T = TypeVar("T")
 OnFailure = Callable[[str, Exception], None]
 """Told of each failed try: the name of the operation and its error."""
 
+OnAnswer = Callable[[str, float], None]
+"""Told of each try that worked: the name of the operation, and its seconds without pauses."""
+
+OnRetry = Callable[[str], None]
+"""Told of each try after one that failed: the name of the operation."""
 
 Pace = Callable[[int], Awaitable[None]]
 """Awaited before so many bytes of objects are moved; waits as long as a limit asks."""
 
 
-def ignore(_operation: str, _error: Exception) -> None:
+def ignore(*_told: object) -> None:
     """Nobody is told."""
 
 
@@ -96,6 +101,8 @@ class RetryingStore(Store):
         jitter: Callable[[], float] = random.random,
         landmark: str = "",
         on_failure: OnFailure = ignore,
+        on_answer: OnAnswer = ignore,
+        on_retry: OnRetry = ignore,
         pace: Pace = _at_once,
     ) -> None:
         self.durable_on_return = inner.durable_on_return
@@ -107,6 +114,8 @@ class RetryingStore(Store):
         self._jitter = jitter
         self._landmark = landmark
         self._on_failure = on_failure
+        self._on_answer = on_answer
+        self._on_retry = on_retry
         self._pace = pace
 
     @property
@@ -162,9 +171,11 @@ class RetryingStore(Store):
         """
         count = sum(len(one.into) for one in wanted)
         await self._pace(count)
+        begun = time.monotonic()
         try:
             async with asyncio.timeout(self._timeout_seconds + count / BYTES_PER_SECOND_MIN):
                 await self._inner.get_many(wanted)
+            self._on_answer("get_many", time.monotonic() - begun)
         except (StoreUnreachableError, TimeoutError) as error:
             self._on_failure("get_many", error)
             await super().get_many(wanted)
@@ -224,9 +235,12 @@ class RetryingStore(Store):
             ends_at += time.monotonic() - begun
             left = max(ends_at - time.monotonic(), 0.0)
             patience = min(self._timeout_seconds + nbytes / BYTES_PER_SECOND_MIN, left)
+            begun = time.monotonic()
             try:
                 async with asyncio.timeout(patience):
-                    return await work(), failed
+                    found = await work()
+                self._on_answer(operation, time.monotonic() - begun)
+                return found, failed
             except (StoreUnreachableError, TimeoutError) as error:
                 failed += 1
                 self._on_failure(operation, error)
@@ -238,6 +252,7 @@ class RetryingStore(Store):
                         raise reason from None
                     raise _silence(operation, subject, failed) from error
             await asyncio.sleep(pause)
+            self._on_retry(operation)
 
     async def _is_ours(self, key: str, buffers: Buffers) -> bool:
         """Whether `key` holds exactly `buffers`; of an object that is gone again, False unless

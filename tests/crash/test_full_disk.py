@@ -4,7 +4,6 @@ the newest snapshot is committed when there is room again."""
 from __future__ import annotations
 
 import asyncio
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,9 +11,9 @@ import pytest
 
 from ckptmgr.repository.catalog import Catalog
 from ckptmgr.restore.check import verify_store
-from ckptmgr.staging.slots import free_slot, superseded_slot
 from ckptmgr.store.local import LocalStore
 from ckptmgr.types import Outcome
+from crash.full_disk import fill, mounted, train
 from driven import Daemon, Rank, until
 from processes import needs_root
 
@@ -25,34 +24,8 @@ pytestmark = [pytest.mark.root, pytest.mark.reliability]
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """Mount a file system of 6 MiB."""
     needs_root()
-    path = tmp_path / "small"
-    path.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", path], check=True)
-    yield path
-    subprocess.run(["umount", "-l", path], check=True)
-
-
-def fill(disk: Path) -> Path:
-    """Take every byte that is left."""
-    filler = disk / "filler"
-    with filler.open("wb", buffering=0) as file:
-        try:
-            while file.write(bytes(4096)):
-                pass
-        except OSError:
-            return filler
-    raise AssertionError("the disk has no end")
-
-
-def train(rank: Rank, step: int) -> None:
-    """Snapshot as the trainer does: into a free slot, else over the oldest that is undecided."""
-    sealed = [(s, rank.buffer.outcome(s)) for s in rank.buffer.snapshots()]
-    slot = free_slot(rank.buffer.capacity.slots, sealed)
-    if slot is None:
-        oldest = superseded_slot(sealed)
-        assert oldest is not None
-        slot = oldest.slot
-    rank.save(step, slot)
+    with mounted(tmp_path / "small", "6m") as path:
+        yield path
 
 
 @pytest.mark.parametrize("codec", ["none", "planes"])

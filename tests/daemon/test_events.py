@@ -17,17 +17,22 @@ from typing import Any
 import pytest
 
 from ckptmgr.daemon import log
+from ckptmgr.daemon.codes import CODES
 from driven import PYTHON_PATH, TREE, Daemon, until
 
-ROW = re.compile(r"^\| `(\w+)` \| (\w+) \| (.*?) \| .+ \|$", re.MULTILINE)
+ROW = re.compile(r"^\| (CKM\d{4}) \| `(\w+)` \| (\w+) \| (.*?) \| .+ \|$", re.MULTILINE)
 LEVELS = {"event": "info", "warning": "warning", "fault": "error"}
+HEADING = re.compile(r"^### (CKM\d{4}) `(\w+)`$", re.MULTILINE)
 Found = dict[str, tuple[str, set[str]]]
 
 
 def documented() -> Found:
     """Event -> level and fields, as docs/events.md has them."""
     text = (TREE / "docs/events.md").read_text()
-    return {name: (level, set(re.findall(r"`(\w+)`", f))) for name, level, f in ROW.findall(text)}
+    return {
+        name: (level, set(re.findall(r"`(\w+)`", fields)))
+        for _, name, level, fields in ROW.findall(text)
+    }
 
 
 def emitted() -> Found:
@@ -58,6 +63,29 @@ def called(node: ast.Call, path: Path) -> Iterator[tuple[str, str, set[str]]]:
 
 def test_every_event_is_documented_and_every_documented_one_exists() -> None:
     assert emitted() == documented()
+
+
+def test_every_event_has_one_code_for_ever() -> None:
+    rows = ROW.findall((TREE / "docs/events.md").read_text())
+    shown = {name: (code, level) for code, name, level, _ in rows}
+    assert shown == CODES
+    codes = [code for code, _ in CODES.values()]
+    assert len(set(codes)) == len(codes), "a code is used twice"
+    assert {name: level for name, (_, level) in CODES.items()} == {
+        name: level for name, (level, _) in emitted().items()
+    }
+
+
+def test_the_runbook_says_what_to_do_about_every_warning_and_error() -> None:
+    text = (TREE / "docs/runbook.md").read_text()
+    entries = HEADING.findall(text)
+    assert len(entries) == text.count("\n### CKM")
+    assert {(CODES[name][0], name) for _, name in entries} == set(entries)
+    wanted = {name for name, (_, level) in CODES.items() if level != "info"}
+    assert wanted <= {name for _, name in entries}
+    known = {code for code, _ in CODES.values()}
+    assert set(re.findall(r"CKM\d{4}", text)) <= known
+    assert [code for code, _ in entries] == sorted(code for code, _ in entries)
 
 
 # ---- how they look ----------------------------------------------------------
@@ -94,7 +122,13 @@ def lines_of(stream: io.StringIO) -> list[str]:
 def test_off_a_terminal_every_event_is_one_json_line() -> None:
     found: list[dict[str, Any]] = [json.loads(line) for line in lines_of(io.StringIO())]
     assert all(isinstance(line.pop("at"), float) for line in found)
-    assert found[0] == {"level": "info", "event": "started", "pid": 7, "runtime": "/dev/shm/a b"}
+    assert found[0] == {
+        "level": "info",
+        "event": "started",
+        "code": "CKM1001",
+        "pid": 7,
+        "runtime": "/dev/shm/a b",
+    }
     assert found[1]["why"] == 'a "quoted"\nsecond line'
     assert found[1]["level"] == "warning"
     assert (found[2]["event"], found[2]["why"]) == ("fault", "ValueError('broken')")

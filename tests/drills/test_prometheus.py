@@ -1,0 +1,49 @@
+"""A real Prometheus takes the rules and every expression of the dashboard, on real metrics."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from drills.acting import commit
+from drills.conftest import WatchDaemon
+from drills.watched import Prometheus
+from driven import TREE, Daemon, Rank, until
+from rigged import Rig
+
+QUIET = {"Mirror", "Spool", "Oldest undecided snapshot", "Warnings and errors"}
+"""Panels that have something to show on bad days only, or with a spool or a mirror."""
+
+
+def test_every_panel_shows_something_of_a_job_that_goes_well(
+    runtime: Path, rig: Rig, prometheus: Prometheus, watch: WatchDaemon
+) -> None:
+    panels = json.loads((TREE / "docs/observability/ckptmgr-dashboard.json").read_text())["panels"]
+    with (
+        Daemon(runtime) as daemon,
+        Rank(runtime, rig.url, keep=2) as rank,
+        watch(daemon) as alerts,
+    ):
+        for step in range(1, 5):
+            commit(rank, step)
+        rank.restore()
+        until(lambda: alerts.value("ckptmgr_last_commit_step") == 4, "it is scraped")
+        empty = set()
+        for panel in panels:
+            asked = [
+                target["expr"].replace("$instance", alerts.instance) for target in panel["targets"]
+            ]
+            if not [sample for one in asked for sample in prometheus.query(one)]:
+                empty.add(panel["title"])
+        assert empty <= QUIET
+        alerts.is_quiet()
+
+
+def test_the_rules_are_evaluated_without_fault(prometheus: Prometheus) -> None:
+    def settled() -> bool:
+        (group,) = prometheus.ask("rules")["groups"]
+        health = {rule["health"] for rule in group["rules"]}
+        assert "err" not in health, group
+        return health == {"ok"}
+
+    until(settled, "every rule was evaluated")
