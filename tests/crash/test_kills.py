@@ -35,7 +35,7 @@ AIMS = {
 
 
 @contextmanager
-def storm(tmp_path: Path, chance: random.Random, url: str) -> Iterator[Storm]:
+def storm(tmp_path: Path, chance: random.Random, url: str, *, encrypt: bool) -> Iterator[Storm]:
     name = secrets.token_hex(4)
     runtime = Path(f"/dev/shm/ckptmgr-storm-{name}")
     root = tmp_path / name
@@ -44,7 +44,8 @@ def storm(tmp_path: Path, chance: random.Random, url: str) -> Iterator[Storm]:
     codec = chance.choice(["auto", "none", "zstd", "planes"])
     mib = chance.choice([4, 12, 12, 24, *([72] if FULL else [])])
     keep = chance.choice([2, 3, 5])
-    found = Storm(root, runtime, chance, codec, mib, keep, url=url and f"{url}/{name}")
+    where = url and f"{url}/{name}"
+    found = Storm(root, runtime, chance, codec, mib, keep, url=where, encrypt=encrypt)
     try:
         yield found
     finally:
@@ -139,7 +140,7 @@ def strike(one: Storm, victim: str) -> None:
 
 
 def run(
-    victim: str, kills: int, tmp_path: Path, url: str = ""
+    victim: str, kills: int, tmp_path: Path, url: str = "", *, encrypt: bool = False
 ) -> tuple[Counter[tuple[str, str]], Counter[str]]:
     """Where so many kills landed, and what was counted; stores are made below `url`."""
     places: Counter[tuple[str, str]] = Counter()
@@ -148,7 +149,7 @@ def run(
     print(f"{victim}: seed {seed}")
     chance = random.Random(seed)
     while places.total() < kills:
-        with storm(tmp_path, chance, url) as one:
+        with storm(tmp_path, chance, url, encrypt=encrypt) as one:
             goal = min(CHAIN, kills - places.total())
             while one.kills < goal:
                 strike(one, victim)
@@ -171,9 +172,18 @@ def run(
 def test_no_kill_tears_or_loses_anything(
     victim: str, sample: int, full: int, tmp_path: Path
 ) -> None:
-    kills = scaled(sample, full)
+    judge(victim, scaled(sample, full), tmp_path, encrypt=False)
+
+
+@pytest.mark.timeout(14400)
+@pytest.mark.parametrize("victim", ["daemon", "both"])
+def test_no_kill_tears_or_loses_anything_that_is_encrypted(victim: str, tmp_path: Path) -> None:
+    judge(victim, scaled(3, 50), tmp_path, encrypt=True)
+
+
+def judge(victim: str, kills: int, tmp_path: Path, *, encrypt: bool) -> None:
     begun = time.monotonic()
-    places, facts = run(victim, kills, tmp_path)
+    places, facts = run(victim, kills, tmp_path, encrypt=encrypt)
     inside = sum(count for (_, place), count in places.items() if place in INSIDE)
     print(f"{victim}: {kills} kills in {time.monotonic() - begun:.0f} s, {inside} inside a write")
     for (_, place), count in sorted(places.items(), key=lambda item: -item[1]):
