@@ -23,6 +23,9 @@ pytestmark = [pytest.mark.kill, pytest.mark.reliability]
 CHAIN = 25
 """Kills over one store; then another store, codec and size."""
 
+KILLS_TO_COUNT = 6
+"""Of fewer kills it is chance where they land."""
+
 COPY_SECONDS, SEAL_SECONDS = 0.006, 0.0015
 PERSIST_SECONDS, RESTORE_SECONDS = 0.06, 0.04
 """Spans in which an aimed kill falls at random; about as long as what is aimed at."""
@@ -191,4 +194,5 @@ def judge(victim: str, kills: int, tmp_path: Path, *, encrypt: bool) -> None:
     for fact, count in sorted(facts.items()):
         print(f"  {fact:<30} {count:>5}")
     assert places.total() == kills
-    assert inside * 3 >= kills, "too few kills landed inside a copy or a write"
+    if kills >= KILLS_TO_COUNT:
+        assert inside * 3 >= kills, "too few kills landed inside a copy or a write"
