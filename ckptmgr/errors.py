@@ -3,6 +3,8 @@
 CkptmgrError                     exit 1
 +- UsageError                    exit 2   a wrong argument, URL, key or configuration
 |  +- StepOrderError                      steps must strictly increase within an attempt
+|  +- LockedError                         what is stored is encrypted, and no key was given
+|     +- WrongKeyError                    it was encrypted with another key than those given
 +- StateError                    exit 1   the training state itself
 |  +- UnsupportedLeafError                a leaf that can not be stored exactly, with its path
 |  +- StateMismatchError                  saved and live leaves, shapes or dtypes differ
@@ -18,6 +20,7 @@ CkptmgrError                     exit 1
 |  +- ChunkDamagedError                   a chunk: bad hash, frame or length
 |  +- MissingObjectError                  an object that a commit names is gone
 |  +- UnsupportedFormatError              written by a newer ckptmgr, or not by ckptmgr
+|  +- UntrustedError                      not signed, or not encrypted, with a key that was given
 +- NothingToRestoreError         exit 4   no committed step, or not the one asked for
 +- StoreError                    exit 1   a store operation failed
 |  +- StoreUnreachableError      exit 5   it may work later: timeout, ESTALE, connection lost
@@ -76,6 +79,18 @@ class StepOrderError(UsageError):
     """A step that is not greater than the last one of this attempt."""
 
     default_hint = "Pass strictly increasing steps; start at restore() + 1."
+
+
+class LockedError(UsageError):
+    """What is stored is encrypted, and no key was given."""
+
+    default_hint = "Set CKPTMGR_KEY_FILE or CKPTMGR_KEY_COMMAND (docs/encryption.md)."
+
+
+class WrongKeyError(LockedError):
+    """It was encrypted with another key than those that were given."""
+
+    default_hint = "Add that key to the key file, behind the one that encrypts."
 
 
 class StateError(CkptmgrError):
@@ -159,6 +174,10 @@ class UnsupportedFormatError(DamageError):
     """An object written by a newer ckptmgr, or not by ckptmgr at all."""
 
     default_hint = "Read it with the ckptmgr version that wrote it, or a newer one."
+
+
+class UntrustedError(DamageError):
+    """Not signed, or not encrypted, with one of the keys that were given."""
 
 
 class NothingToRestoreError(CkptmgrError):

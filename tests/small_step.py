@@ -33,6 +33,7 @@ from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.catalog import Catalog
 from ckptmgr.repository.commit import Decision, abort_step, commit_step, put_witness
 from ckptmgr.repository.hold import host_name, put_hold
+from ckptmgr.repository.keyring import NO_KEYS, Keyring
 from ckptmgr.repository.manifest import Manifest
 from ckptmgr.restore.plan import Move, Plan, plan_moves
 from ckptmgr.staging.bufferfile import Capacity
@@ -200,11 +201,17 @@ def fill_slot(
 
 
 async def save_step(
-    store: Store, attempt: int, nonce: str, step: int, state: dict[str, Any], codec: str = "planes"
+    store: Store,
+    attempt: int,
+    nonce: str,
+    step: int,
+    state: dict[str, Any],
+    codec: str = "planes",
+    keyring: Keyring = NO_KEYS,
 ) -> SavedStep:
     """One snapshot through the real pipeline to its commit."""
     encoded = encode_state(state)
-    decision = await commit_encoded(store, attempt, nonce, step, encoded, codec)
+    decision = await commit_ranks(store, attempt, nonce, step, [encoded], codec, keyring)
     return SavedStep(decision.id, state, encoded, decision)
 
 
@@ -222,6 +229,7 @@ async def commit_ranks(
     step: int,
     ranks: Sequence[Encoded],
     codec: str = "planes",
+    keyring: Keyring = NO_KEYS,
 ) -> Decision:
     """What the slots of all ranks would hold; committed whether it is a whole step or not."""
     await put_active(store, attempt, nonce)
@@ -230,10 +238,10 @@ async def commit_ranks(
         with host_buffer(store.url, len(encoded.data)) as buffer:
             of_step: Any = {"attempt": attempt, "nonce": nonce, "step": step}
             snapshot = fill_slot(buffer, 0, encoded, **of_step, rank=rank, world=len(ranks))
-            source = Source(buffer, snapshot, store, HOST)
+            source = Source(buffer, snapshot, store, HOST, keyring)
             manifests.append(await pipeline.write(source, codec, lambda _raw, _stored: None))
     parent = await parent_of(Catalog(store), StepId(attempt, step))
-    decision = await commit_step(store, manifests, parent)
+    decision = await commit_step(store, manifests, parent, keyring)
     await put_witness(store, decision)
     return decision
 
@@ -252,22 +260,27 @@ async def save_steps(
     steps: tuple[int, ...] = STEPS,
     codec: str = "planes",
     state: Callable[[int], dict[str, Any]] = small_state,
+    keyring: Keyring = NO_KEYS,
 ) -> list[SavedStep]:
     """Claim an attempt and commit `steps` under it, oldest first."""
     attempt, nonce = await claim_attempt(store, 1, "")
     await publish_have(store, attempt, host_name(), [])
-    return [await save_step(store, attempt, nonce, step, state(step), codec) for step in steps]
+    return [
+        await save_step(store, attempt, nonce, step, state(step), codec, keyring) for step in steps
+    ]
 
 
 async def save_every_kind(
-    store: Store, state: Callable[[int], dict[str, Any]] = small_state
+    store: Store,
+    state: Callable[[int], dict[str, Any]] = small_state,
+    keyring: Keyring = NO_KEYS,
 ) -> list[SavedStep]:
     """A store with every kind of object; returns the two steps that stand, older first.
 
     Of attempt 1, step 10 is retired, 20 held, 25 aborted, 30 verified; attempt 2 has resumed.
     """
-    saved = await save_steps(store, (10, 20, 30), state=state)
-    await collect(Catalog(store), BufferPool(BUDGET_BYTES), 2)
+    saved = await save_steps(store, (10, 20, 30), state=state, keyring=keyring)
+    await collect(Catalog(store, keyring), BufferPool(BUDGET_BYTES), 2)
     await abort_step(store, StepId(1, 25), "given up by the test")
     await put_hold(store, saved[1].id, "test", "for the test")
     attempt, _ = await claim_attempt(store, 1, "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, TypeVar
 
@@ -74,7 +75,10 @@ def with_store(
     from ckptmgr.repository import keys
     from ckptmgr.repository.catalog import Catalog
     from ckptmgr.repository.commit import check_format
+    from ckptmgr.repository.keyring import load_keyring
     from ckptmgr.store.mirrored import open_for_reading
+
+    keyring = load_keyring(os.environ)
 
     async def run() -> T:
         store = open_for_reading(url, mirror, present.read_mirror, keys.FORMAT, objects=objects)
@@ -82,7 +86,7 @@ def with_store(
             if not await check_format(store, create=False):
                 hint = "Check the URL; the first trainer of a job makes its store."
                 raise NothingToRestoreError("is not a ckptmgr store", subject=store.url, hint=hint)
-            return await use(Catalog(store))
+            return await use(Catalog(store, keyring))
         finally:
             await store.aclose()
 

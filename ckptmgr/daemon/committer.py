@@ -28,6 +28,7 @@ from ckptmgr.repository.commit import (
     stored_manifest,
 )
 from ckptmgr.repository.manifest import SealedManifest, uncovered
+from ckptmgr.repository.opening import open_manifest
 from ckptmgr.repository.rules import (
     TURN_SECONDS,
     goes_first,
@@ -194,11 +195,15 @@ class Committer:
             return await self._wait_or_give_up(watch, present, missing)
         manifests = await self._all_manifests(watch)
         if watch.world > 1:
-            gap = await in_thread(uncovered, [one.manifest for one in manifests])
+            gap = await in_thread(self._uncovered, manifests)
             if gap:
                 return await abort_step(self._store, step, gap)
         parent = self._parents.get(watch.nonce) or await parent_of(self._catalog, step)
-        return await commit_step(self._store, manifests, parent)
+        return await commit_step(self._store, manifests, parent, self._catalog.keyring)
+
+    def _uncovered(self, manifests: list[SealedManifest]) -> str:
+        keyring = self._catalog.keyring
+        return uncovered([open_manifest(one, keyring).manifest for one in manifests])
 
     def _decides(self, watch: Watch) -> bool:
         return may_decide(self._store.exclusive, watch.manifests)

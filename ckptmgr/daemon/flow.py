@@ -23,12 +23,17 @@ class Packs(Protocol):
     async def compressed(self, index: int, encoded: Callable[[], None]) -> None:
         """Compress a pack, say that it is encoded, and put it when there is a place."""
 
+    async def sealed(self, index: int, encoded: Callable[[], None]) -> None:
+        """As `compressed`, but only encrypt it."""
+
     async def probe(self) -> None:
         """Measure the codec on a little of the snapshot."""
 
 
-async def flow(route: Route, sizes: Sequence[int], codec: str, packs: Packs) -> None:
-    """Bring packs of `sizes` raw bytes to the store.
+async def flow(
+    route: Route, sizes: Sequence[int], codec: str, packs: Packs, *, encrypted: bool = False
+) -> None:
+    """Bring packs of `sizes` raw bytes to the store; none as it is where they are `encrypted`.
 
     Raises:
         CkptmgrError: the first failure; whatever else was under way has ended.
@@ -37,31 +42,39 @@ async def flow(route: Route, sizes: Sequence[int], codec: str, packs: Packs) -> 
         async with asyncio.TaskGroup() as tasks:
             if codec == "auto" and route.probe_is_due(sum(sizes)):
                 tasks.create_task(packs.probe())
-            await _start_all(route, sizes, codec, packs, tasks)
+            await _start_all(route, sizes, codec, packs, tasks, encrypted=encrypted)
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
 
 
 async def _start_all(
-    route: Route, sizes: Sequence[int], codec: str, packs: Packs, tasks: asyncio.TaskGroup
+    route: Route,
+    sizes: Sequence[int],
+    codec: str,
+    packs: Packs,
+    tasks: asyncio.TaskGroup,
+    *,
+    encrypted: bool,
 ) -> None:
     pending = deque(enumerate(sizes))
     route.pending_bytes += sum(sizes)
     try:
         while pending:
             index, nbytes = pending[0]
-            bell, send = route.bell, route.next(codec, nbytes, spare=packs.spare())
+            bell = route.bell
+            send = route.next(codec, nbytes, spare=packs.spare(), copied=encrypted)
             if send is None:
                 await bell.wait()
                 continue
             pending.popleft()
             route.pending_bytes -= nbytes
-            if send is Send.RAW:
+            if send is Send.RAW and not encrypted:
                 _start(tasks, packs.raw(index), route.leave_place, route.take_place(nbytes))
             else:
                 work = route.start_encoding(nbytes)
                 ended = partial(route.stop_encoding, work)
-                _start(tasks, packs.compressed(index, ended), route.stop_encoding, work)
+                bring = packs.sealed if send is Send.RAW else packs.compressed
+                _start(tasks, bring(index, ended), route.stop_encoding, work)
             await asyncio.sleep(0)  # it takes its buffer, so that `spare` tells the truth
     finally:
         route.pending_bytes -= sum(nbytes for _, nbytes in pending)

@@ -23,6 +23,7 @@ from ckptmgr.repository import keys
 from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.catalog import Catalog
 from ckptmgr.repository.commit import Decision, check_format
+from ckptmgr.repository.keyring import NO_KEYS, Keyring
 from ckptmgr.store.base import Store
 from ckptmgr.store.mirrored import MirroredStore, patient
 from ckptmgr.store.registry import open_store
@@ -77,7 +78,8 @@ class Job:
         tell = StoreCounts(self.metrics, self.label).failed
         first = patient(self.url, settings.store_timeout_seconds, keys.FORMAT, tell)
         self.mirror = mirror = Mirror(self, copy, pool)
-        self.reading = Catalog(MirroredStore(first, copy, mirror.read, keys.FORMAT))
+        store = MirroredStore(first, copy, mirror.read, keys.FORMAT)
+        self.reading = Catalog(store, self.catalog.keyring)
         self._following = asyncio.create_task(mirror.run(), name=f"mirror {self.label}")
         self._following.add_done_callback(_tell_fault)
 
@@ -90,6 +92,7 @@ class Job:
         settings: DaemonSettings,
         limit: Bucket | None = None,
         spool: Spool | None = None,
+        keyring: Keyring = NO_KEYS,
     ) -> Job:
         """Open the job's store, whose bytes go no faster than `limit`. Nothing is read yet.
 
@@ -123,7 +126,7 @@ class Job:
         return cls(
             url,
             store,
-            Catalog(store),
+            Catalog(store, keyring),
             label,
             metrics,
             pool,

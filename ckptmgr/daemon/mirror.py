@@ -179,10 +179,10 @@ class Mirror:
 
     async def _copy_step(self, decision: Decision) -> None:
         for rank in range(decision.world):
-            sealed = await self._job.catalog.manifest(decision, rank)
+            sealed = await self._job.catalog.manifest(decision, rank, closed=True)
             await copy_packs(self._first, self._store, sealed.manifest, self._pool)
             if not await put_manifest(self._store, sealed):
-                await Catalog(self._store).manifest(decision, rank)
+                await Catalog(self._store).manifest(decision, rank, closed=True)
                 await self._store.make_durable(sealed.key)
 
     async def _retire(self, step: StepId) -> None:

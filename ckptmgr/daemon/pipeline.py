@@ -12,6 +12,8 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import msgspec
+
 from ckptmgr.config import PACK_BYTES
 from ckptmgr.daemon.flow import flow
 from ckptmgr.daemon.route import PROBE_CHUNKS, Route, spread
@@ -21,11 +23,14 @@ from ckptmgr.repository.budget import BufferPool, in_thread
 from ckptmgr.repository.chunk import Chunk, Cut, cut, hash_of
 from ckptmgr.repository.codec import Codec, choose_codec, encode
 from ckptmgr.repository.commit import stored_manifest
+from ckptmgr.repository.envelope import DataKey, Part, seal_chunk
+from ckptmgr.repository.keyring import NO_KEYS, Keyring
 from ckptmgr.repository.manifest import (
     Manifest,
     SealedManifest,
     seal_manifest,
 )
+from ckptmgr.repository.opening import close_manifest, digest_of_chunk, with_digests
 from ckptmgr.repository.pack import pack_header, padded
 from ckptmgr.staging.hostbuffer import HostBuffer, Table
 from ckptmgr.staging.layout import decode_layout
@@ -40,22 +45,28 @@ ENCODERS_MIN = 2
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A sealed snapshot and the store it goes to."""
+    """A sealed snapshot, the store it goes to, and the keys for it."""
 
     buffer: HostBuffer
     snapshot: Snapshot
     store: Store
     host: str
+    keyring: Keyring = NO_KEYS
 
 
 @dataclass(frozen=True, slots=True)
 class _Pack:
-    """A pack ready to be put: its buffers, and its chunks with pack index still 0."""
+    """A pack ready to be put: its buffers, and its chunks with pack index still 0.
+
+    `proofs` are what the manifest says of each chunk beside its hashes: the tag of an encrypted
+    one, or the digest of one whose commit will be signed.
+    """
 
     key: str
     buffers: list[memoryview]
     chunks: list[Chunk]
     nbytes: int
+    proofs: list[bytes]
 
 
 def packs_of(cuts: list[Cut], pack_bytes: int = PACK_BYTES) -> Iterator[list[Cut]]:
@@ -116,9 +127,10 @@ class Pipeline:
         table = await in_thread(source.buffer.table, source.snapshot)
         layout = decode_layout(table.layout, subject=str(source.buffer.path))
         route = self.route(source.store.url)
-        packs = _Packs(source, codec, cut(layout.groups), self._pool, route, stored)
-        await flow(route, packs.sizes, codec, packs)
-        manifest = _manifest(source, table, packs.in_order())
+        data_key = DataKey.fresh() if source.keyring.encrypting else None
+        packs = _Packs(source, codec, cut(layout.groups), self._pool, route, stored, data_key)
+        await flow(route, packs.sizes, codec, packs, encrypted=data_key is not None)
+        manifest = _manifest(source, table, packs.in_order(), data_key)
         _check_unchanged(source)
         if await source.store.put_new(manifest.key, [memoryview(manifest.record)]) is PutResult.OK:
             return manifest
@@ -136,8 +148,10 @@ class _Packs:
         pool: BufferPool,
         route: Route,
         stored: Callable[[int, int], None],
+        data_key: DataKey | None = None,
     ) -> None:
         self._source, self._codec, self._cuts = source, codec, cuts
+        self._data_key = data_key
         self._groups = list(packs_of(cuts))
         self._pool, self._route, self._stored = pool, route, stored
         self._done: dict[int, _Pack] = {}
@@ -159,7 +173,16 @@ class _Packs:
     async def compressed(self, index: int, encoded: Callable[[], None]) -> None:
         """As `Packs.compressed`."""
         async with self._pool.lease() as lease:
-            pack = await self._encode(self._groups[index], lease)
+            pack = await self._encode(self._groups[index], lease, self._data_key)
+            encoded()
+            async with self._route.place(pack.nbytes):
+                await self._put(index, pack)
+
+    async def sealed(self, index: int, encoded: Callable[[], None]) -> None:
+        """As `Packs.sealed`."""
+        async with self._pool.lease() as lease:
+            what = self._source, self._groups[index], "none", lease, self._data_key
+            pack = await in_thread(_copied_pack, *what)
             encoded()
             async with self._route.place(pack.nbytes):
                 await self._put(index, pack)
@@ -174,12 +197,13 @@ class _Packs:
     async def _probe(self, cuts: list[Cut]) -> None:
         if self._pool.has_free:  # it gives way to everything else that wants a buffer
             async with self._pool.lease() as lease:
-                await self._encode(cuts, lease)
+                await self._encode(cuts, lease, None)  # a data key seals a chunk once
 
-    async def _encode(self, cuts: list[Cut], lease: memoryview) -> _Pack:
+    async def _encode(self, cuts: list[Cut], lease: memoryview, data_key: DataKey | None) -> _Pack:
         begun = self._route.begin()
         try:
-            pack = await in_thread(_compressed_pack, self._source, cuts, self._codec, lease)
+            what = self._source, cuts, self._codec, lease, data_key
+            pack = await in_thread(_copied_pack, *what)
         except BaseException:
             self._route.codec.drop()
             raise
@@ -209,40 +233,75 @@ def _raw_pack(source: Source, cuts: list[Cut]) -> _Pack:
     key = keys.new_pack(source.snapshot.id, source.snapshot.rank)
     header = pack_header(key, source.snapshot.id, source.snapshot.rank, source.snapshot.nonce)
     buffers, chunks, at = [_aligned(header)], [], PAGE_BYTES
+    digests: list[bytes] = []
     for one in cuts:
         raw = data[one.offset : one.offset + one.nbytes]
         chunks.append(
             Chunk(0, at, one.nbytes, one.offset, one.nbytes, Codec.NONE, hash_of(raw), b"")
         )
+        if source.keyring.signer is not None:
+            digests.append(digest_of_chunk(raw))
         at += one.nbytes
     # The cuts of a pack are one run of the slot: a single buffer, page-aligned, no copy.
     run = data[cuts[0].offset : cuts[-1].offset + cuts[-1].nbytes]
-    return _Pack(key, [*buffers, run], chunks, at)
+    return _Pack(key, [*buffers, run], chunks, at, digests)
 
 
-def _compressed_pack(source: Source, cuts: list[Cut], codec: str, lease: memoryview) -> _Pack:
-    """Compress chunk after chunk into the lease; a chunk that does not shrink is copied."""
+def _copied_pack(
+    source: Source, cuts: list[Cut], codec: str, lease: memoryview, data_key: DataKey | None
+) -> _Pack:
+    """Compress or encrypt, or both, chunk after chunk into the lease; one that does not shrink is
+    copied.
+    """
     data = source.buffer.data(source.snapshot.slot)
     key = keys.new_pack(source.snapshot.id, source.snapshot.rank)
     lease[:PAGE_BYTES] = pack_header(
         key, source.snapshot.id, source.snapshot.rank, source.snapshot.nonce
     )
-    chunks, at = [], PAGE_BYTES
+    chunks, proofs, at = [], [], PAGE_BYTES
     for one in cuts:
         raw = data[one.offset : one.offset + one.nbytes]
-        raw_hash = hash_of(raw)
-        kind = choose_codec(codec, raw, one)
-        length = encode(kind, raw, one, lease[at : at + one.nbytes])
-        if length:
-            stored_hash = hash_of(lease[at : at + length])
-        else:
-            kind, length, stored_hash = Codec.NONE, one.nbytes, b""
-            lease[at : at + length] = raw
-        chunks.append(Chunk(0, at, length, one.offset, one.nbytes, kind, raw_hash, stored_hash))
+        chunk, proof = _stored_chunk(source, codec, one, raw, lease[at:], data_key)
+        chunks.append(msgspec.structs.replace(chunk, pack_offset=at))
+        proofs.append(proof)
+        length = chunk.stored_bytes
         end = at + padded(length)
         lease[at + length : end] = bytes(end - at - length)
         at = end
-    return _Pack(key, [lease[:at]], chunks, at)
+    return _Pack(key, [lease[:at]], chunks, at, proofs)
+
+
+def _stored_chunk(
+    source: Source,
+    codec: str,
+    one: Cut,
+    raw: memoryview,
+    out: memoryview,
+    data_key: DataKey | None,
+) -> tuple[Chunk, bytes]:
+    """Bring a chunk into `out` as it is stored: the chunk, at offset 0 of a pack, and its proof."""
+    raw_hash = hash_of(raw)
+    kind = choose_codec(codec, raw, one)
+    length = encode(kind, raw, one, out[: one.nbytes])
+    plain = out[:length]
+    if not length:
+        kind, length, plain = Codec.NONE, one.nbytes, raw
+    stored, proof = out[:length], b""
+    chunk = Chunk(0, 0, length, one.offset, one.nbytes, kind, raw_hash, b"")
+    if data_key is not None:
+        proof = seal_chunk(data_key, _part_of(source.snapshot), chunk, plain, stored)
+    elif kind is Codec.NONE:
+        stored[:] = raw
+    if data_key is not None or kind is not Codec.NONE:
+        chunk = msgspec.structs.replace(chunk, stored_hash=hash_of(stored))
+    if data_key is None and source.keyring.signer is not None:
+        proof = digest_of_chunk(stored)
+    return chunk, proof
+
+
+def _part_of(snapshot: Snapshot) -> Part:
+    s = snapshot
+    return Part(s.attempt, s.step, s.nonce, s.rank, s.world)
 
 
 def _aligned(header: bytes) -> memoryview:
@@ -252,31 +311,37 @@ def _aligned(header: bytes) -> memoryview:
     return memoryview(page)
 
 
-def _manifest(source: Source, table: Table, packs: list[_Pack]) -> SealedManifest:
+def _manifest(
+    source: Source, table: Table, packs: list[_Pack], data_key: DataKey | None
+) -> SealedManifest:
     snapshot = source.snapshot
     chunks = tuple(
         Chunk(index, *(getattr(chunk, name) for name in Chunk.__struct_fields__[1:]))
         for index, pack in enumerate(packs)
         for chunk in pack.chunks
     )
-    return seal_manifest(
-        Manifest(
-            attempt=snapshot.attempt,
-            step=snapshot.step,
-            nonce=snapshot.nonce,
-            rank=snapshot.rank,
-            world=snapshot.world,
-            host=source.host,
-            layout=table.layout,
-            values=table.values,
-            packs=tuple((pack.key, pack.nbytes) for pack in packs),
-            chunks=chunks,
-            raw_bytes=sum(chunk.raw_bytes for chunk in chunks),
-            stored_bytes=sum(pack.nbytes for pack in packs),
-            sealed_at=snapshot.sealed_at,
-            tags=table.tags,
-        )
+    manifest = Manifest(
+        attempt=snapshot.attempt,
+        step=snapshot.step,
+        nonce=snapshot.nonce,
+        rank=snapshot.rank,
+        world=snapshot.world,
+        host=source.host,
+        layout=table.layout,
+        values=table.values,
+        packs=tuple((pack.key, pack.nbytes) for pack in packs),
+        chunks=chunks,
+        raw_bytes=sum(chunk.raw_bytes for chunk in chunks),
+        stored_bytes=sum(pack.nbytes for pack in packs),
+        sealed_at=snapshot.sealed_at,
+        tags=table.tags,
     )
+    proofs = [proof for pack in packs for proof in pack.proofs]
+    if data_key is not None and source.keyring.encrypting is not None:
+        return seal_manifest(close_manifest(manifest, data_key, proofs, source.keyring.encrypting))
+    if source.keyring.signer is not None:
+        return seal_manifest(with_digests(manifest, proofs))
+    return seal_manifest(manifest)
 
 
 async def adopt_manifest(

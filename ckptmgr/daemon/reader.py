@@ -40,6 +40,7 @@ from ckptmgr.repository.catalog import standing_steps
 from ckptmgr.repository.commit import FROM_SCRATCH, Decision, claim_of, stored_manifest
 from ckptmgr.repository.hold import held_step
 from ckptmgr.repository.manifest import Manifest
+from ckptmgr.repository.opening import open_manifest
 from ckptmgr.repository.rules import complete_steps
 from ckptmgr.restore.plan import check_ranges
 from ckptmgr.staging.control import Fetched, Lent, Load, Ranges, Restore, Restored
@@ -463,7 +464,8 @@ async def _manifest_to_come(job: Job, step: StepId, rank: int) -> Manifest:
     deadline = time.monotonic() + PART_SECONDS_MAX
     while True:
         try:
-            manifest = (await stored_manifest(job.store, step, rank)).manifest
+            sealed = await stored_manifest(job.store, step, rank)
+            manifest = open_manifest(sealed, job.reading.keyring).manifest
             break
         except ObjectNotFoundError:
             if time.monotonic() > deadline:

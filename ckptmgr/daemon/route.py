@@ -81,10 +81,11 @@ class Route:
 
     # -- the decision -------------------------------------------------------------------------
 
-    def next(self, codec: str, nbytes: int, *, spare: bool) -> Send | None:
+    def next(self, codec: str, nbytes: int, *, spare: bool, copied: bool = False) -> Send | None:
         """What to do with the next pack of a snapshot; None: wait for the bell.
 
-        `spare` is whether a buffer is free. It never says to wait when nothing is under way.
+        `spare` is whether a buffer is free; `copied` says that raw packs need one and an encoder,
+        too, as they do to be encrypted. It never says to wait when nothing is under way.
         """
         place = len(self._places) + len(self._waiting) < self.width.now
         encoder = len(self._encoding) < self.encoders
@@ -92,7 +93,7 @@ class Route:
             return Send.COMPRESSED if encoder else None
         if codec == "auto" and self._compression_pays(nbytes, spare=encoder and spare):
             return Send.COMPRESSED if encoder and spare else None
-        return Send.RAW if place else None
+        return Send.RAW if place and (encoder or not copied) else None
 
     def _compression_pays(self, nbytes: int, *, spare: bool) -> bool:
         """Whether an encoder is to have the pack: one that is free, or the next that will be."""

@@ -37,6 +37,7 @@ from ckptmgr.errors import CkptmgrError, StoreError, UsageError
 from ckptmgr.metrics import Metrics
 from ckptmgr.repository.budget import LEASE_BYTES, BufferPool
 from ckptmgr.repository.hold import host_name
+from ckptmgr.repository.keyring import load_keyring
 from ckptmgr.staging import control
 from ckptmgr.staging.inbox import LOCK, SOCKET, InboxWatch, prepare, take_tickets
 from ckptmgr.store.mirrored import place_of
@@ -60,6 +61,7 @@ class Service:
         self.supervisor = supervisor or Supervisor()
         self.metrics = Metrics()
         self.preemptions = Preemptions(self.metrics)
+        self.keyring = load_keyring(os.environ)
         self.pool = BufferPool(settings.budget_bytes)
         self.intake = Intake(settings.runtime_dir, self.supervisor)
         self._gauges = Gauges(self.metrics, self.intake)
@@ -242,7 +244,8 @@ class Service:
             raise UsageError(f"has more than {URL_CHARS_MAX} characters", subject=url[:80] + "...")
         if url not in self.jobs:
             spool = self.spools.of(url) if self.spools is not None else None
-            job = Job.open(url, self.metrics, self.pool, self.settings, self._limit, spool)
+            of_all = self.metrics, self.pool, self.settings, self._limit
+            job = Job.open(url, *of_all, spool, self.keyring)
             self.jobs[url] = job
             self._mirror(job)
             if spool is not None:

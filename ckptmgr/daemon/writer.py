@@ -28,6 +28,7 @@ from ckptmgr.repository.commit import Decision, abort_of, abort_step
 from ckptmgr.repository.hold import host_name
 from ckptmgr.repository.manifest import SealedManifest
 from ckptmgr.repository.rules import goes_first, may_decide
+from ckptmgr.store.base import Store
 from ckptmgr.types import Outcome, Snapshot, StepId
 
 _LOOKS = 10
@@ -182,7 +183,7 @@ class Writer:
         binding = self._held.binding
         try:
             async with spool.writing(snapshot, binding.keep) as store:
-                source = Source(self._held.buffer, snapshot, store, host_name())
+                source = self._source(snapshot, store)
                 sealed = await self._pipeline.write(source, binding.codec, self._moved)
         except StoreFullError as error:
             self._tell_full(spool, snapshot, str(error))
@@ -202,9 +203,13 @@ class Writer:
     async def _store(self, snapshot: Snapshot) -> SealedManifest:
         await self._check_active(snapshot)
         self._job.history.writing(snapshot)
-        source = Source(self._held.buffer, snapshot, self._job.store, host_name())
+        source = self._source(snapshot, self._job.store)
         event("writing", job=self._job.label, step=str(snapshot.id), bytes=snapshot.data_bytes)
         return await self._pipeline.write(source, self._held.binding.codec, self._stored)
+
+    def _source(self, snapshot: Snapshot, store: Store) -> Source:
+        keyring = self._job.catalog.keyring
+        return Source(self._held.buffer, snapshot, store, host_name(), keyring)
 
     async def _decide(self, snapshot: Snapshot, manifest: SealedManifest, start: float) -> None:
         """See a written snapshot through to its decision."""

@@ -10,6 +10,7 @@ import argparse
 import json
 import mmap
 import os
+import secrets
 import shutil
 import statistics
 import subprocess
@@ -187,7 +188,7 @@ def run_phase(args: argparse.Namespace, phase: str, runtime: Path, pause: float)
             *("--repeat", str(args.repeat), "--codec", args.codec),
             *("--store", str(args.store), "--settle", str(pause)),
         ],
-        env={**os.environ, "CKPTMGR_RUNTIME_DIR": str(runtime)},
+        env={**os.environ, **args.keyed, "CKPTMGR_RUNTIME_DIR": str(runtime)},
         check=True,
         stdout=subprocess.PIPE,
         text=True,
@@ -254,6 +255,21 @@ def ratios(
     }
 
 
+def compare(args: argparse.Namespace) -> dict[str, Any]:
+    """The figures without encryption, and under `encrypted` those with it and their ratios."""
+    clear = measure(args)
+    with tempfile.NamedTemporaryFile("w", prefix="ckptmgr-bench-key-") as key:  # mode 0600
+        key.write(secrets.token_hex(32))
+        key.flush()
+        args.keyed = {"CKPTMGR_KEY_FILE": key.name}
+        sealed = measure(args)
+    times = {f"{name}_over_clear": sealed[name] / clear[name] for name in COMPARED}
+    return {**clear, "encrypted": {**sealed, **times}}
+
+
+COMPARED = ("stall_s", "commit_s", "cold_restore_s")
+"""What encryption may make slower; a restore out of host memory has nothing to do with it."""
+
 ROWS = (
     ("stall per snapshot", "stall_s", "bare_copy_s", "stall_over_copy", "x bare copy"),
     ("first stall", "", "bare_copy_s", "first_stall_over_copy", "x bare copy"),
@@ -275,6 +291,12 @@ def table(result: dict[str, Any]) -> str:
         own_text = f"{result[own]:.3f}" if own else ""
         bare_text = f"{result[bare]:.3f}" if bare else ""
         lines.append(f"| {what} | {own_text} | {bare_text} | {result[ratio]:.2f} | {unit} |")
+    for name in COMPARED if "encrypted" in result else ():
+        own, plain = result["encrypted"][name], result[name]
+        ratio = result["encrypted"][f"{name}_over_clear"]
+        lines.append(
+            f"| encrypted: {name[:-2]} | {own:.3f} | {plain:.3f} | {ratio:.2f} | x clear |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -286,6 +308,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=7, help="snapshots")
     parser.add_argument("--codec", default="auto", help="auto, none, zstd or planes")
     parser.add_argument("--directory", default=None, help="where the store is made")
+    parser.add_argument("--encrypt", action="store_true", help="once more, with a key")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--phase", choices=PHASES, help=argparse.SUPPRESS)
     parser.add_argument("--store", help=argparse.SUPPRESS)
@@ -299,7 +322,8 @@ def main() -> None:
     if args.phase:
         PHASES[args.phase](args)
         return
-    result = measure(args)
+    args.keyed = {}
+    result = compare(args) if args.encrypt else measure(args)
     sys.stdout.write(json.dumps(result, indent=2) + "\n" if args.json else table(result))
 
 

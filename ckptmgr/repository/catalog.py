@@ -16,8 +16,17 @@ from ckptmgr.errors import (
     RecordDamagedError,
 )
 from ckptmgr.repository import keys
-from ckptmgr.repository.commit import Decision, Retired, claim_of, get_record, read_record
+from ckptmgr.repository.commit import (
+    Decision,
+    Retired,
+    claim_of,
+    get_record,
+    read_record,
+    readable,
+)
+from ckptmgr.repository.keyring import NO_KEYS, Keyring
 from ckptmgr.repository.manifest import SealedManifest, read_manifest
+from ckptmgr.repository.opening import open_manifest
 from ckptmgr.repository.record import Kind
 from ckptmgr.store.base import Store
 from ckptmgr.store.mirrored import from_either
@@ -173,20 +182,21 @@ def _ranks(found: list[str]) -> dict[StepId, frozenset[int]]:
 
 @dataclass(frozen=True, slots=True)
 class Catalog:
-    """Reads a store's steps.
+    """Reads a store's steps, with the keys of who asks.
 
     Nothing is remembered from one call to the next: a user may empty a store and start the job
     anew under a daemon that is still running.
     """
 
     store: Store
+    keyring: Keyring = NO_KEYS
 
     async def decision(self, step: StepId) -> Decision:
         """The register of a step.
 
         Raises:
             ObjectNotFoundError: undecided.
-            DamageError: the register is damaged.
+            DamageError: the register is damaged, or not signed as the keyring asks.
         """
         try:
             found = await get_record(self.store, Kind.COMMIT, keys.commit(step), Decision)
@@ -200,7 +210,7 @@ class Catalog:
             raise RecordDamagedError(
                 "does not name one manifest per rank", subject=keys.commit(step)
             )
-        return found
+        return readable(found, self.keyring)
 
     async def registered(self, step: StepId) -> Decision | None:
         """The register of a step, made durable before it is relied on; None while undecided.
@@ -269,11 +279,16 @@ class Catalog:
 
         Raises:
             DamageError: one is missing, damaged, or not the one that was committed.
+            LockedError: it is encrypted with a key that is not given.
         """
         return [await self.manifest(decision, rank) for rank in range(decision.world)]
 
-    async def manifest(self, decision: Decision, rank: int) -> SealedManifest:
-        """One rank's manifest of a commit; errors as `manifests`."""
+    async def manifest(
+        self, decision: Decision, rank: int, *, closed: bool = False
+    ) -> SealedManifest:
+        """One rank's manifest of a commit; errors as `manifests`. With `closed` one that is
+        encrypted is not opened, and needs no key.
+        """
         key = keys.manifest(decision.id, rank)
 
         async def read(store: Store) -> SealedManifest:
@@ -284,7 +299,9 @@ class Catalog:
             sealed = read_manifest(decision.id, rank, record)
             if sealed.digest.hex() != decision.manifests[rank]:
                 raise RecordDamagedError("is not the manifest that was committed", subject=key)
-            return sealed
+            if sealed.manifest.nonce != decision.nonce:
+                raise RecordDamagedError("is of another incarnation", subject=key)
+            return sealed if closed else open_manifest(sealed, self.keyring)
 
         return await from_either(self.store, key, read)
 

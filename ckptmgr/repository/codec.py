@@ -53,9 +53,9 @@ def best_for(cut: Cut) -> Codec:
 
 
 def choose_codec(name: str, raw: memoryview, cut: Cut) -> Codec:
-    """The codec of one chunk under a codec name that compresses."""
-    if name == "zstd":
-        return Codec.ZSTD
+    """The codec of one chunk that is not sent as it is."""
+    if name in ("none", "zstd"):
+        return Codec[name.upper()]
     return _smallest(raw, cut) if name == "auto" else best_for(cut)
 
 

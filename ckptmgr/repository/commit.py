@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from ckptmgr.errors import (
     DamageError,
@@ -21,12 +22,17 @@ from ckptmgr.errors import (
     StoreError,
     StoreUnreachableError,
     UnsupportedFormatError,
+    UntrustedError,
     UsageError,
 )
 from ckptmgr.repository import keys
+from ckptmgr.repository.envelope import Envelope
 from ckptmgr.repository.exclusion import is_exclusive
+from ckptmgr.repository.keyring import CLEAR, CLEAR_HINT, NO_KEYS, Keyring
 from ckptmgr.repository.manifest import SealedManifest, read_manifest
+from ckptmgr.repository.opening import open_tags
 from ckptmgr.repository.record import HEADER_BYTES, VERSION, Kind, declared_bytes, seal, unseal
+from ckptmgr.repository.signature import Signer, is_signed
 from ckptmgr.store.base import PutResult, Store
 from ckptmgr.store.mirrored import from_either
 from ckptmgr.types import StepId, Tags
@@ -96,7 +102,10 @@ class Retired(msgspec.Struct, frozen=True):
 
 
 class Decision(msgspec.Struct, frozen=True):
-    """The register of a step: COMMIT with the digest (hex) of every rank's manifest, or ABORT."""
+    """The register of a step: COMMIT with the digest (hex) of every rank's manifest, or ABORT.
+
+    The tags of an encrypted step are in `sealed_tags`; `tags` has them once `readable` gave them.
+    """
 
     decision: Literal["COMMIT", "ABORT"]
     attempt: int
@@ -110,6 +119,9 @@ class Decision(msgspec.Struct, frozen=True):
     sealed_at: float = 0.0
     tags: Tags = {}
     why: str = ""
+    sealed_tags: Envelope | UnsetType = UNSET
+    signer: str | UnsetType = UNSET
+    signature: str | UnsetType = UNSET
 
     @property
     def id(self) -> StepId:
@@ -249,12 +261,56 @@ def commit_of(manifests: Sequence[SealedManifest], parent: StepId) -> Decision:
         raw_bytes=sum(m.raw_bytes for m in ordered),
         stored_bytes=sum(m.stored_bytes for m in ordered),
         sealed_at=first.sealed_at,
-        tags=first.tags,
+        tags=first.tags if first.sealed_tags is UNSET else {},
+        sealed_tags=first.sealed_tags,
     )
 
 
+def as_stored(commit: Decision) -> Decision:
+    """A decision as a store holds it: the tags of an encrypted step are sealed."""
+    if commit.sealed_tags is UNSET:
+        return commit
+    return msgspec.structs.replace(commit, tags={})
+
+
+def signed(commit: Decision, signer: Signer) -> Decision:
+    """A COMMIT that says who made it."""
+    named = msgspec.structs.replace(as_stored(commit), signer=signer.id, signature=UNSET)
+    return msgspec.structs.replace(named, signature=signer.sign(msgspec.json.encode(named)))
+
+
+def readable(decision: Decision, keyring: Keyring) -> Decision:
+    """A register as it is for who has these keys: with its tags, if it is to be trusted.
+
+    Raises:
+        UntrustedError: it is a COMMIT that none of the trusted keys has signed, or of a step that
+            is not encrypted as the keyring asks.
+        RecordDamagedError: its tags are not those that were sealed.
+    """
+    if not decision.committed:
+        return decision
+    subject = keys.commit(decision.id)
+    if keyring.trusted is not None:
+        payload = msgspec.json.encode(msgspec.structs.replace(as_stored(decision), signature=UNSET))
+        if not (isinstance(decision.signer, str) and isinstance(decision.signature, str)):
+            raise UntrustedError("is not signed", subject=subject)
+        if not is_signed(keyring.trusted, decision.signer, decision.signature, payload):
+            why = f"is not signed by any of the keys {', '.join(keyring.trusted)}"
+            raise UntrustedError(f"{why}; it names {decision.signer[:16]}", subject=subject)
+    if not isinstance(decision.sealed_tags, Envelope):
+        if keyring.refuses_clear:
+            raise UntrustedError(CLEAR, subject=subject, hint=CLEAR_HINT)
+        return decision
+    place = decision.attempt, decision.step, decision.nonce
+    tags = open_tags(decision.sealed_tags, place, keyring, subject)
+    return msgspec.structs.replace(decision, tags=tags)
+
+
 async def commit_step(
-    store: Store, manifests: Sequence[SealedManifest], parent: StepId
+    store: Store,
+    manifests: Sequence[SealedManifest],
+    parent: StepId,
+    keyring: Keyring = NO_KEYS,
 ) -> Decision:
     """Decide a step whose manifests are all durable; returns what the register holds.
 
@@ -262,6 +318,8 @@ async def commit_step(
         RegisterConflictError: it holds the commit of other manifests.
     """
     commit = commit_of(manifests, parent)
+    if keyring.signer is not None:
+        commit = signed(commit, keyring.signer)
     decided = await decide(store, Kind.COMMIT, keys.commit(commit.id), commit)
     if decided.committed and decided.manifests != commit.manifests:
         raise RegisterConflictError("holds another commit", subject=keys.commit(commit.id))
@@ -294,4 +352,4 @@ async def put_witness(store: Store, commit: Decision) -> None:
 
     Nothing depends on it: a crash before it leaves a step that is committed all the same.
     """
-    await put_record(store, Kind.TAGS, keys.tags(commit.id), commit)
+    await put_record(store, Kind.TAGS, keys.tags(commit.id), as_stored(commit))

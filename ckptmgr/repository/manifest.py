@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Protocol
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
-from ckptmgr.errors import HostBufferDamagedError, RecordDamagedError, UsageError
+from ckptmgr.errors import HostBufferDamagedError, LockedError, RecordDamagedError, UsageError
 from ckptmgr.repository import keys
 from ckptmgr.repository.budget import LEASE_BYTES
 from ckptmgr.repository.chunk import Chunk, check_cover
+from ckptmgr.repository.envelope import Envelope
 from ckptmgr.repository.pack import padded
-from ckptmgr.repository.record import Kind, digest_of, seal, unseal
+from ckptmgr.repository.record import (
+    ENCRYPTED_VERSION,
+    VERSION,
+    Kind,
+    digest_of,
+    seal,
+    unseal,
+    version_of,
+)
 from ckptmgr.staging.boxes import box_of, gap, whole_shape
 from ckptmgr.staging.layout import decode_layout
 from ckptmgr.store.base import check_key
@@ -28,8 +38,20 @@ _Chunks = Annotated[tuple[Chunk, ...], msgspec.Meta(max_length=CHUNKS_MAX)]
 _Tags = Annotated[Tags, msgspec.Meta(max_length=1 << 16)]
 
 
+class ChunkCheck(Protocol):
+    """Proves that stored bytes are those of a chunk, and decrypts them where they lie."""
+
+    def __call__(self, chunk: Chunk, stored: memoryview, *, subject: str) -> None:
+        """Raises ChunkDamagedError where they are not: then nothing of them is to be used."""
+
+
 class Manifest(msgspec.Struct, frozen=True):
-    """The payload of a manifest record; `layout` and `values` are as in the slot."""
+    """The payload of a manifest record; `layout` and `values` are as in the slot.
+
+    With an `envelope` the part is encrypted, and the manifest *closed*: layout, values, tags and
+    raw hashes are in the envelope. `opening.open_manifest` opens it. `chunk_digests` are there
+    where the commit is signed and the part is not encrypted.
+    """
 
     attempt: int
     step: int
@@ -45,15 +67,59 @@ class Manifest(msgspec.Struct, frozen=True):
     stored_bytes: int
     sealed_at: float
     tags: _Tags = {}
+    envelope: Envelope | UnsetType = UNSET
+    sealed_tags: Envelope | UnsetType = UNSET
+    chunk_digests: bytes | UnsetType = UNSET
 
     @property
     def id(self) -> StepId:
         """The (attempt, step) it belongs to."""
         return StepId(self.attempt, self.step)
 
+    @property
+    def closed(self) -> bool:
+        """Whether it is encrypted, and was not opened."""
+        return self.envelope is not UNSET
+
+    @property
+    def chunk_check(self) -> ChunkCheck | None:
+        """What every chunk has to pass beside its hashes.
+
+        Raises:
+            LockedError: it is closed.
+        """
+        self._needs_key()
+        return None
+
+    def _needs_key(self) -> None:
+        if self.closed and isinstance(self.envelope, Envelope):
+            subject = keys.manifest(self.id, self.rank)
+            raise LockedError(f"is encrypted with key {self.envelope.key}", subject=subject)
+
     def read_layout(self) -> Layout:
-        """The decoded layout; `read_manifest` has checked that it holds."""
+        """The decoded layout; `read_manifest` has checked that it holds.
+
+        Raises:
+            LockedError: it is closed.
+        """
+        self._needs_key()
         return decode_layout(self.layout, subject=keys.manifest(self.id, self.rank))
+
+
+class OpenedManifest(Manifest, frozen=True, kw_only=True):
+    """A manifest with a check for its chunks. It can not be encoded: it never goes to a store."""
+
+    check: ChunkCheck
+
+    @property
+    def closed(self) -> bool:
+        """Never."""
+        return False
+
+    @property
+    def chunk_check(self) -> ChunkCheck | None:
+        """As `Manifest.chunk_check`."""
+        return self.check
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +135,14 @@ class SealedManifest:
 def seal_manifest(manifest: Manifest) -> SealedManifest:
     """The record of a manifest."""
     key = keys.manifest(manifest.id, manifest.rank)
-    record = seal(Kind.MANIFEST, key, manifest)
+    version = ENCRYPTED_VERSION if manifest.closed else VERSION
+    record = seal(Kind.MANIFEST, key, manifest, version)
     return SealedManifest(key, manifest, record, digest_of(record))
 
 
 def read_manifest(step: StepId, rank: int, record: bytes | memoryview) -> SealedManifest:
-    """Check a manifest record, and everything in it that a reader relies on.
+    """Check a manifest record, and everything in it that a reader relies on. One that is encrypted
+    stays closed: its layout is checked by who opens it.
 
     Raises:
         DamageError: the record, its identity, its layout or its chunk table does not hold.
@@ -83,13 +151,27 @@ def read_manifest(step: StepId, rank: int, record: bytes | memoryview) -> Sealed
     manifest = unseal(Kind.MANIFEST, key, record, Manifest)
     if (manifest.id, manifest.rank) != (step, rank):
         raise RecordDamagedError("belongs to another step or rank", subject=key)
+    if manifest.closed is not (version_of(record) == ENCRYPTED_VERSION):
+        raise RecordDamagedError("is not of the version that it declares", subject=key)
+    if manifest.closed:
+        check_cover(manifest.chunks, sum(c.raw_bytes for c in manifest.chunks), subject=key)
+    else:
+        check_layout(manifest, key)
+    _check_packs(manifest, key)
+    return SealedManifest(key, manifest, bytes(record), digest_of(record))
+
+
+def check_layout(manifest: Manifest, key: str) -> None:
+    """Refuse a layout that does not hold, or that the chunks do not cover.
+
+    Raises:
+        RecordDamagedError: it is so.
+    """
     try:
         layout = manifest.read_layout()
     except HostBufferDamagedError as error:
         raise RecordDamagedError(error.message, subject=key) from error
     check_cover(manifest.chunks, layout.data_bytes, subject=key)
-    _check_packs(manifest, key)
-    return SealedManifest(key, manifest, bytes(record), digest_of(record))
 
 
 def uncovered(manifests: Sequence[Manifest]) -> str:

@@ -15,6 +15,9 @@ from ckptmgr.types import MALFORMED
 
 MAGIC = b"\x89CKPT\r\n\x1a"
 VERSION = 1
+ENCRYPTED_VERSION = 2
+"""Of a manifest whose secrets are encrypted: who knows version 1 alone refuses it as newer."""
+
 PAYLOAD_BYTES_MAX = 256 << 20
 """Bound of a payload before any memory is taken for it; a manifest of 1 M leaves is 100 MiB."""
 
@@ -24,6 +27,7 @@ JSON_BYTES_MAX = 16 << 20
 _HEAD = struct.Struct("<8sBBHIQQ")
 _DIGEST_BYTES = 32
 HEADER_BYTES = _HEAD.size + _DIGEST_BYTES
+_VERSION_AT = 9
 _FLAG_ZSTD = 1
 _ZSTD_LEVEL = 1  # manifests are hashes and offsets: higher levels gain nothing
 
@@ -55,12 +59,13 @@ def _digest(head: bytes, key: str, stored: bytes | memoryview) -> bytes:
     return state.digest()
 
 
-def seal(kind: Kind, key: str, payload: Any) -> bytes:
+def seal(kind: Kind, key: str, payload: Any, version: int = VERSION) -> bytes:
     """The bytes of a record under `key`; equal inputs give equal bytes."""
     packed = kind is Kind.MANIFEST
     raw = msgspec.msgpack.encode(payload) if packed else msgspec.json.encode(payload)
     stored = zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(raw) if packed else raw
-    head = _HEAD.pack(MAGIC, kind, VERSION, _FLAG_ZSTD if packed else 0, 0, len(raw), len(stored))
+    flags = _FLAG_ZSTD if packed else 0
+    head = _HEAD.pack(MAGIC, kind, version, flags, 0, len(raw), len(stored))
     return head + _digest(head, key, stored) + stored
 
 
@@ -76,6 +81,15 @@ def declared_bytes(key: str, header: bytes | memoryview) -> int:
     if length > _bound(kind):
         raise RecordDamagedError(f"declares a payload of {length} bytes", subject=key)
     return HEADER_BYTES + int(length)
+
+
+def _versions(kind: Kind) -> tuple[int, ...]:
+    return (VERSION, ENCRYPTED_VERSION) if kind is Kind.MANIFEST else (VERSION,)
+
+
+def version_of(record: bytes | memoryview) -> int:
+    """The version of a record that was unsealed."""
+    return record[_VERSION_AT]
 
 
 def _bound(kind: int) -> int:
@@ -102,7 +116,7 @@ def unseal(kind: Kind, key: str, record: bytes | memoryview, type_: type[T]) -> 
     stored = memoryview(record)[HEADER_BYTES:]
     if _digest(bytes(record[: _HEAD.size]), key, stored) != digest_of(record):
         raise RecordDamagedError("does not have the recorded digest", subject=key)
-    if version != VERSION or zero or flags & ~_FLAG_ZSTD:
+    if version not in _versions(kind) or zero or flags & ~_FLAG_ZSTD:
         raise UnsupportedFormatError(f"has version {version}, not {VERSION}", subject=key)
     packed = bool(flags)
     if found != kind or length != len(stored) or packed is not (kind is Kind.MANIFEST):

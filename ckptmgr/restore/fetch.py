@@ -21,7 +21,7 @@ from ckptmgr.errors import (
 from ckptmgr.repository.budget import LEASE_BYTES, BufferPool, in_thread
 from ckptmgr.repository.codec import Codec
 from ckptmgr.restore.plan import Plan, Read
-from ckptmgr.restore.verify import check_stored, subject_of, unpack
+from ckptmgr.restore.verify import check_plain, subject_of, unpack
 from ckptmgr.store.base import Store, Wanted
 from ckptmgr.store.mirrored import came_damaged, from_either
 from ckptmgr.types import PAGE_BYTES
@@ -176,9 +176,9 @@ def _finish(parts: list[_Part], target: memoryview) -> None:
     for part in parts:
         chunk, subject = part.read.chunk, subject_of(part.read.key, part.read.chunk)
         if chunk.codec == Codec.NONE:
-            check_stored(chunk, part.raw, subject=subject)
+            check_plain(chunk, part.raw, part.read.check, subject=subject)
         else:
-            unpack(chunk, part.stored, part.raw, subject=subject)
+            unpack(chunk, part.stored, part.raw, part.read.check, subject=subject)
         if not part.read.direct:
             _spread(part.read, part.raw, target)
 

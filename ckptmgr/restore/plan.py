@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ckptmgr.errors import UsageError
 from ckptmgr.repository.chunk import Chunk
-from ckptmgr.repository.manifest import Manifest
+from ckptmgr.repository.manifest import ChunkCheck, Manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +24,14 @@ class Move:
 class Read:
     """One chunk to read from pack `key`, and where its raw bytes go.
 
-    A move's `source` counts from the start of the chunk.
+    A move's `source` counts from the start of the chunk. `check` is for stored bytes that have
+    their hash, before they are decoded: it decrypts them in place where they are encrypted.
     """
 
     key: str
     chunk: Chunk
     moves: tuple[Move, ...]
+    check: ChunkCheck | None = None
 
     @property
     def direct(self) -> bool:
@@ -52,7 +54,12 @@ class Plan:
 
 
 def plan_moves(manifest: Manifest, moves: Iterable[Move], target_bytes: int) -> Plan:
-    """The reads that serve `moves`, which must lie inside the manifest's data region."""
+    """The reads that serve `moves`, which must lie inside the manifest's data region.
+
+    Raises:
+        LockedError: the manifest is closed.
+    """
+    check = manifest.chunk_check
     starts = [chunk.raw_offset for chunk in manifest.chunks]
     wanted: dict[int, list[Move]] = {}
     for move in moves:
@@ -66,7 +73,9 @@ def plan_moves(manifest: Manifest, moves: Iterable[Move], target_bytes: int) -> 
             at += length
             index += 1
     reads = (
-        Read(manifest.packs[manifest.chunks[i].pack][0], manifest.chunks[i], tuple(wanted[i]))
+        Read(
+            manifest.packs[manifest.chunks[i].pack][0], manifest.chunks[i], tuple(wanted[i]), check
+        )
         for i in sorted(wanted)
     )
     return Plan(tuple(reads), target_bytes)

@@ -20,7 +20,7 @@ from ckptmgr.repository.catalog import Catalog
 from ckptmgr.repository.chunk import Chunk, hash_of
 from ckptmgr.repository.codec import Codec, decode
 from ckptmgr.repository.commit import Decision
-from ckptmgr.repository.manifest import Manifest
+from ckptmgr.repository.manifest import ChunkCheck, Manifest
 from ckptmgr.repository.pack import check_padding, pack_header, padded
 from ckptmgr.store.base import Store
 from ckptmgr.store.lanes import in_lanes
@@ -57,14 +57,37 @@ def check_raw(chunk: Chunk, raw: memoryview, *, subject: str) -> None:
         raise ChunkDamagedError("does not decode to the recorded hash", subject=subject)
 
 
-def unpack(chunk: Chunk, stored: memoryview, raw: memoryview, *, subject: str) -> None:
-    """Check `stored`, decode it into `raw` (of the chunk's raw length) and check that too."""
+def check_plain(
+    chunk: Chunk, stored: memoryview, check: ChunkCheck | None = None, *, subject: str
+) -> None:
+    """Check stored bytes that no codec has made, where they lie: they are the raw ones then."""
     check_stored(chunk, stored, subject=subject)
+    if check is not None:
+        check(chunk, stored, subject=subject)
+        check_raw(chunk, stored, subject=subject)
+
+
+def unpack(
+    chunk: Chunk,
+    stored: memoryview,
+    raw: memoryview,
+    check: ChunkCheck | None = None,
+    *,
+    subject: str,
+) -> None:
+    """Check `stored`, decode it into `raw` (of the chunk's raw length) and check that too.
+
+    With a `check` that decrypts, `stored` is decrypted where it lies.
+    """
     if chunk.codec == Codec.NONE:
         if len(stored) != len(raw):
             raise ChunkDamagedError("has another length than its chunk", subject=subject)
+        check_plain(chunk, stored, check, subject=subject)
         raw[:] = stored
         return
+    check_stored(chunk, stored, subject=subject)
+    if check is not None:
+        check(chunk, stored, subject=subject)
     decode(chunk.codec, stored, raw, subject=subject)
     check_raw(chunk, raw, subject=subject)
 
@@ -79,15 +102,18 @@ async def verify_step(
 ) -> list[Damage]:
     """Read a committed step back and list everything in it that does not hold.
 
-    `quick` looks at existence and lengths only. `progress` is told the bytes read.
+    `quick` looks at existence and lengths only. `progress` is told the bytes read. Of an encrypted
+    step, who has no key checks the hashes of what is stored, and nothing that is in it.
 
     Raises:
         StoreUnreachableError: the store can not be read now; this is not damage.
+        WrongKeyError: it is encrypted, and the keys that are given are others.
     """
+    closed = not catalog.keyring.known
 
     async def of_rank(rank: int) -> list[Damage]:
         try:
-            manifest = (await catalog.manifest(decision, rank)).manifest
+            manifest = (await catalog.manifest(decision, rank, closed=closed)).manifest
         except DamageError as error:
             return [Damage(error.subject, 0, error.message)]
         found: list[Damage] = []
@@ -157,6 +183,7 @@ def _check_pack(manifest: Manifest, index: int, view: memoryview) -> list[Damage
     found = []
     if view[:PAGE_BYTES] != pack_header(key, manifest.id, manifest.rank, manifest.nonce):
         found.append(Damage(key, 0, "does not have the header it was written with"))
+    check = None if manifest.closed else manifest.chunk_check
     raw = memoryview(bytearray(max((c.raw_bytes for c in manifest.chunks), default=0)))
     for chunk in manifest.chunks:
         if chunk.pack != index:
@@ -166,7 +193,10 @@ def _check_pack(manifest: Manifest, index: int, view: memoryview) -> list[Damage
         subject = subject_of(key, chunk)
         try:
             stored = view[chunk.pack_offset : stored_end]
-            unpack(chunk, stored, raw[: chunk.raw_bytes], subject=subject)
+            if manifest.closed:
+                check_stored(chunk, stored, subject=subject)
+            else:
+                unpack(chunk, stored, raw[: chunk.raw_bytes], check, subject=subject)
             check_padding(view[stored_end:page_end], subject=subject)
         except DamageError as error:
             found.append(Damage(key, chunk.pack_offset, error.message))

@@ -27,7 +27,10 @@ from ckptmgr.config import BUDGET_BYTES, MIB
 from ckptmgr.daemon.pipeline import Pipeline, Source
 from ckptmgr.rank.bench import drop_cache
 from ckptmgr.repository.budget import BufferPool
+from ckptmgr.repository.envelope import Key
+from ckptmgr.repository.keyring import NO_KEYS, Keyring, keyring_of
 from ckptmgr.repository.manifest import Manifest
+from ckptmgr.repository.opening import open_manifest
 from ckptmgr.restore.fetch import fetch
 from ckptmgr.restore.plan import plan_whole
 from ckptmgr.store.local import LocalStore
@@ -72,12 +75,12 @@ def bare(
 class Bench:
     """Measures everything in turns; `seconds` and `cpu` are by what was measured."""
 
-    def __init__(self, directory: Path, mib: int, codec: str) -> None:
+    def __init__(self, directory: Path, mib: int, codec: str, keyring: Keyring) -> None:
         rng = np.random.default_rng(0)
         weights = (rng.standard_normal(mib * MIB // 4) * 0.02).astype(np.float32)
         self.encoded = encode_state({"weights": weights})
         self.size = len(self.encoded.data)
-        self.directory, self.codec = directory, codec
+        self.directory, self.codec, self.keyring = directory, codec, keyring
         self.pipeline = Pipeline(BufferPool(BUDGET_BYTES))
         self.pool = BufferPool(BUDGET_BYTES)
         self.target = memoryview(mmap.mmap(-1, self.size))
@@ -104,7 +107,7 @@ class Bench:
                         work = (write_file, Path(place), data[: self.size], streams)
                         self.timed(f"bare write, {streams}", lambda work=work: bare(*work))
                 store = LocalStore(f"{place}/store")
-                source = Source(buffer, snapshot, store, HOST)
+                source = Source(buffer, snapshot, store, HOST, self.keyring)
                 manifest = self.timed("save", lambda: asyncio.run(self.save(source)))
             for streams in (1, 2):
                 drop_cache(Path(place))
@@ -119,7 +122,7 @@ class Bench:
     async def save(self, source: Source) -> Manifest:
         """As the daemon does."""
         sealed = await self.pipeline.write(source, self.codec, lambda _raw, _stored: None)
-        return sealed.manifest
+        return open_manifest(sealed, self.keyring).manifest
 
     async def restore(self, store: LocalStore, manifest: Manifest) -> None:
         """As the daemon does, into memory that is present."""
@@ -150,13 +153,16 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--codec", default="auto")
     parser.add_argument("--directory", type=Path, required=True, help="on the disk to be measured")
+    parser.add_argument("--encrypt", action="store_true", help="with a key")
     args = parser.parse_args()
-    bench = Bench(args.directory, args.mib, args.codec)
+    keyring = keyring_of(Key.of(os.urandom(32))) if args.encrypt else NO_KEYS
+    bench = Bench(args.directory, args.mib, args.codec, keyring)
     bench.turn(0)
     bench.forget()
     for number in range(1, args.repeat + 1):
         bench.turn(number)
-    print(f"{args.mib} MiB, codec {args.codec}, median of {args.repeat}\n")
+    sealed = ", encrypted" if args.encrypt else ""
+    print(f"{args.mib} MiB, codec {args.codec}{sealed}, median of {args.repeat}\n")
     print("| what | s | bare, s | ratio | CPU s, bare |")
     print("|---|---|---|---|---|")
     print("\n".join(bench.rows()))

@@ -7,14 +7,22 @@ import selectors
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
+
+from ckptmgr.config import BUDGET_BYTES
 from ckptmgr.errors import DamageError
 from ckptmgr.repository import keys
+from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.catalog import Catalog
 from ckptmgr.repository.commit import check_format
+from ckptmgr.repository.keyring import NO_KEYS, Keyring
+from ckptmgr.restore import check, fetch, verify
 from ckptmgr.restore.check import restore_files, verify_store
+from ckptmgr.store import memory
 from ckptmgr.store.base import Store
 from ckptmgr.types import StepId
 from small_step import (
@@ -91,6 +99,21 @@ def run_at_once(main: Coroutine[Any, Any, T]) -> T:
         return runner.run(main)
 
 
+async def at_once(work: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """Stand in for `in_thread`: half a million flips can not afford a thread for each chunk."""
+    return work(*arguments, **named)
+
+
+def make_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave away what costs time, and has no part in what is tested by sweeps."""
+    monkeypatch.setattr(fetch, "in_thread", at_once)
+    monkeypatch.setattr(verify, "in_thread", at_once)
+    monkeypatch.setattr(keys, "parse_step", cache(keys.parse_step))
+    monkeypatch.setattr(memory, "check_key", cache(memory.check_key))
+    pool = BufferPool(BUDGET_BYTES)  # a process has one; a command, which does one thing, makes it
+    monkeypatch.setattr(check, "BufferPool", lambda _: pool)
+
+
 @dataclass
 class Rig:
     """A damaged copy of a store, the truth about it, and what was counted."""
@@ -100,10 +123,15 @@ class Rig:
     store: Store
     directory: Path
     counts: Counter[str] = field(default_factory=Counter)
+    keyring: Keyring = NO_KEYS
 
     @property
     def newest(self) -> SavedStep:
         return self.saved[-1]
+
+    @property
+    def catalog(self) -> Catalog:
+        return Catalog(self.store, self.keyring)
 
     def keys_of(self, kind: str) -> list[str]:
         return [key for key in self.objects if key.startswith(KINDS[kind])]
@@ -113,7 +141,7 @@ class Rig:
         try:
             await check_format(self.store, create=False)
             reports = await verify_store(
-                Catalog(self.store), step, every=step is None, quick=False, progress=lambda _: None
+                self.catalog, step, every=step is None, quick=False, progress=lambda _: None
             )
         except DamageError as error:
             return [(error.subject, 0)]
@@ -125,7 +153,7 @@ class Rig:
             path.unlink()
         try:
             document = await restore_files(
-                Catalog(self.store), step, "safetensors", self.directory, lambda _: None
+                self.catalog, step, "safetensors", self.directory, lambda _: None
             )
         except DamageError:
             self.counts["refused"] += 1

@@ -19,12 +19,14 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ckptmgr.errors import CkptmgrError, DamageError, ObjectNotFoundError
 from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.catalog import Catalog, exists, list_steps
+from ckptmgr.repository.keyring import KEY_FILE, NO_KEYS, Keyring, load_keyring
 from ckptmgr.restore.fetch import fetch
 from ckptmgr.restore.plan import plan_whole
 from ckptmgr.store.base import Store
@@ -75,7 +77,7 @@ class Trainer:
         os.close(self.pipe)
 
 
-@dataclass(slots=True)
+@dataclass
 class Storm:
     """One chain of kills over one store and one runtime directory; without a URL the store is a
     local one below `root`.
@@ -87,6 +89,7 @@ class Storm:
     codec: str = "auto"
     mib: int = 12
     keep: int = 3
+    encrypt: bool = False
     trainer: Trainer | None = None
     daemons: list[subprocess.Popen[bytes]] = field(default_factory=list)
     acked: set[Id] = field(default_factory=set)
@@ -102,9 +105,21 @@ class Storm:
 
     # -- processes ----------------------------------------------------------------------------
 
+    @cached_property
+    def keyring(self) -> Keyring:
+        """The keys of the job, in a file that its daemons are told of."""
+        if not self.encrypt:
+            return NO_KEYS
+        path = self.root / "key"
+        path.touch(mode=0o600)
+        path.write_text(self.random.randbytes(32).hex())
+        return load_keyring({KEY_FILE: str(path)})
+
     def environment(self) -> dict[str, str]:
+        keyed = {KEY_FILE: str(self.root / "key")} if self.keyring.known else {}
         return {
             **os.environ,
+            **keyed,
             "PYTHONPATH": PYTHON_PATH,
             "CKPTMGR_RUNTIME_DIR": str(self.runtime),
             "CKPTMGR_IDLE_SECONDS": "120",
@@ -272,7 +287,7 @@ class Storm:
 
     async def _audit(self) -> None:
         store = self.store()
-        catalog = Catalog(store)
+        catalog = Catalog(store, self.keyring)
         try:
             listing = await list_steps(store)
             commits = [one for one in listing.standing() if (await catalog.decision(one)).committed]
