@@ -6,11 +6,18 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
+
 from ckptmgr.types import Outcome
 from crash.full_disk import train
 from driven import Daemon, Rank, until
+from scale import FULL
 
 PACE_SECONDS = 0.2
+
+in_full = pytest.mark.skipif(
+    not FULL, reason="acted out by `make reliability`: a minute of waiting"
+)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import pytest
 
 from called import call
 from crash.full_disk import mounted
-from drills.acting import commit, logged
+from drills.acting import commit, in_full, logged
 from drills.conftest import WatchDaemon
 from drills.watched import free_port
 from driven import Daemon, Rank, until
@@ -44,6 +44,7 @@ def test_a_daemon_that_is_killed(runtime: Path, rig: Rig, watch: WatchDaemon) ->
             alerts.ends("CkptmgrDaemonKilled")
 
 
+@in_full
 def test_shared_memory_that_is_too_small(
     tmp_path: Path, runtime: Path, rig: Rig, watch: WatchDaemon
 ) -> None:
@@ -65,6 +66,7 @@ def test_shared_memory_that_is_too_small(
             alerts.is_quiet()
 
 
+@in_full
 def test_a_clock_that_is_set(tmp_path: Path, runtime: Path, rig: Rig, watch: WatchDaemon) -> None:
     if shutil.which("cc") is None:
         pytest.skip("NEEDS cc: not checked in this run; install a C compiler")
@@ -91,6 +93,7 @@ def test_a_clock_that_is_set(tmp_path: Path, runtime: Path, rig: Rig, watch: Wat
         assert rank.restore().step == 3
 
 
+@in_full
 def test_a_spool_that_can_not_be_used(
     runtime: Path, rig: Rig, tmp_path: Path, watch: WatchDaemon
 ) -> None:
@@ -107,6 +110,7 @@ def test_a_spool_that_can_not_be_used(
         alerts.is_quiet()
 
 
+@in_full
 def test_a_fault_of_ckptmgr(runtime: Path, rig: Rig, watch: WatchDaemon) -> None:
     with Daemon(runtime) as daemon, Rank(runtime, rig.url) as rank, watch(daemon) as alerts:
         commit(rank, 1)

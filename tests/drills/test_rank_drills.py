@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from called import call
-from drills.acting import commit, logged
+from drills.acting import commit, in_full, logged
 from drills.conftest import WatchDaemon
 from driven import Daemon, Rank, until
 from peers.job import commit as commit_all
@@ -43,6 +43,7 @@ def test_a_rank_that_is_stuck(
         alerts.ends("CkptmgrRankSilent", "CkptmgrStepsGivenUp")
 
 
+@in_full
 def test_an_incarnation_that_comes_back(runtime: Path, rig: Rig, watch: WatchDaemon) -> None:
     hosts = [runtime / "h0", runtime / "h1"]
     for host in hosts:

@@ -9,7 +9,7 @@ import pytest
 from ckptmgr.config import GIB
 from ckptmgr.types import Outcome
 from crash.full_disk import fill, mounted
-from drills.acting import commit, logged, training
+from drills.acting import commit, in_full, logged, training
 from drills.conftest import WatchDaemon
 from driven import Daemon, Rank, until
 from processes import needs_root
@@ -38,6 +38,7 @@ def test_a_store_that_is_down(runtime: Path, rig: Rig, watch: WatchDaemon) -> No
             alerts.ends("CkptmgrStoreFailing", "CkptmgrCommitOverdue", "CkptmgrBacklogOld")
 
 
+@in_full
 def test_a_disk_that_is_full(runtime: Path, rig: Rig, tmp_path: Path, watch: WatchDaemon) -> None:
     needs_root()
     with (
@@ -59,6 +60,7 @@ def test_a_disk_that_is_full(runtime: Path, rig: Rig, tmp_path: Path, watch: Wat
             alerts.ends("CkptmgrStoreFull", "CkptmgrCommitOverdue")
 
 
+@in_full
 def test_a_spool_that_fills_up(
     runtime: Path, rig: Rig, tmp_path: Path, watch: WatchDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,6 +78,7 @@ def test_a_spool_that_fills_up(
         alerts.ends("CkptmgrSpoolNearlyFull")
 
 
+@in_full
 def test_a_mirror_that_does_not_follow(
     runtime: Path, rig: Rig, tmp_path: Path, watch: WatchDaemon
 ) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from called import call, spoil
-from drills.acting import commit, logged
+from drills.acting import commit, in_full, logged
 from drills.conftest import WatchDaemon
 from driven import Daemon, Rank, until
 from rigged import Rig
@@ -36,6 +36,7 @@ def test_a_chunk_that_is_damaged(runtime: Path, rig: Rig, watch: WatchDaemon) ->
         assert call("verify", rig.file_url).status == 0
 
 
+@in_full
 def test_commits_that_are_not_read_back(runtime: Path, rig: Rig, watch: WatchDaemon) -> None:
     with Daemon(runtime) as daemon, Rank(runtime, rig.url, keep=2) as rank, watch(daemon) as alerts:
         for step in range(1, 5):
@@ -52,6 +53,7 @@ def test_commits_that_are_not_read_back(runtime: Path, rig: Rig, watch: WatchDae
         alerts.ends("CkptmgrNotVerified")
 
 
+@in_full
 def test_snapshots_that_block_training(runtime: Path, rig: Rig, watch: WatchDaemon) -> None:
     with Daemon(runtime) as daemon, Rank(runtime, rig.url) as rank, watch(daemon) as alerts:
         commit(rank, 1)
