@@ -63,6 +63,7 @@ class Metrics:
         self.trainers = Gauge("ckptmgr_trainers", "Trainers attached.", registry=r)
         self._of_spool_and_mirror(r, job)
         self._of_preemption(r, job)
+        self._of_keeping(r, job)
 
     def _of_preemption(self, r: CollectorRegistry, job: list[str]) -> None:
         self.preemption_signals = Counter(
@@ -97,4 +98,24 @@ class Metrics:
         )
         self.mirror_reads = Counter(
             "ckptmgr_mirror_reads", "Objects read from the mirror.", job, registry=r
+        )
+
+    def _of_keeping(self, r: CollectorRegistry, job: list[str]) -> None:
+        self.verified = Counter(
+            "ckptmgr_verified", "Commits that were read back whole.", job, registry=r
+        )
+        self.last_verified_timestamp = Gauge(
+            "ckptmgr_last_verified_timestamp_seconds",
+            "Unix time when a commit was last read back whole.",
+            job,
+            registry=r,
+        )
+        self.readback_bytes = Counter(
+            "ckptmgr_readback_bytes", "Bytes of commits that were read back.", job, registry=r
+        )
+        self.readback_damage = Counter(
+            "ckptmgr_readback_damage", "Commits that did not hold when read back.", job, registry=r
+        )
+        self.retired = Counter(
+            "ckptmgr_retired", "Commits that retention gave up.", job, registry=r
         )

@@ -69,7 +69,7 @@ class Service:
         self._draining: dict[str, asyncio.Task[None]] = {}
         # Of its own: while a store hangs, what it has been lent can not hold up the spool.
         self._drain_pool = BufferPool(LEASE_BYTES)
-        self._mirror_pool = BufferPool(LEASE_BYTES)
+        self._background_pool = BufferPool(LEASE_BYTES)  # of the mirror, and to read back
         self._pipeline = Pipeline(self.pool)
         gbps = settings.max_store_gbps
         self._limit = Bucket(bytes_per_second(gbps)) if gbps else None
@@ -232,7 +232,9 @@ class Service:
             raise UsageError(f"has more than {URL_CHARS_MAX} characters", subject=url[:80] + "...")
         if url not in self.jobs:
             spool = self.spools.of(url) if self.spools is not None else None
-            job = Job.open(url, self.metrics, self.pool, self.settings, self._limit, spool)
+            job = Job.open(
+                url, self.metrics, self._background_pool, self.settings, self._limit, spool
+            )
             self.jobs[url] = job
             self._mirror(job)
             if spool is not None:
@@ -245,7 +247,7 @@ class Service:
             return
         try:
             place = place_of(self.settings.mirror_url, job.url)
-            job.follow(place, self._mirror_pool, self.settings)
+            job.follow(place, self._background_pool, self.settings)
         except CkptmgrError as error:
             warning("mirror_off", job=job.label, why=str(error))
 
