@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ckptmgr.errors import CkptmgrError
+from ckptmgr.keep import Keep
 
 if TYPE_CHECKING:
     from ckptmgr.rank.checkpointer import Checkpointer
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from ckptmgr.rank.load import load
 
 __version__ = "0.1.0"
-__all__ = ["Checkpointer", "CkptmgrError", "SaveHandle", "__version__", "load"]
+__all__ = ["Checkpointer", "CkptmgrError", "Keep", "SaveHandle", "__version__", "load"]
 
 _RANK_FACES = {
     "Checkpointer": "ckptmgr.rank.checkpointer",

@@ -12,9 +12,11 @@ from ckptmgr import __version__, foreground, present
 from ckptmgr.commands import (  # noqa: F401 - registers them
     changing,
     installing,
+    keeping,
     reading,
     running,
     trying,
+    watching,
 )
 from ckptmgr.commands.app import STATUS, app
 from ckptmgr.errors import CkptmgrError

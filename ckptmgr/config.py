@@ -120,10 +120,11 @@ class DaemonSettings:
     """What the operator of a daemon may set; `from_env` reads CKPTMGR_* variables.
 
     Units are in the names. `max_store_gbps` is in gigabits (10^9 bits) per second, as networks are
-    sold: 8 are 1 GB/s; 0 is no limit. `metrics_port` 0 takes any free port (see `ckptmgr
-    status`), a negative one switches the metrics endpoint off. `spool_bytes_max` 0 leaves the spool
-    as much as its file system has. `single_decider` leaves all decisions to the daemon of rank 0,
-    on a store whose exclusion is not to be trusted, whatever a race shows.
+    sold: 8 are 1 GB/s; 0 is no limit. `verify_gbps` is the like, for reading commits back.
+    `metrics_port` 0 takes any free port (see `ckptmgr status`), a negative one switches the metrics
+    endpoint off. `spool_bytes_max` 0 leaves the spool as much as its file system has.
+    `single_decider` leaves all decisions to the daemon of rank 0, on a store whose exclusion is not
+    to be trusted, whatever a race shows.
     """
 
     runtime_dir: Path
@@ -139,6 +140,7 @@ class DaemonSettings:
     spool_bytes_max: int = 0
     spool_seconds: float = SPOOL_SECONDS
     mirror_url: str = ""
+    verify_gbps: float = 0.0
 
     @classmethod
     def from_env(cls, *, auto: bool) -> DaemonSettings:
@@ -157,6 +159,7 @@ class DaemonSettings:
             spool_bytes_max=int(_env_float("CKPTMGR_SPOOL_MAX_GIB", 0.0) * GIB),
             spool_seconds=_env_float("CKPTMGR_SPOOL_SECONDS", SPOOL_SECONDS),
             mirror_url=os.environ.get("CKPTMGR_MIRROR", ""),
+            verify_gbps=env_limit("CKPTMGR_VERIFY_GBPS"),
         )
 
 

@@ -97,6 +97,7 @@ class Metrics:
         self._of_spool_and_mirror(r, job)
         self._of_preemption(r, job)
         self._of_daemon(r)
+        self._of_keeping(r, job)
 
     def _of_preemption(self, r: CollectorRegistry, job: list[str]) -> None:
         self.preemption_signals = Counter(
@@ -289,3 +290,17 @@ class Metrics:
             registry=r,
         )
         ProcessCollector(registry=r)
+
+    def _of_keeping(self, r: CollectorRegistry, job: list[str]) -> None:
+        self.verified = Counter(
+            "ckptmgr_verified", "Commits that were read back whole.", job, registry=r
+        )
+        self.readback_bytes = Counter(
+            "ckptmgr_readback_bytes", "Bytes of commits that were read back.", job, registry=r
+        )
+        self.readback_damage = Counter(
+            "ckptmgr_readback_damage", "Commits that did not hold when read back.", job, registry=r
+        )
+        self.retired = Counter(
+            "ckptmgr_retired", "Commits that retention gave up.", job, registry=r
+        )

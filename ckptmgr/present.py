@@ -274,6 +274,8 @@ def restored(document: dict[str, Any]) -> None:
         _print(f"skipped {skipped['id']}: {skipped['why']}")
     for step in document["not_committed"]:
         _print(f"{step} {NOT_COMMITTED}")
+    if document["broke_out"]:
+        _print(f"back to before {document['broke_out']}")
     _print(
         f"step {document['id']} ({size(document['bytes'])}) is in {document['to']}: "
         + ", ".join(document["files"]),
@@ -283,7 +285,8 @@ def restored(document: dict[str, Any]) -> None:
 def collected(done: list[dict[str, Any]], *, dry_run: bool) -> None:
     """The lines of `gc`."""
     for one in done:
-        verb = f"would {one['action']}" if dry_run else one["action"]
+        action = one["action"]
+        verb = f"would {action}" if dry_run and action != "keep" else action
         _print(f"{one['id']} {verb}: {one['why']}")
     if not done:
         _print("nothing to do")

@@ -138,13 +138,16 @@ class Snapshot:
 
 
 class Binding(msgspec.Struct, frozen=True):
-    """Which rank of which job a host buffer belongs to; constant for the life of the buffer."""
+    """Which rank of which job a host buffer belongs to; constant for the life of the buffer.
+
+    `keep` is a number of steps, or the text of a policy (keep.py).
+    """
 
     url: str
     rank: int
     world: int
     codec: str = "auto"
-    keep: int = 3
+    keep: int | str = 3
 
 
 class StepState(str, Enum):

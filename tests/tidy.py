@@ -23,24 +23,28 @@ IMPORTS: dict[str, set[str]] = {
     "types": {"errors"},
     "config": {"errors", "types"},
     "bucket": set(),
+    "keep": {"errors"},
     "preemption": {"errors"},
     "metrics": BASE,
     "staging": BASE,
     "store": BASE | {"bucket"},
-    "repository": BASE | {"metrics", "staging", "store"},
+    "repository": BASE | {"keep", "metrics", "staging", "store"},
     "restore": BASE | {"metrics", "staging", "store", "repository"},
-    "daemon": BASE | {"metrics", "staging", "store", "repository", "restore", "bucket", FACE},
-    "rank": BASE | {"staging", "bucket", "preemption"},
+    "daemon": BASE
+    | {"keep", "metrics", "staging", "store", "repository", "restore", "bucket", FACE},
+    "watch": BASE
+    | {"keep", "metrics", "staging", "store", "repository", "restore", "daemon", "bucket"},
+    "rank": BASE | {"keep", "staging", "bucket", "preemption"},
     "testing": {"errors", "types", "store"},
     "foreground": set(),
     "present": BASE | {"repository", "restore"},  # how the command line shows things
     "commands": BASE
     | {"metrics", "staging", "store", "repository", "restore", "daemon", "testing"}
-    | {"foreground", "present", "demo", FACE},
+    | {"keep", "watch", "bucket", "foreground", "present", "demo", FACE},
     "cli": BASE | {"commands", "foreground", "present", FACE},
     # Explicit, because they stand outside the layers: the lazy faces, and the demonstration, which
     # uses the package as its users do.
-    FACE: {"errors", "rank"},
+    FACE: {"errors", "keep", "rank"},
     "demo": {"errors", "config", "staging", FACE},
     "rank.demo_training": BASE | {"staging", FACE},
 }
@@ -55,6 +59,7 @@ FACE_NAMES = {
     "Checkpointer": "rank",
     "SaveHandle": "rank",
     "load": "rank",
+    "Keep": "keep",
     "CkptmgrError": "errors",
 }
 

@@ -1,4 +1,4 @@
-"""Commands that change a store."""
+"""Commands that hold a step, and release it."""
 
 from __future__ import annotations
 
@@ -6,33 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ckptmgr import present
 from ckptmgr.commands.app import Json, Url, command, out, with_store
-from ckptmgr.config import BUDGET_BYTES
 from ckptmgr.errors import UsageError
-
-
-@command
-def gc(
-    url: Url,
-    keep: Annotated[int, typer.Option(help="Committed steps to keep, at least 2.")] = 3,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Give up old steps and delete what unfinished ones left behind."""
-    from ckptmgr.daemon.retain import collect
-    from ckptmgr.repository.budget import BufferPool
-
-    if keep < 1:
-        hint = "Give at least 1; the newest two commits stay in any case."
-        raise UsageError(f"{keep} is not allowed", subject="--keep", hint=hint)
-
-    async def use(catalog: Any) -> list[dict[str, Any]]:
-        done = await collect(catalog, BufferPool(BUDGET_BYTES), keep, dry_run=dry_run)
-        return [{**g.step.document(), "action": g.action, "why": g.why} for g in done]
-
-    done = with_store(url, use)
-    out(done, as_json, lambda: present.collected(done, dry_run=dry_run))
 
 
 @command

@@ -107,14 +107,27 @@ def verify(
         raise NothingToRestoreError("holds no committed step", subject=url)
 
 
+FORMATS = ("safetensors", "torch", "dcp", "files")
+
+
 @command
 def restore(
     url: Url,
     step: Step = None,
     to: Annotated[Path, typer.Option("--to", help="Directory to make.")] = Path("restored"),
     form: Annotated[
-        str, typer.Option("--format", help="safetensors, torch or dcp.")
-    ] = "safetensors",
+        str,
+        typer.Option(
+            "--format",
+            help="safetensors, torch or dcp; files for what watch adopted, its default.",
+        ),
+    ] = "",
+    before: Annotated[
+        str,
+        typer.Option(
+            help='The newest step before this first held of its tags, as "loss > 4 or loss < 0".'
+        ),
+    ] = "",
     mirror: Mirror = "",
     as_json: Json = False,
 ) -> None:
@@ -122,16 +135,18 @@ def restore(
     from ckptmgr.restore.check import restore_files
     from ckptmgr.restore.files import new_directory
 
-    if form not in ("safetensors", "torch", "dcp"):
-        raise UsageError(f"{form!r} is not a format", hint="Choose safetensors, torch or dcp.")
+    if form and form not in FORMATS:
+        raise UsageError(f"{form!r} is not a format", hint=f"Choose {', '.join(FORMATS)}.")
+    if before and step is not None:
+        raise UsageError("give a step or --before, not both", hint="Leave the step out.")
 
     made: list[Path] = []
 
     async def use(catalog: Any) -> dict[str, Any]:
         with new_directory(to) as directory, present.progress("restoring") as advance:
             made.append(directory)
-            document = await restore_files(catalog, step, form, directory, advance)
-            if form != "safetensors":
+            document = await restore_files(catalog, step, form, directory, advance, before=before)
+            if "buffers" in document:
                 await _export(map(Path, document.pop("buffers")), form, directory)
             found = (path for path in directory.rglob("*") if path.is_file())
             files = sorted(str(path.relative_to(directory)) for path in found)

@@ -1,8 +1,8 @@
 """Every event's code and level, in one place. A code never changes its meaning, and is not reused.
 
 CKM10xx the daemon's life, 11 host memory, 12 ranks and attempts, 13 snapshots and commits,
-14 spool, 15 mirror, 16 store, 17 the way back, 18 keeping. docs/events.md has the fields and the
-meaning of each, docs/runbook.md what to do about every warning and error.
+14 spool, 15 mirror, 16 store, 17 the way back, 18 keeping, 19 watch. docs/events.md has the fields
+and the meaning of each, docs/runbook.md what to do about every warning and error.
 """
 
 from __future__ import annotations
@@ -71,6 +71,13 @@ CODES: dict[str, tuple[str, str]] = {
     "retired": ("CKM1803", "info"),
     "retention_blocked": ("CKM1804", "warning"),
     "retention_failed": ("CKM1805", "warning"),
+    "watching": ("CKM1901", "info"),
+    "watch_adopting": ("CKM1902", "info"),
+    "watch_adopted": ("CKM1903", "info"),
+    "watch_left": ("CKM1904", "warning"),
+    "watch_torn": ("CKM1905", "warning"),
+    "watch_polls": ("CKM1906", "warning"),
+    "watch_failed": ("CKM1907", "warning"),
 }
 """Name of an event -> its code and its level."""
 

@@ -14,6 +14,7 @@ from ckptmgr.daemon.glance import Glance
 from ckptmgr.daemon.history import History
 from ckptmgr.daemon.log import event, fault, label_of, warning
 from ckptmgr.daemon.mirror import Mirror
+from ckptmgr.daemon.readback import ReadBack
 from ckptmgr.daemon.resume import ActiveMarks
 from ckptmgr.daemon.retain import collect
 from ckptmgr.daemon.spool import Spool
@@ -36,7 +37,8 @@ class Job:
     """What all buffers and trainers of one store URL share.
 
     `resumed_from` is what each running attempt resumed from; retention leaves it alone.
-    `published` are attempts that know what this host's memory held when they began.
+    `published` are attempts that know what this host's memory held when they began. Commits are
+    read back into `background`, or into `pool`.
     """
 
     url: str
@@ -55,6 +57,8 @@ class Job:
     mirror: Mirror | None = None
     history: History = field(default_factory=History)
     glance: Glance = field(init=False)
+    background: BufferPool | None = None
+    readback: ReadBack = field(default_factory=ReadBack)
     committer: Committer = field(init=False)
     reading: Catalog = field(init=False)
     _following: asyncio.Task[None] | None = None
@@ -93,6 +97,7 @@ class Job:
         limit: Bucket | None = None,
         spool: Spool | None = None,
         keyring: Keyring = NO_KEYS,
+        background: BufferPool | None = None,
     ) -> Job:
         """Open the job's store, whose bytes go no faster than `limit`. Nothing is read yet.
 
@@ -134,6 +139,8 @@ class Job:
             spool=spool,
             spool_seconds=settings.spool_seconds,
             history=history,
+            background=background,
+            readback=ReadBack(label, metrics, settings.verify_gbps),
         )
 
     def committed(self, decision: Decision) -> None:
@@ -164,7 +171,7 @@ class Job:
             self.metrics.superseded_attempts.labels(self.label).inc()
             warning("attempt_superseded", job=self.label, attempt=attempt, newest=newest)
 
-    def retain_soon(self, keep: int) -> None:
+    def retain_soon(self, keep: int | str) -> None:
         """Give old steps up in the background, so that the next snapshot need not wait for it."""
         self._retain_again = True
         if self.mirror is not None:
@@ -172,15 +179,15 @@ class Job:
         if not self.collecting:
             self._retention = asyncio.create_task(self._retain(keep), name=f"retain {self.label}")
 
-    async def _retain(self, keep: int) -> None:
+    async def _retain(self, keep: int | str) -> None:
         """Collect until no commit has come meanwhile. Failures are logged: the next commit tries
         again.
         """
         while self._retain_again:
             self._retain_again = False
-            protected = frozenset(self.resumed_from.values())
+            pool, protected = self.background or self.pool, frozenset(self.resumed_from.values())
             try:
-                await collect(self.catalog, self.pool, keep, protected)
+                await collect(self.catalog, pool, keep, protected, readback=self.readback)
             except CkptmgrError as error:
                 warning("retention_failed", job=self.label, why=str(error))
             if self.mirror is not None:
@@ -204,6 +211,11 @@ class Job:
     def collecting(self) -> bool:
         """Whether a collection is under way."""
         return self._retention is not None and not self._retention.done()
+
+    async def collected(self) -> None:
+        """Wait for the end of the collection that is under way, if one is."""
+        if self._retention is not None:
+            await asyncio.wait([self._retention])
 
     async def aclose(self) -> None:
         """End the waits and the collection that are under way, and close the store."""

@@ -10,7 +10,8 @@ import asyncio
 import mmap
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import msgspec
 
@@ -43,15 +44,76 @@ CORES_PER_ENCODER = 8
 ENCODERS_MIN = 2
 
 
+class Origin(Protocol):
+    """What a snapshot is read from, and the store that it goes to."""
+
+    @property
+    def in_place(self) -> bool:
+        """Whether what `raw` gave stays as it is until `check_unchanged`, so that it can be put
+        from where it is.
+        """
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The snapshot; its slot and generation are the origin's business."""
+
+    @property
+    def store(self) -> Store:
+        """Where it goes."""
+
+    @property
+    def host(self) -> str:
+        """The host's name, for people."""
+
+    @property
+    def keyring(self) -> Keyring:
+        """The keys that it is encrypted and signed with."""
+
+    @property
+    def subject(self) -> str:
+        """How errors name the origin."""
+
+    def table(self) -> Table:
+        """The layout, values and tags; called first. Tags may be added until `check_unchanged`."""
+
+    def raw(self, cut: Cut) -> memoryview:
+        """The bytes of a cut; called in a thread."""
+
+    def check_unchanged(self) -> None:
+        """Raise TornSnapshotError if what was read is not the snapshot any more."""
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A sealed snapshot, the store it goes to, and the keys for it."""
+    """A sealed snapshot in a host buffer, the store it goes to, and the keys for it."""
 
     buffer: HostBuffer
     snapshot: Snapshot
     store: Store
     host: str
     keyring: Keyring = NO_KEYS
+
+    in_place = True
+
+    @property
+    def subject(self) -> str:
+        """As `Origin.subject`."""
+        return str(self.buffer.path)
+
+    def table(self) -> Table:
+        """As `Origin.table`."""
+        return self.buffer.table(self.snapshot)
+
+    def raw(self, cut: Cut) -> memoryview:
+        """As `Origin.raw`: the slot itself."""
+        return self.buffer.data(self.snapshot.slot)[cut.offset : cut.offset + cut.nbytes]
+
+    def check_unchanged(self) -> None:
+        """As `Origin.check_unchanged`."""
+        if not self.buffer.unchanged(self.snapshot):
+            raise TornSnapshotError(
+                f"slot of step {self.snapshot.id} was reused", subject=self.subject
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +171,7 @@ class Pipeline:
         }
 
     async def write(
-        self, source: Source, codec: str, stored: Callable[[int, int], None]
+        self, source: Origin, codec: str, stored: Callable[[int, int], None]
     ) -> SealedManifest:
         """Put all packs of a snapshot, then its manifest; everything durable when it returns.
 
@@ -124,14 +186,14 @@ class Pipeline:
         adopted = await adopt_manifest(source.store, snapshot.id, snapshot.rank, snapshot.nonce)
         if adopted is not None:
             return adopted
-        table = await in_thread(source.buffer.table, source.snapshot)
-        layout = decode_layout(table.layout, subject=str(source.buffer.path))
+        table = await in_thread(source.table)
+        layout = decode_layout(table.layout, subject=source.subject)
         route = self.route(source.store.url)
         data_key = DataKey.fresh() if source.keyring.encrypting else None
         packs = _Packs(source, codec, cut(layout.groups), self._pool, route, stored, data_key)
         await flow(route, packs.sizes, codec, packs, encrypted=data_key is not None)
+        await in_thread(source.check_unchanged)
         manifest = _manifest(source, table, packs.in_order(), data_key)
-        _check_unchanged(source)
         if await source.store.put_new(manifest.key, [memoryview(manifest.record)]) is PutResult.OK:
             return manifest
         raise RegisterConflictError("is held by another writer", subject=manifest.key)
@@ -142,7 +204,7 @@ class _Packs:
 
     def __init__(
         self,
-        source: Source,
+        source: Origin,
         codec: str,
         cuts: list[Cut],
         pool: BufferPool,
@@ -167,6 +229,12 @@ class _Packs:
 
     async def raw(self, index: int) -> None:
         """As `Packs.raw`."""
+        if not self._source.in_place:
+            async with self._pool.lease() as lease:
+                group = self._groups[index]
+                copied = await in_thread(_copied_pack, self._source, group, "none", lease, None)
+                await self._put(index, copied)
+            return
         pack = await in_thread(_raw_pack, self._source, self._groups[index])
         await self._put(index, pack)
 
@@ -211,7 +279,8 @@ class _Packs:
         return pack
 
     async def _put(self, index: int, pack: _Pack) -> None:
-        _check_unchanged(self._source)
+        if self._source.in_place:
+            self._source.check_unchanged()
         async with self._route.putting(pack.nbytes):
             result = await self._source.store.put_new(pack.key, pack.buffers)
         if result is not PutResult.OK:
@@ -220,22 +289,14 @@ class _Packs:
         self._stored(self.sizes[index], pack.nbytes)
 
 
-def _check_unchanged(source: Source) -> None:
-    if not source.buffer.unchanged(source.snapshot):
-        raise TornSnapshotError(
-            f"slot of step {source.snapshot.id} was reused", subject=str(source.buffer.path)
-        )
-
-
-def _raw_pack(source: Source, cuts: list[Cut]) -> _Pack:
-    """Hash the chunks where they are; the pack's buffers are the slot itself."""
-    data = source.buffer.data(source.snapshot.slot)
+def _raw_pack(source: Origin, cuts: list[Cut]) -> _Pack:
+    """Hash the chunks where they are; the pack's buffers are the origin itself."""
     key = keys.new_pack(source.snapshot.id, source.snapshot.rank)
     header = pack_header(key, source.snapshot.id, source.snapshot.rank, source.snapshot.nonce)
     buffers, chunks, at = [_aligned(header)], [], PAGE_BYTES
     digests: list[bytes] = []
     for one in cuts:
-        raw = data[one.offset : one.offset + one.nbytes]
+        raw = source.raw(one)
         chunks.append(
             Chunk(0, at, one.nbytes, one.offset, one.nbytes, Codec.NONE, hash_of(raw), b"")
         )
@@ -243,25 +304,24 @@ def _raw_pack(source: Source, cuts: list[Cut]) -> _Pack:
             digests.append(digest_of_chunk(raw))
         at += one.nbytes
     # The cuts of a pack are one run of the slot: a single buffer, page-aligned, no copy.
-    run = data[cuts[0].offset : cuts[-1].offset + cuts[-1].nbytes]
+    end = cuts[-1].offset + cuts[-1].nbytes
+    run = source.raw(replace(cuts[0], nbytes=end - cuts[0].offset))
     return _Pack(key, [*buffers, run], chunks, at, digests)
 
 
 def _copied_pack(
-    source: Source, cuts: list[Cut], codec: str, lease: memoryview, data_key: DataKey | None
+    source: Origin, cuts: list[Cut], codec: str, lease: memoryview, data_key: DataKey | None
 ) -> _Pack:
     """Compress or encrypt, or both, chunk after chunk into the lease; one that does not shrink is
-    copied.
+    copied, and with the codec "none" each is.
     """
-    data = source.buffer.data(source.snapshot.slot)
     key = keys.new_pack(source.snapshot.id, source.snapshot.rank)
     lease[:PAGE_BYTES] = pack_header(
         key, source.snapshot.id, source.snapshot.rank, source.snapshot.nonce
     )
     chunks, proofs, at = [], [], PAGE_BYTES
     for one in cuts:
-        raw = data[one.offset : one.offset + one.nbytes]
-        chunk, proof = _stored_chunk(source, codec, one, raw, lease[at:], data_key)
+        chunk, proof = _stored_chunk(source, codec, one, source.raw(one), lease[at:], data_key)
         chunks.append(msgspec.structs.replace(chunk, pack_offset=at))
         proofs.append(proof)
         length = chunk.stored_bytes
@@ -272,7 +332,7 @@ def _copied_pack(
 
 
 def _stored_chunk(
-    source: Source,
+    source: Origin,
     codec: str,
     one: Cut,
     raw: memoryview,
@@ -312,7 +372,7 @@ def _aligned(header: bytes) -> memoryview:
 
 
 def _manifest(
-    source: Source, table: Table, packs: list[_Pack], data_key: DataKey | None
+    source: Origin, table: Table, packs: list[_Pack], data_key: DataKey | None
 ) -> SealedManifest:
     snapshot = source.snapshot
     chunks = tuple(

@@ -42,6 +42,7 @@ from ckptmgr.repository.hold import held_step
 from ckptmgr.repository.manifest import Manifest
 from ckptmgr.repository.opening import open_manifest
 from ckptmgr.repository.rules import complete_steps
+from ckptmgr.restore.choose import candidates_before
 from ckptmgr.restore.plan import check_ranges
 from ckptmgr.staging.control import Fetched, Lent, Load, Ranges, Restore, Restored
 from ckptmgr.staging.hostbuffer import Table
@@ -188,9 +189,8 @@ class Reader:
         skipped: list[Skipped] = []
         if decided is None:
             rejected = await resume_decisions(job.store, session.attempt, request.first_k, k)
-            choice = await self._choose(
-                session, request.step, request.of_attempt, rejected, skipped
-            )
+            wanted = request.step, request.of_attempt
+            choice = await self._choose(session, *wanted, rejected, skipped, request.before)
             chosen = session.chosen
             if chosen is not None and chosen.id == choice and chosen.decision is not None:
                 # Visible is not durable: what training goes on from must survive a power cut.
@@ -221,6 +221,7 @@ class Reader:
         of_attempt: int | None,
         rejected: Collection[StepId],
         skipped: list[Skipped],
+        before: str = "",
     ) -> StepId:
         """The newest step that may be used; sets `session.chosen`, and tells what was skipped."""
         here = await self._in_memory(session)
@@ -231,7 +232,11 @@ class Reader:
             held = await held_by_hosts(session.job.store, session.attempt)
             others = complete_steps(held.ranks, held.worlds)
         standing = await standing_steps(session.job.reading.store)
-        for candidate in candidates(standing, {*complete, *others}, rejected, step, of_attempt):
+        offered = candidates(standing, {*complete, *others}, rejected, step, of_attempt)
+        if before:  # of what is only in memory nobody can tell where it belongs
+            allowed, _ = await candidates_before(session.job.reading, before)
+            offered = [one for one in allowed if one not in rejected]
+        for candidate in offered:
             try:
                 chosen = await self._usable(session, candidate, complete, standing)
             except DamageError as error:
@@ -245,6 +250,8 @@ class Reader:
             skipped += [(str(one), "proved unusable") for one in sorted(rejected, reverse=True)]
             told = "; ".join(f"{one}: {why}" for one, why in skipped)
             raise DamageError(f"no step can be restored; {told}", subject=session.job.url)
+        if before and standing:
+            raise NothingToRestoreError(f"no step before {before}", subject=session.job.url)
         if step is not None:
             raise NothingToRestoreError(f"no committed step {step}", subject=session.job.url)
         return FROM_SCRATCH

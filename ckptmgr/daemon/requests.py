@@ -16,7 +16,6 @@ from ckptmgr.daemon.resume import (
     Standing,
     claim_attempt,
     publish_have,
-    resumed_from,
     standing_of,
     usable_in_memory,
 )
@@ -28,6 +27,7 @@ from ckptmgr.errors import (
     StoreError,
     UsageError,
 )
+from ckptmgr.repository.line import resumed_from
 from ckptmgr.staging import control
 from ckptmgr.staging.bufferfile import SLOTS_MAX, Capacity
 from ckptmgr.store.registry import normalise_url

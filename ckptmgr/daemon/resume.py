@@ -137,7 +137,7 @@ class ActiveMarks:
 async def newest_active(store: Store, attempt: int, marks: ActiveMarks) -> int:
     """The newest attempt from `attempt` on that has put a snapshot, by a mark that holds; or 0."""
     newest = 0
-    async for looked_at in _claimed_from(store, attempt):
+    async for looked_at in claimed_from(store, attempt):
         if not await exists(store, keys.active(looked_at)):
             marks.held.discard(looked_at)
         elif looked_at in marks.held or await _holds(store, looked_at, marks):
@@ -146,7 +146,7 @@ async def newest_active(store: Store, attempt: int, marks: ActiveMarks) -> int:
     return newest
 
 
-async def _claimed_from(store: Store, attempt: int) -> AsyncIterator[int]:
+async def claimed_from(store: Store, attempt: int) -> AsyncIterator[int]:
     """`attempt`, and every later one that is claimed, in order.
 
     They are claimed one after the other, so asking for the next claim is enough: a listing of all
@@ -254,14 +254,6 @@ async def resume_decisions(store: Store, attempt: int, first: int, end: int) -> 
         for k in range(first, end)
     ]
     return [record.id for record in records]
-
-
-async def resumed_from(store: Store, attempt: int) -> StepId | None:
-    """What an attempt resumed from: its last resume decision, if it made one."""
-    made = await store.list(keys.resumes(attempt))
-    if not made:
-        return None
-    return (await get_record(store, Kind.RESUME, made[-1], Resume)).id
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from ckptmgr.daemon.log import event, label_of, warning
+from ckptmgr.daemon.readback import ReadBack
+from ckptmgr.daemon.resume import claimed_from
 from ckptmgr.errors import DamageError, ObjectNotFoundError
+from ckptmgr.keep import Keep
 from ckptmgr.repository import keys
 from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.catalog import (
@@ -26,6 +29,8 @@ from ckptmgr.repository.commit import (
     read_record,
 )
 from ckptmgr.repository.hold import left_behind
+from ckptmgr.repository.keeping import NEWER_MIN, reasons
+from ckptmgr.repository.line import resumed_from
 from ckptmgr.repository.record import Kind, digest_of
 from ckptmgr.restore.verify import verify_step
 from ckptmgr.staging.bufferfile import SLOTS_MAX
@@ -35,9 +40,6 @@ from ckptmgr.types import StepId
 
 DELETES_AT_ONCE = 32
 """Objects of a step deleted at a time: it has as many manifests as ranks, and more packs."""
-
-NEWER_MIN = 2
-"""A step is given up only behind this many newer commits, whatever `keep` says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,9 @@ class Given:
 
 
 def victims(commits: list[StepId], held: frozenset[StepId], keep: int) -> list[StepId]:
-    """Commits to give up, oldest first. `commits` are those that stand, in any order."""
+    """Commits to give up, oldest first. `commits` are those that stand, in any order; `held` are
+    those that a hold, a running attempt or a rule of the policy keeps besides the newest `keep`.
+    """
     newest_first = sorted(commits, reverse=True)
     return [s for s in reversed(newest_first[max(keep, NEWER_MIN) :]) if s not in held]
 
@@ -80,42 +84,73 @@ def _decided_after(listing: Listing, step: StepId) -> int:
 async def collect(
     catalog: Catalog,
     pool: BufferPool,
-    keep: int,
-    protected: frozenset[StepId] = frozenset(),
+    keep: int | str | Keep,
+    protected: Collection[StepId] = (),
     *,
+    readback: ReadBack | None = None,
     dry_run: bool = False,
 ) -> list[Given]:
     """Give up what retention and garbage rules allow; returns what was done.
 
-    Never touches one of the newest two commits, a held step, or one of `protected` (what a
-    running attempt resumed from).
+    Never touches one of the newest two commits, a held step, one of `protected`, or what the
+    newest attempts resumed from. A dry run also tells of each step that stays, and why.
 
     Raises:
         StoreError: the store failed; what was done so far stays true.
     """
+    policy, readback = Keep.of(keep), readback or ReadBack()
+    readback.begin()
     if not dry_run:
         await _drop_dead_holds(catalog.store)
     listing = await list_steps(catalog.store)
-    commits = await _commits(catalog, listing)
-    held = frozenset(listing.holds) | protected
-    done: list[Given] = []
+    commits, damaged = await _commits(catalog, listing)
+    sources = dict.fromkeys(protected, "a running attempt")
+    if len(commits) > NEWER_MIN:
+        sources |= await _resume_sources(catalog.store, commits[0].id.attempt)
+    kept = reasons(commits, policy, listing.holds, sources)
+    done = [Given(step, "keep", "; ".join(kept[step])) for step in sorted(kept) if dry_run]
     durable: set[StepId] = set()
-    for step in victims([c.id for c in commits], held, keep):
+    for step in victims([c.id for c in commits], frozenset(kept), policy.last):
         newer = [c for c in commits if c.id > step]
-        if not dry_run and not await _one_verified(catalog, newer, listing, pool):
+        if not dry_run and not await _one_verified(catalog, newer, listing, pool, readback):
             warning("retention_blocked", step=str(step), why="no newer commit could be verified")
             break
-        done.append(Given(step, "retire", f"{len(newer)} newer commits, keep={keep}"))
+        done.append(Given(step, "retire", f"{len(newer)} newer commits, keep={policy.wire}"))
         if not dry_run:
             # Visible is not durable: those that stand in for it must survive a power cut first.
-            for decision in newer[: max(keep, NEWER_MIN)]:
+            for decision in newer[: max(policy.last, NEWER_MIN)]:
                 if decision.id not in durable:
                     await catalog.store.make_durable(keys.commit(decision.id))
                     durable.add(decision.id)
             nbytes = next(c.stored_bytes for c in commits if c.id == step)
-            await retire(catalog.store, step, f"keep={keep}", nbytes)
+            if await retire(catalog.store, step, f"keep={policy.wire}", nbytes):
+                readback.retired()
     done += await _sweep(catalog, listing, commits, dry_run=dry_run)
-    return done
+    return done + (_left_alone(listing, damaged, done) if dry_run else [])
+
+
+def _left_alone(listing: Listing, damaged: list[StepId], done: list[Given]) -> list[Given]:
+    """What a collection does not touch because it can not know enough of it."""
+    told = {one.step for one in done}
+    undecided = frozenset(listing.manifests) - listing.decided - listing.retired - told
+    found = dict.fromkeys(damaged, "its commit record does not hold")
+    found |= dict.fromkeys(undecided, "undecided: its ranks may still finish it")
+    return [Given(step, "keep", why) for step, why in sorted(found.items())]
+
+
+async def _resume_sources(store: Store, attempt: int) -> dict[StepId, str]:
+    """What the attempts from `attempt`, the newest with a commit, resumed from. Any of them may
+    run, here or on another host, and go back there once more before its first commit.
+    """
+    found = {}
+    async for later in claimed_from(store, attempt):
+        try:
+            source = await resumed_from(store, later)
+        except (DamageError, ObjectNotFoundError):
+            continue  # nobody can tell any more
+        if source is not None:
+            found[source] = f"attempt {later}"
+    return found
 
 
 async def _drop_dead_holds(store: Store) -> None:
@@ -125,30 +160,40 @@ async def _drop_dead_holds(store: Store) -> None:
             await store.delete(key)
 
 
-async def _commits(catalog: Catalog, listing: Listing) -> list[Decision]:
-    found = []
+async def _commits(catalog: Catalog, listing: Listing) -> tuple[list[Decision], list[StepId]]:
+    """Commits that stand, newest first, and steps whose register does not hold: it is not counted
+    as a commit, and nothing of it is deleted.
+    """
+    found, damaged = [], []
     for step in listing.standing():
         try:
             decision = await catalog.decision(step)
         except (DamageError, ObjectNotFoundError):
-            continue  # a damaged register is not counted as a commit, and nothing of it is deleted
+            damaged.append(step)
+            continue
         if decision.committed:
             found.append(decision)
-    return found
+    return found, damaged
 
 
 async def _one_verified(
-    catalog: Catalog, newer: list[Decision], listing: Listing, pool: BufferPool
+    catalog: Catalog,
+    newer: list[Decision],
+    listing: Listing,
+    pool: BufferPool,
+    readback: ReadBack,
 ) -> bool:
     """Whether one of `newer` is verified; if none is, read the newest back that holds."""
     for decision in newer:
         if decision.id in listing.verified and await _is_verified(catalog.store, decision.id):
             return True
     for decision in newer:
-        damage = await verify_step(catalog, decision, pool)
+        damage = await verify_step(catalog, decision, pool, pace=readback.pace)
         if not damage:
             await mark_verified(catalog.store, decision.id)
+            readback.verified()
             return True
+        readback.damaged()
         job, found = label_of(catalog.store.url), damage[0]
         warning("damaged", job=job, step=str(decision.id), key=found.key, what=found.what)
     return False

@@ -76,7 +76,7 @@ class Service:
         self._draining: dict[str, asyncio.Task[None]] = {}
         # Of its own: while a store hangs, what it has been lent can not hold up the spool.
         self._drain_pool = BufferPool(LEASE_BYTES)
-        self._mirror_pool = BufferPool(LEASE_BYTES)
+        self._background_pool = BufferPool(LEASE_BYTES)  # of the mirror, and to read back
         self._pipeline = Pipeline(self.pool)
         gbps = settings.max_store_gbps
         self._limit = Bucket(bytes_per_second(gbps)) if gbps else None
@@ -244,7 +244,7 @@ class Service:
             raise UsageError(f"has more than {URL_CHARS_MAX} characters", subject=url[:80] + "...")
         if url not in self.jobs:
             spool = self.spools.of(url) if self.spools is not None else None
-            of_all = self.metrics, self.pool, self.settings, self._limit
+            of_all = self.metrics, self._background_pool, self.settings, self._limit
             job = Job.open(url, *of_all, spool, self.keyring)
             self.jobs[url] = job
             self._mirror(job)
@@ -258,7 +258,7 @@ class Service:
             return
         try:
             place = place_of(self.settings.mirror_url, job.url)
-            job.follow(place, self._mirror_pool, self.settings)
+            job.follow(place, self._background_pool, self.settings)
         except CkptmgrError as error:
             warning("mirror_off", job=job.label, why=str(error))
 

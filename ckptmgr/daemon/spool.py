@@ -43,10 +43,10 @@ _SLACK_BYTES = 64 * PAGE_BYTES
 
 
 class SpoolBinding(msgspec.Struct, frozen=True):
-    """Which job a spool belongs to, and how many steps that job keeps."""
+    """Which job a spool belongs to, and which steps that job keeps."""
 
     url: str
-    keep: int
+    keep: int | str
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -77,7 +77,7 @@ class Spool:
         self._directory = directory
         self._path = directory.path / label_of(url)
         self.url = url
-        self.keep = 0
+        self.keep: int | str = 0
         self.store = LocalStore(str(self._path))
         self._parts: dict[tuple[StepId, int], Part] = {}
         self.copied: set[Part] = set()
@@ -132,7 +132,7 @@ class Spool:
         return self._directory.room_for(_room(snapshot))
 
     @asynccontextmanager
-    async def writing(self, snapshot: Snapshot, keep: int) -> AsyncIterator[LocalStore]:
+    async def writing(self, snapshot: Snapshot, keep: int | str) -> AsyncIterator[LocalStore]:
         """The store to write a part into. What was written is deleted again if that fails.
 
         Raises:
@@ -159,7 +159,7 @@ class Spool:
         await self.tell()
         return part
 
-    async def _bind(self, keep: int) -> None:
+    async def _bind(self, keep: int | str) -> None:
         """Say whose spool it is, durably, before its first part."""
         if self.keep == keep:
             return

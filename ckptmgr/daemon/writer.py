@@ -97,7 +97,8 @@ class Writer:
         start = time.monotonic()
         handed_over = False
         try:
-            manifest = await self._bring(snapshot)
+            with self._job.readback.saving():
+                manifest = await self._bring(snapshot)
             if manifest is not None:
                 deciding.create_task(self._decide(snapshot, manifest, start))
                 handed_over = True

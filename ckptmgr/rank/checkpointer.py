@@ -18,6 +18,7 @@ from ckptmgr.config import (
 )
 from ckptmgr.config import runtime_dir as default_runtime_dir
 from ckptmgr.errors import StepOrderError, UsageError
+from ckptmgr.keep import Keep
 from ckptmgr.preemption import Source, open_sources
 from ckptmgr.rank.arguments import absolute_url, checked, checked_patterns, checked_state
 from ckptmgr.rank.capture import Capture
@@ -50,7 +51,8 @@ class Checkpointer:
             state_dict/load_state_dict, tensors, NumPy arrays and plain Python. Plain Python is
             replaced in this mapping by `restore`.
         every: cadence of `step`: a number of steps (100), a time ("5m"), or None for `save` only.
-        keep: committed steps that are kept, at least 2.
+        keep: committed steps that are kept: the newest so many, at least 2, or a `ckptmgr.Keep`, as
+            in Keep(last=3, every=1000, best=("loss", "min", 3)), or its text (docs/keeping.md).
         codec: "auto", "none", "zstd" or "planes".
         slots: snapshots that host memory holds, 2 or 3.
         overlap: copy parameters and optimizer state during the next forward and backward. None
@@ -86,7 +88,7 @@ class Checkpointer:
         state: MutableMapping[str, Any],
         *,
         every: int | str | None = "5m",
-        keep: int = DEFAULT_KEEP,
+        keep: int | str | Keep = DEFAULT_KEEP,
         codec: str = "auto",
         slots: int = DEFAULT_SLOTS,
         overlap: bool | None = None,
@@ -103,7 +105,7 @@ class Checkpointer:
         self.restored: RestoredStep | None = None
         self._url = absolute_url(url)
         self._every = parse_every(every)
-        self._keep = checked(keep, "keep", type(keep) is int and keep >= 1)
+        self._keep = Keep.of(keep).wire
         self._slots = checked(slots, "slots", slots in (2, 3))
         self._codec = checked(codec, "codec", codec in _CODECS)
         self._drain_timeout = drain_timeout
@@ -306,8 +308,15 @@ class Checkpointer:
 
     # -- restore ------------------------------------------------------------------------------
 
-    def restore(self, step: int | str | None = None, *, required: bool = False) -> int:
+    def restore(
+        self, step: int | str | None = None, *, required: bool = False, before: str = ""
+    ) -> int:
         """Put the last consistent step (or `step`: 1200, or "3.1200" for attempt 3) back.
+
+        With `before`, an expression over tags as "loss > 4", the newest commit that the job came
+        through before the first one for which it holds: to where silent corruption of data or of a
+        device had not shown yet. Where it holds for none that is the newest, so it may stay in a
+        script (docs/keeping.md).
 
         Returns its number, 0 if the job has none yet. Tensors are copied into the ones that
         exist; either everything is put back or nothing. Where a newer step was damaged, the one
@@ -320,7 +329,7 @@ class Checkpointer:
             StoreUnreachableError: the store does not answer.
         """
         self._entered()
-        found = self._resuming.restore(step, required=required)
+        found = self._resuming.restore(step, required=required, before=before)
         if found is None:
             return 0
         self.restored = found

@@ -38,7 +38,7 @@ class Wanted:
     world: int
     slots: int
     codec: str
-    keep: int
+    keep: int | str
     table_bytes: int
     data_bytes: int
     run_id: str = ""

@@ -38,8 +38,12 @@ class Resuming:
         self._url = url
         self._decisions = 0
 
-    def restore(self, step: int | str | None, *, required: bool) -> RestoredStep | None:
+    def restore(
+        self, step: int | str | None, *, required: bool, before: str = ""
+    ) -> RestoredStep | None:
         """The newest step that every rank can use, or `step`; None where the job has none.
+
+        With `before`, of the steps before that expression over tags first held.
 
         All ranks call it. Nothing is changed on any rank before all know that all can use the
         step, and it returns only when all have it.
@@ -50,7 +54,9 @@ class Resuming:
         first, skipped = self._decisions, dict[str, str]()
         found = None
         while found is None:
-            request = Restore(step=number, of_attempt=attempt, k=self._decisions, first_k=first)
+            request = Restore(
+                step=number, of_attempt=attempt, k=self._decisions, first_k=first, before=before
+            )
             found = self._decided(request, skipped)
         if found.attempt:
             _tell_skipped(f"fell back to step {found.step}", found)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ckptmgr.config import BUDGET_BYTES
-from ckptmgr.errors import DamageError, NothingToRestoreError, ObjectNotFoundError
+from ckptmgr.errors import DamageError, NothingToRestoreError, ObjectNotFoundError, UsageError
 from ckptmgr.repository import keys
 from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.catalog import Catalog, is_retired
 from ckptmgr.repository.commit import Decision
 from ckptmgr.repository.hold import held_step
 from ckptmgr.repository.manifest import Manifest
-from ckptmgr.restore.choose import candidates
+from ckptmgr.restore.adopted import is_adopted, write_adopted
+from ckptmgr.restore.choose import candidates, candidates_before
 from ckptmgr.restore.files import Progress, write_hostbuffer, write_safetensors
 from ckptmgr.restore.records import list_objects, verify_presence, verify_records
 from ckptmgr.restore.verify import Damage, verify_step
@@ -111,13 +113,21 @@ def _reports(
 
 
 async def restore_files(
-    catalog: Catalog, step: str | None, form: str, directory: Path, progress: Progress
+    catalog: Catalog,
+    step: str | None,
+    form: str,
+    directory: Path,
+    progress: Progress,
+    *,
+    before: str = "",
 ) -> dict[str, Any]:
     """Write the newest step that holds (or the one asked for) into `directory`.
 
     Returns the step, the bytes, the newer steps that were skipped, each with its damage, and the
-    newer ones that were never committed, or whose commit record is gone. For other formats than
-    safetensors it leaves a host buffer of each rank and names them as `buffers`.
+    newer ones that were never committed, or whose commit record is gone. For torch and dcp it
+    leaves a host buffer of each rank and names them as `buffers`. Without `form` it is files for a
+    step that `watch` adopted, and safetensors for any other. With `before`, an expression over
+    tags, only steps before it first held are looked at; `broke_out` is the step for which it did.
 
     Raises:
         NothingToRestoreError: there is no such step.
@@ -128,7 +138,12 @@ async def restore_files(
     lists = [await catalog.store.list(prefix) for prefix in ("man/", "commit/", "tags/")]
     found = [key for of_prefix in lists for key in of_prefix]
     undecided = [] if step else not_committed(found)
-    for one in await candidates(catalog, step):
+    broke_out = None
+    if before:
+        offered, broke_out = await candidates_before(catalog, before)
+    else:
+        offered = await candidates(catalog, step)
+    for one in offered:
         try:
             decision = await catalog.decision(one)
             if not decision.committed:
@@ -140,7 +155,7 @@ async def restore_files(
             last = error
             skipped.append({**one.document(), "why": f"{error.subject}: {error.message}"})
             for path in directory.iterdir():
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
             continue
         return {
             **one.document(),
@@ -148,13 +163,13 @@ async def restore_files(
             "tags": decision.tags,
             "skipped": skipped,
             "not_committed": [str(s) for s in undecided],
+            "broke_out": str(broke_out) if broke_out else None,
             **written,
         }
     if last is not None:
         raise last
-    raise NothingToRestoreError(
-        f"no committed step {step}" if step else "no committed step", subject=catalog.store.url
-    )
+    what = f" before {before}" if before else f" {step}" if step else ""
+    raise NothingToRestoreError(f"no committed step{what}", subject=catalog.store.url)
 
 
 async def _write(
@@ -167,7 +182,17 @@ async def _write(
 
     async with held_step(store, decision.id):
         manifests = await in_lanes(read, range(decision.world), _READS_AT_ONCE)
-        if form == "safetensors":
+        adopted = is_adopted(manifests)
+        if form == "files" and not adopted:
+            raise UsageError(
+                "is a state, and not files",
+                subject=f"step {decision.id}",
+                hint="Use --format safetensors, torch or dcp.",
+            )
+        if adopted and form in ("", "files"):
+            await write_adopted(store, manifests[0], directory, pool, progress)
+            return {}
+        if form in ("", "safetensors"):
             await write_safetensors(store, manifests, directory, pool, progress)
             return {}
         return {

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from ckptmgr.errors import NothingToRestoreError, ObjectNotFoundError, UsageError
+from ckptmgr.repository.breakout import Breakout
 from ckptmgr.repository.catalog import Catalog, StepEntry, standing_steps
 from ckptmgr.repository.commit import Decision
+from ckptmgr.repository.line import line_of, sources_of, steps_before
 from ckptmgr.types import StepId
 
 
@@ -22,6 +24,28 @@ async def candidates(catalog: Catalog, text: str | None) -> list[StepId]:
     except ValueError as error:
         raise UsageError(str(error), subject="step") from None
     return [s for s in standing if s.step == number and attempt in (None, s.attempt)]
+
+
+async def candidates_before(catalog: Catalog, text: str) -> tuple[list[StepId], StepId | None]:
+    """Commits that stand and that the newest one came through before the expression `text` first
+    held, newest first; and the step for which it did, None where it holds for none.
+
+    A step counts even if it was retired: its register stays, and with that its tags.
+
+    Raises:
+        UsageError: `text` is no expression.
+    """
+    breakout = Breakout.parse(text)
+    standing = await standing_steps(catalog.store)
+    found = [entry.decision for entry in await catalog.entries()]
+    commits = {one.id: one for one in found if one is not None and one.committed}
+    newest = next((step for step in standing if step in commits), None)
+    if newest is None:
+        return [], None
+    sources = await sources_of(catalog.store, {step.attempt for step in commits})
+    line = line_of(newest, commits, sources)
+    before, broke_out = steps_before(breakout, commits.values(), line)
+    return [step for step in before if step in set(standing)], broke_out
 
 
 async def find_entry(catalog: Catalog, text: str | None) -> StepEntry:

@@ -177,7 +177,7 @@ async def write_safetensors(
     header = safetensors_header(joined.tensors, notes)
     path = directory / "state.safetensors"
     with path.open("x+b") as file:
-        _take_space(file.fileno(), len(header) + joined.nbytes)
+        take_space(file.fileno(), len(header) + joined.nbytes)
         mapped = mmap.mmap(file.fileno(), 0)
         try:
             with memoryview(mapped) as view, view[len(header) :] as target:
@@ -201,7 +201,7 @@ async def _write_values(manifest: Manifest, joined: Joined, directory: Path) -> 
     return path
 
 
-def _take_space(descriptor: int, nbytes: int) -> None:
+def take_space(descriptor: int, nbytes: int) -> None:
     """Give the file its length and its blocks: a disk that is full under a mapping kills us."""
     try:
         os.posix_fallocate(descriptor, 0, nbytes)
@@ -256,6 +256,6 @@ async def write_hostbuffer(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
     with buffer:
         with buffer.path.open("r+b") as file:
-            _take_space(file.fileno(), buffer.capacity.file_bytes)
+            take_space(file.fileno(), buffer.capacity.file_bytes)
         await fetch_into_slot(store, manifest, buffer, 0, pool, progress)
         return buffer.path

@@ -31,6 +31,14 @@ RANKS_AT_ONCE = 8
 """Ranks of a step read back at a time; the memory budget bounds the packs that are held."""
 
 
+Pace = Callable[[int], Awaitable[None]]
+"""Awaited before so many bytes are read back; waits as long as other work should go first."""
+
+
+async def at_once(_nbytes: int) -> None:
+    """The pace of somebody who waits for the answer."""
+
+
 @dataclass(frozen=True, slots=True)
 class Damage:
     """One place where a step does not hold: the object, the offset in it, and what is wrong."""
@@ -99,11 +107,16 @@ async def verify_step(
     *,
     quick: bool = False,
     progress: Callable[[int], None] = lambda _: None,
+    pace: Pace = at_once,
 ) -> list[Damage]:
     """Read a committed step back and list everything in it that does not hold.
 
-    `quick` looks at existence and lengths only. `progress` is told the bytes read. Of an encrypted
-    step, who has no key checks the hashes of what is stored, and nothing that is in it.
+    `quick` looks at existence and lengths only. `progress` is told the bytes read, `pace` awaited
+    before each pack. What the page cache has of a pack is dropped first, where the store is on this
+    host's disks, so that the medium is read; and after that, so that nothing else has to make room.
+
+    Of an encrypted step, who has no key checks the hashes of what is stored, and nothing that is
+    in it.
 
     Raises:
         StoreUnreachableError: the store can not be read now; this is not damage.
@@ -118,6 +131,7 @@ async def verify_step(
             return [Damage(error.subject, 0, error.message)]
         found: list[Damage] = []
         for index in range(len(manifest.packs)):
+            await pace(0 if quick else manifest.packs[index][1])
             found += await _verify_pack(catalog.store, manifest, index, pool, quick, progress)
         return found
 
@@ -156,7 +170,9 @@ async def _look_at_pack(
             if quick:
                 await store.get(key, nbytes - 1, into=lease[:1])
                 return await verify_end(store, key, nbytes)
+            await store.uncache(key)
             await store.get(key, into=lease[:nbytes])
+            await store.uncache(key)
             damage = await verify_end(store, key, nbytes)
         except (ObjectNotFoundError, MissingObjectError):
             return [Damage(key, 0, "is gone")]

@@ -24,7 +24,7 @@ from ckptmgr.config import CONTROL_FRAME_BYTES_MAX, CONTROL_TIMEOUT_SECONDS
 from ckptmgr.errors import ControlProtocolError, DaemonError, DaemonUnreachableError
 from ckptmgr.types import MALFORMED
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of these messages: a daemon outlives the installation that it was started from."""
 
 ROOT = 0
@@ -53,7 +53,7 @@ class Attach(Message, frozen=True):
     table_bytes: int
     data_bytes: int
     codec: str
-    keep: int
+    keep: int | str
     attempt: int = 0
     nonce: str = ""
     buffer: str = ""
@@ -75,13 +75,15 @@ class Restore(Message, frozen=True):
     """Decide which step the attempt resumes from: the newest usable one, or a chosen `step`.
 
     It is the attempt's `k`-th such decision; those from `first_k` on were made by this same restore
-    and proved unusable, so their steps are not offered again.
+    and proved unusable, so their steps are not offered again. With `before`, an expression over
+    tags (repository/breakout.py), only commits before it first held are offered.
     """
 
     step: int | None = None
     of_attempt: int | None = None
     k: int = 0
     first_k: int = 0
+    before: str = ""
 
 
 class Load(Message, frozen=True):

@@ -97,8 +97,8 @@ def range_of(
 
 
 class Store(ABC):
-    """Named, immutable objects: six methods to write. `get_many`, and `share` with `unshare`, are
-    for a store that can be faster with them.
+    """Named, immutable objects: six methods to write. `get_many`, `uncache`, and `share` with
+    `unshare`, are for a store that can be faster, or read closer to its medium, with them.
 
     Errors of every method: `StoreUnreachableError` (or a subclass) where a retry may help, of which
     `MediumError` may be a fault of this one object; `StoreError` where it will not; `UsageError`
@@ -168,6 +168,13 @@ class Store(ABC):
 
     def unshare(self, memory: memoryview) -> None:  # noqa: B027 - most need do nothing
         """End a `share` and let go of `memory`; what was never shared is no error."""
+
+    async def uncache(self, key: str) -> None:  # noqa: B027 - most have nothing to drop
+        """Drop what this host's page cache holds of `key`, so that the next `get` reads the medium.
+
+        A store on this host's file systems overrides it. It changes nothing else, and what can not
+        be dropped is not; a key that does not exist is no error.
+        """
 
     @abstractmethod
     async def list(self, prefix: str) -> list[str]:

@@ -97,6 +97,10 @@ class FaultyStore(Store):
         """As `Store.get`, or the planned fault."""
         return await self._do("get", key, lambda: self._inner.get(key, offset, length, into))
 
+    async def uncache(self, key: str) -> None:
+        """As `Store.uncache`; no operation that is counted."""
+        await self._inner.uncache(key)
+
     def share(self, memory: memoryview, path: str) -> None:
         """As `Store.share`."""
         self._inner.share(memory, path)

@@ -106,6 +106,18 @@ class LocalStore(Store):
 
         return await self._calls.run(key, read)
 
+    async def uncache(self, key: str) -> None:
+        """As `Store.uncache`. Pages that are not on the medium yet stay: objects are synced before
+        they have a name.
+        """
+        parts = check_key(key).split("/")
+
+        def drop(_call: Call[Any]) -> None:
+            with suppress(ObjectNotFoundError), self._object(key, parts) as (_, descriptor):
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+        await self._calls.run(key, drop)
+
     async def list(self, prefix: str) -> list[str]:
         """As `Store.list`."""
         parts = check_prefix(prefix).split("/")[:-1]

@@ -228,6 +228,10 @@ class MirroredStore(Store):
         """As `Store.delete`, where is read."""
         await (self.first if await self._stands() else self.mirror).delete(key)
 
+    async def uncache(self, key: str) -> None:
+        """As `Store.uncache`, of the first."""
+        await self.first.uncache(key)
+
     async def make_durable(self, key: str) -> None:
         """As `Store.make_durable`, where is read."""
         await (self.first if await self._stands() else self.mirror).make_durable(key)

@@ -6,6 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 from ckptmgr.config import MIB, STORE_TIMEOUT_SECONDS
@@ -192,6 +193,12 @@ class RetryingStore(Store):
         except StoreError:
             return False
         return True
+
+    async def uncache(self, key: str) -> None:
+        """As `Store.uncache`, once: what can not be dropped is not, and a read tells why."""
+        with suppress(StoreError, TimeoutError):
+            async with asyncio.timeout(self._timeout_seconds):
+                await self._inner.uncache(key)
 
     def share(self, memory: memoryview, path: str) -> None:
         """As `Store.share`."""

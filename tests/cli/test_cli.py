@@ -107,6 +107,10 @@ def test_1_not_drained(runtime: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         (["restore", "{store}", "--to={store}"], ["is not an empty directory"]),
         (["restore", "{store}", "--to={store}/format"], ["is not an empty directory"]),
         (["gc", "{store}", "--keep=0"], ["0 is not allowed"]),
+        (["gc", "{store}", "--keep=many"], ["'many' is not allowed", "Write 5, or last=3"]),
+        (["gc", "{store}", "--keep-best=loss"], ["'loss' is not allowed", "loss:min:3"]),
+        (["gc", "{store}", "--keep=last=2", "--keep-every=5", "--keep-daily=-1"], ["daily"]),
+        (["gc", "{store}", "--keep=every=2", "--keep-every=5"], ["not both"]),
         (["release", "{store}", "2", "nonsense"], ["has no hold nonsense"]),
         (["ls", "nosuch://x"], ["no store is installed", "hint: "]),
         (["ls", "zz://bucket/run"], ["no store is installed for this scheme"]),
@@ -122,7 +126,13 @@ def test_2_wrong_arguments(made: Path, arguments: list[str], words: list[str]) -
 
 @pytest.mark.parametrize(
     "arguments",
-    [["nonsense"], ["ls"], ["ls", "x", "--nonsense"], ["ls", "x", "y"], ["gc", "x", "--keep=many"]],
+    [
+        ["nonsense"],
+        ["ls"],
+        ["ls", "x", "--nonsense"],
+        ["ls", "x", "y"],
+        ["gc", "x", "--keep-every=many"],
+    ],
 )
 def test_2_what_the_parser_refuses(arguments: list[str]) -> None:
     check_error(call(*arguments), 2, "hint: Run `ckptmgr")
@@ -322,9 +332,12 @@ def test_a_dry_run_changes_nothing(store: Path) -> None:
     before = sorted(store.rglob("*"))
     found = call("gc", store, "--keep=1", "--dry-run")
     assert [line.split(":")[0] for line in found.out.splitlines()] == [
+        "1.3 keep",
+        "2.2 keep",
         "1.1 would retire",
         "1.2 would retire",
     ]
+    assert "1.3 keep: one of the newest 2; attempt 2 resumed from it" in found.out
     assert sorted(store.rglob("*")) == before
 
 

@@ -49,6 +49,7 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
     "show": (["nosuch://x"], 2, "no store is installed"),
     "status": (["--watch"], 2, "needs a terminal"),
     "verify": (["/nothing", "1", "--all"], 2, "a step or --all"),
+    "watch": (["/nothing", "--to=/nowhere"], 2, "is not a directory"),
 }
 """Command -> arguments that it must refuse, with which status, and a word of what it says."""
 

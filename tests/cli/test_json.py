@@ -80,6 +80,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, li
         spool_side(runtime, place, note)
         ranks_side(runtime, place, note)
         store_side(make_store(place, runtime), place, note)
+        watched_side(place, note)
         yield found
     finally:
         shutil.rmtree(runtime)
@@ -169,10 +170,18 @@ def store_side(store: Path, place: Path, note: Any) -> None:
     note("verify", store, status=3)
     note("restore", store, "--to", place / "out", status=7)
     shutil.rmtree(manifest.parents[1])
+    note("restore", store, "--before=step > 2", "--to", place / "before", status=0)
     note("gc", store, "--keep=2", "--dry-run")
     note("gc", store, "--keep=2")
     spoil(store, 1, 3, "commit")
     note("ls", store)
+
+
+def watched_side(place: Path, note: Any) -> None:
+    (place / "output").mkdir()
+    (place / "output/model-1.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    (place / "output/model-2.safetensors").touch()
+    note("watch", place / "output", "--to", place / "adopted", "--once", "--quiet-seconds=0.1")
 
 
 @pytest.mark.parametrize("command", sorted(set(documented()) - {"bench", "demo"}))

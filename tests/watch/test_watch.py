@@ -1,0 +1,165 @@
+"""`ckptmgr watch`, from files to commits and back to the same files."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from called import call
+from ckptmgr.cli import app
+from ckptmgr.commands.watching import _watch
+from ckptmgr.errors import SupersededError, UsageError
+from ckptmgr.keep import Keep
+from ckptmgr.types import StepId
+from small_step import made_in_memory, write_tree
+from watch.test_whole import dcp, trainer, write
+from watch.trainer_writer import files_of, saved_by_safetensors, saved_by_torch
+from watch.watching import Watch, commits_of, restored, tree_of
+
+
+def adopt(root: Path, store: Path, keep: str = "3") -> Any:
+    """What `watch --once --json` prints; in this process, because a command takes a second."""
+    return asyncio.run(_watch(root, str(store), Keep.of(keep), [], 0.1, "auto", once=True))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    made = tmp_path / "output"
+    made.mkdir()
+    return made
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+def below(root: Path, name: str) -> dict[str, str]:
+    return {path: digest for path, digest in tree_of(root).items() if path.startswith(name)}
+
+
+def test_every_kind_comes_back_byte_for_byte(root: Path, store: Path, tmp_path: Path) -> None:
+    trainer(root)
+    dcp(root)
+    (root / "model-5.pt").write_bytes(saved_by_torch(os.urandom(9_000_000)))
+    (root / "model-6.safetensors").write_bytes(saved_by_safetensors(b""))
+    (root / "checkpoint-20/empty.txt").touch()
+    os.utime(root / "checkpoint-20/empty.txt", ns=(0, 10**18))
+    document = adopt(root, store, "100")
+    kinds = {one["source"]: one["kind"] for one in document["adopted"]}
+    assert kinds == {
+        "checkpoint-20": "trainer",
+        "step7": "dcp",
+        "model-5.pt": "file",
+        "model-6.safetensors": "file",
+    }
+    for one in document["adopted"]:
+        assert restored(store, StepId(one["attempt"], one["step"])) == below(root, one["source"])
+    out = tmp_path / "out"
+    (newest,) = document["adopted"][-1:]
+    found = call("restore", store, "--to", out, "--json").document
+    assert found["id"] == newest["id"]
+    assert tree_of(out) == below(root, newest["source"])
+    assert adopt(root, store, "100") == {"adopted": [], "left": []}, "adopted twice"
+
+
+def test_a_run_that_goes_back_gets_another_attempt(root: Path, store: Path) -> None:
+    for step in (10, 20):
+        write(root / f"checkpoint-{step}", files_of(step, 1, 4))
+        newest = 10**18 + step * 10**9
+        os.utime(root / f"checkpoint-{step}/trainer_state.json", ns=(0, newest))
+    assert [one["id"] for one in adopt(root, store)["adopted"]] == ["1.10", "1.20"]
+    for path in (root / "checkpoint-20").iterdir():
+        path.touch()  # the bytes stay the same
+    (root / "checkpoint-20/trainer_state.json").touch()
+    assert adopt(root, store) == {"adopted": [], "left": []}
+    shutil.rmtree(root / "checkpoint-10")
+    place = root / "checkpoint-10"
+    place.mkdir()
+    for name, content in files_of(10, 2, 4).items():
+        (place / name).write_bytes(content)
+    assert [one["id"] for one in adopt(root, store)["adopted"]] == ["2.10"]
+    assert restored(store, StepId(2, 10)) == below(root, "checkpoint-10")
+    write(root / "checkpoint-5", files_of(5, 1, 4))
+    assert adopt(root, store)["left"] == [
+        {"source": "checkpoint-5", "why": "is older than what was adopted already"}
+    ]
+
+
+def test_retention_and_tags(root: Path, store: Path, tmp_path: Path) -> None:
+    for step in range(10, 80, 10):
+        place = write(root / f"checkpoint-{step}", files_of(step, 1, 2))
+        os.utime(place / "trainer_state.json", ns=(0, 10**18 + step * 10**9))
+    adopt(root, store, "last=2,best=loss:max:1")
+    assert [entry.id.step for entry in commits_of(store)] == [10, 60, 70]
+    found = call("restore", store, "--before", "loss < 0.016", "--to", tmp_path / "o", "--json")
+    assert (found.document["id"], found.document["broke_out"]) == ("1.60", "1.70")
+
+
+def test_what_is_not_whole_is_left_and_told(root: Path, store: Path) -> None:
+    (trainer(root) / "trainer_state.json").unlink()
+    (root / "model-5.pt").symlink_to("/etc/passwd")
+    document = adopt(root, store)
+    assert document["adopted"] == []
+    assert [one["source"] for one in document["left"]] == ["checkpoint-20", "model-5.pt"]
+    assert not store.exists(), "a store was made for nothing"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["{gone}", "--to", "{store}"], "is not a directory"),
+        (["{root}", "--to", "{store}", "--json"], "has no document before it ends"),
+        (["{root}", "--to", "{store}", "--quiet-seconds=nan"], "nan is not allowed"),
+        (["{root}", "--to", "{store}", "--codec=planes"], "'planes' is not allowed"),
+    ],
+)
+def test_wrong_uses_are_refused(root: Path, store: Path, arguments: list[str], told: str) -> None:
+    places = {"root": root, "store": store, "gone": root / "gone"}
+    command = typer.main.get_command(app)
+    with pytest.raises(UsageError, match=told):
+        command.main(
+            ["watch", *(one.format(**places) for one in arguments)], "x", standalone_mode=False
+        )
+
+
+def test_the_steps_of_a_job_are_not_mixed_with(root: Path, tmp_path: Path) -> None:
+    _, objects = made_in_memory()
+    write_tree(tmp_path / "job", objects)
+    trainer(root)
+    with pytest.raises(UsageError, match="which watch did not put there"):
+        adopt(root, tmp_path / "job")
+    with pytest.raises(UsageError, match="is a state, and not files"):
+        restored(tmp_path / "job", StepId(1, 20))
+
+
+def test_it_hears_of_what_appears_and_ends_when_told(root: Path, store: Path) -> None:
+    with Watch(root, store, quiet=0.2) as watch:
+        watch.await_event("watching")
+        trainer(root)
+        watch.await_event("watch_adopted", "checkpoint-20")
+        watch.process.terminate()
+        assert watch.process.wait(60) == 143
+    assert [str(entry.id) for entry in commits_of(store)] == ["1.20"]
+
+
+def test_of_two_that_watch_for_one_store_the_older_ends(root: Path, store: Path) -> None:
+    async def main() -> None:
+        first = asyncio.ensure_future(_watch(root, str(store), Keep(), [], 0.1, "auto", once=False))
+        write(root / "checkpoint-10", files_of(10, 1, 2))
+        while not store.exists() or not list(store.glob("tags/*/*")):
+            await asyncio.sleep(0.05)
+        second = write(root.parent / "other/checkpoint-20", files_of(20, 1, 2)).parent
+        done = await _watch(second, str(store), Keep(), [], 0.1, "auto", once=True)
+        assert [one["id"] for one in done["adopted"]] == ["2.20"]
+        write(root / "checkpoint-30", files_of(30, 1, 2))
+        with pytest.raises(SupersededError):
+            await first
+
+    asyncio.run(main())

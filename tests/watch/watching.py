@@ -1,0 +1,117 @@
+"""`ckptmgr watch` as a process, and what it has adopted, read by other code than its own."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from ckptmgr.repository.catalog import Catalog, StepEntry
+from ckptmgr.restore.check import restore_files
+from ckptmgr.store.local import LocalStore
+from ckptmgr.types import StepId
+from driven import PYTHON_PATH, events_of
+
+T = TypeVar("T")
+
+
+PATIENCE_SECONDS = 240.0
+"""A command is started again and again beside everything else that a machine does."""
+
+
+def patiently(holds: Callable[[], T], what: str) -> T:
+    """Wait for something that another process will do; its first true value."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not (found := holds()):
+        assert time.monotonic() < deadline, f"never happened: {what}"
+        time.sleep(0.02)
+    return found
+
+
+class Watch:
+    """The command as a child; `log` is what it writes to stderr."""
+
+    def __init__(self, root: Path, store: Path, *arguments: str, quiet: float = 0.3) -> None:
+        self.log = store.parent / "watch.log"
+        self._before = len(events_of(self.log))
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "ckptmgr.cli", "watch", str(root), "--to", str(store)),
+                    *(f"--quiet-seconds={quiet}", *arguments),
+                ],
+                env={**os.environ, "PYTHONPATH": PYTHON_PATH},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+            )
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """Those of this process."""
+        return [one for one in events_of(self.log)[self._before :] if one["event"] == name]
+
+    def await_event(self, name: str, source: str = "") -> dict[str, Any]:
+        def look() -> list[dict[str, Any]]:
+            assert self.process.poll() is None, self.log.read_text()
+            return [one for one in self.events(name) if one.get("source", "") == source]
+
+        return patiently(look, f"{name} {source}")[0]
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+
+def with_catalog(store: Path, use: Callable[[Catalog], Awaitable[T]]) -> T:
+    async def run() -> T:
+        opened = LocalStore(str(store))
+        try:
+            return await use(Catalog(opened))
+        finally:
+            await opened.aclose()
+
+    return asyncio.run(run())
+
+
+def commits_of(store: Path) -> list[StepEntry]:
+    """Committed steps that stand, oldest first."""
+    found = with_catalog(store, lambda catalog: catalog.entries())
+    return [
+        one
+        for one in reversed(found)
+        if one.state.value in ("committed", "verified") and not one.damage
+    ]
+
+
+def tree_of(root: Path) -> dict[str, str]:
+    """Every file below a directory, with a digest of its bytes."""
+    return {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
+
+
+def restored(store: Path, step: StepId) -> dict[str, str]:
+    """What is restored of a step."""
+    with tempfile.TemporaryDirectory() as place:
+        directory = Path(place)
+
+        async def use(catalog: Catalog) -> None:
+            await restore_files(catalog, str(step), "files", directory, lambda _: None)
+
+        with_catalog(store, use)
+        return tree_of(directory)
