@@ -29,14 +29,19 @@ IMPORTS: dict[str, set[str]] = {
     "store": BASE | {"bucket"},
     "repository": BASE | {"metrics", "staging", "store"},
     "restore": BASE | {"metrics", "staging", "store", "repository"},
-    "daemon": BASE | {"metrics", "staging", "store", "repository", "restore", "bucket", FACE},
+    "goodput": BASE | {"repository"},
+    "advise": BASE | {"goodput", "repository"},
+    "report": BASE | {"goodput", "present", "repository"},
+    "doctor": BASE | {"staging", "store", "repository", "present", FACE},
+    "daemon": BASE
+    | {"metrics", "staging", "store", "repository", "restore", "bucket", "goodput", FACE},
     "rank": BASE | {"staging", "bucket", "preemption"},
     "testing": {"errors", "types", "store"},
     "foreground": set(),
     "present": BASE | {"repository", "restore"},  # how the command line shows things
     "commands": BASE
     | {"metrics", "staging", "store", "repository", "restore", "daemon", "testing"}
-    | {"foreground", "present", "demo", FACE},
+    | {"foreground", "present", "demo", "goodput", "advise", "report", "doctor", FACE},
     "cli": BASE | {"commands", "foreground", "present", FACE},
     # Explicit, because they stand outside the layers: the lazy faces, and the demonstration, which
     # uses the package as its users do.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import mmap
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -275,6 +276,8 @@ def _manifest(source: Source, table: Table, packs: list[_Pack]) -> SealedManifes
             stored_bytes=sum(pack.nbytes for pack in packs),
             sealed_at=snapshot.sealed_at,
             tags=table.tags,
+            stall_seconds=snapshot.stall_seconds,
+            written_at=time.time(),
         )
     )
 

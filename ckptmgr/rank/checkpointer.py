@@ -302,6 +302,7 @@ class Checkpointer:
         if number <= self._last_step:
             raise StepOrderError(f"comes after step {self._last_step}", subject=f"step {number}")
         self._last_step = number
+        self._saving.reached(number)
         return number
 
     # -- restore ------------------------------------------------------------------------------

@@ -95,6 +95,10 @@ class Saving:
         """What this attempt goes on from."""
         self._pace.resumed_from(step)
 
+    def reached(self, step: int) -> None:
+        """Tell whoever looks at host memory how far training has come."""
+        self._link.buffer.reach(self._link.attempt, step)
+
     def _check_superseded(self) -> None:
         newer = self._link.buffer.superseded_by
         if newer > self._link.attempt:

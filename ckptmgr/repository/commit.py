@@ -29,7 +29,7 @@ from ckptmgr.repository.manifest import SealedManifest, read_manifest
 from ckptmgr.repository.record import HEADER_BYTES, VERSION, Kind, declared_bytes, seal, unseal
 from ckptmgr.store.base import PutResult, Store
 from ckptmgr.store.mirrored import from_either
-from ckptmgr.types import StepId, Tags
+from ckptmgr.types import Reach, StepId, Tags
 
 T = TypeVar("T")
 
@@ -68,11 +68,15 @@ class Active(msgspec.Struct, frozen=True):
     nonce: str
 
 
-class Have(msgspec.Struct, frozen=True):
-    """Sealed (attempt, step, rank) snapshots in one host's memory: candidates, never decisions."""
+class Have(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Sealed (attempt, step, rank) snapshots in one host's memory: candidates, never decisions.
+
+    `reached` is how far training of earlier attempts came, as that memory tells: for people only.
+    """
 
     host: str
     snapshots: tuple[tuple[int, int, int], ...]
+    reached: tuple[Reach, ...] = ()
 
 
 class Resume(msgspec.Struct, frozen=True):
@@ -96,7 +100,10 @@ class Retired(msgspec.Struct, frozen=True):
 
 
 class Decision(msgspec.Struct, frozen=True):
-    """The register of a step: COMMIT with the digest (hex) of every rank's manifest, or ABORT."""
+    """The register of a step: COMMIT with the digest (hex) of every rank's manifest, or ABORT.
+
+    `stall_seconds` and `written_at` are those of the slowest rank; 0 where nobody knows.
+    """
 
     decision: Literal["COMMIT", "ABORT"]
     attempt: int
@@ -110,6 +117,8 @@ class Decision(msgspec.Struct, frozen=True):
     sealed_at: float = 0.0
     tags: Tags = {}
     why: str = ""
+    stall_seconds: float = 0.0
+    written_at: float = 0.0
 
     @property
     def id(self) -> StepId:
@@ -250,6 +259,8 @@ def commit_of(manifests: Sequence[SealedManifest], parent: StepId) -> Decision:
         stored_bytes=sum(m.stored_bytes for m in ordered),
         sealed_at=first.sealed_at,
         tags=first.tags,
+        stall_seconds=max(m.stall_seconds for m in ordered),
+        written_at=max(m.written_at for m in ordered),
     )
 
 

@@ -29,7 +29,11 @@ _Tags = Annotated[Tags, msgspec.Meta(max_length=1 << 16)]
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """The payload of a manifest record; `layout` and `values` are as in the slot."""
+    """The payload of a manifest record; `layout` and `values` are as in the slot.
+
+    `stall_seconds` is how long training waited for the snapshot, `written_at` the Unix time when
+    its packs were durable; 0 where nobody knows. For people only: nothing is decided by them.
+    """
 
     attempt: int
     step: int
@@ -45,6 +49,8 @@ class Manifest(msgspec.Struct, frozen=True):
     stored_bytes: int
     sealed_at: float
     tags: _Tags = {}
+    stall_seconds: float = 0.0
+    written_at: float = 0.0
 
     @property
     def id(self) -> StepId:
