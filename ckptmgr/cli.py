@@ -12,6 +12,7 @@ from ckptmgr import __version__, foreground, present
 from ckptmgr.commands import (  # noqa: F401 - registers them
     changing,
     installing,
+    knowing,
     reading,
     running,
     trying,

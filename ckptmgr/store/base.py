@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from ckptmgr.errors import StoreError, UsageError
+from ckptmgr.store.finding import Finding
 from ckptmgr.store.lanes import in_lanes
 
 Buffers = Sequence[memoryview]
@@ -98,7 +99,7 @@ def range_of(
 
 class Store(ABC):
     """Named, immutable objects: six methods to write. `get_many`, and `share` with `unshare`, are
-    for a store that can be faster with them.
+    for a store that can be faster with them; `examine` is for one that can be misconfigured.
 
     Errors of every method: `StoreUnreachableError` (or a subclass) where a retry may help, of which
     `MediumError` may be a fault of this one object; `StoreError` where it will not; `UsageError`
@@ -168,6 +169,13 @@ class Store(ABC):
 
     def unshare(self, memory: memoryview) -> None:  # noqa: B027 - most need do nothing
         """End a `share` and let go of `memory`; what was never shared is no error."""
+
+    async def examine(self, key: str, put_between: tuple[float, float]) -> Sequence[Finding]:  # noqa: ARG002 - most know nothing of their own
+        """What only this kind of store can find out about itself, for `ckptmgr doctor`.
+
+        `key` is an object of `doctor` that was put between the two Unix times. Nothing is changed.
+        """
+        return ()
 
     @abstractmethod
     async def list(self, prefix: str) -> list[str]:
