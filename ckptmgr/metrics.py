@@ -62,6 +62,7 @@ class Metrics:
         )
         self.trainers = Gauge("ckptmgr_trainers", "Trainers attached.", registry=r)
         self._of_spool_and_mirror(r, job)
+        self._of_goodput(r, job)
         self._of_preemption(r, job)
 
     def _of_preemption(self, r: CollectorRegistry, job: list[str]) -> None:
@@ -97,4 +98,40 @@ class Metrics:
         )
         self.mirror_reads = Counter(
             "ckptmgr_mirror_reads", "Objects read from the mirror.", job, registry=r
+        )
+
+    def _of_goodput(self, r: CollectorRegistry, job: list[str]) -> None:
+        """Of jobs whose rank 0 is on this host; docs/knowing.md defines them."""
+        self.current_step = Gauge(
+            "ckptmgr_current_step", "Last step that the trainers told of.", job, registry=r
+        )
+        self.ettr = Gauge(
+            "ckptmgr_ettr_ratio",
+            "Part of the time since the first attempt that was training that counts.",
+            job,
+            registry=r,
+        )
+        self.productive_seconds = Gauge(
+            "ckptmgr_productive_seconds", "Time of training that counts.", job, registry=r
+        )
+        self.down_seconds = Gauge(
+            "ckptmgr_down_seconds",
+            "Time that was neither training nor stall: start-up, restore, waiting, unknown.",
+            job,
+            registry=r,
+        )
+        self.restarts = Counter(
+            "ckptmgr_restarts", "Attempts that went on from an older one.", job, registry=r
+        )
+        self.lost_steps = Counter(
+            "ckptmgr_lost_steps",
+            "Steps trained in vain; known: exact, or at_least where no host could tell.",
+            [*job, "known"],
+            registry=r,
+        )
+        self.lost_seconds = Counter(
+            "ckptmgr_lost_seconds",
+            "Time of steps trained in vain; known: exact, or at_most where no host could tell.",
+            [*job, "known"],
+            registry=r,
         )

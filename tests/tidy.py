@@ -31,7 +31,9 @@ IMPORTS: dict[str, set[str]] = {
     "restore": BASE | {"metrics", "staging", "store", "repository"},
     "goodput": BASE | {"repository"},
     "advise": BASE | {"goodput", "repository"},
-    "report": BASE | {"goodput", "present", "repository"},
+    "plots": set(),
+    "report_style": set(),
+    "report": BASE | {"goodput", "plots", "present", "report_style", "repository"},
     "doctor": BASE | {"staging", "store", "repository", "present", FACE},
     "daemon": BASE
     | {"metrics", "staging", "store", "repository", "restore", "bucket", "goodput", FACE},

@@ -170,7 +170,11 @@ class Store(ABC):
     def unshare(self, memory: memoryview) -> None:  # noqa: B027 - most need do nothing
         """End a `share` and let go of `memory`; what was never shared is no error."""
 
-    async def examine(self, key: str, put_between: tuple[float, float]) -> Sequence[Finding]:  # noqa: ARG002 - most know nothing of their own
+    async def examine(
+        self,
+        key: str,  # noqa: ARG002 - most know nothing of their own
+        put_between: tuple[float, float],  # noqa: ARG002
+    ) -> Sequence[Finding]:
         """What only this kind of store can find out about itself, for `ckptmgr doctor`.
 
         `key` is an object of `doctor` that was put between the two Unix times. Nothing is changed.
