@@ -149,7 +149,7 @@ def facts_of(
                 (restart, "mean from the last step told to the first one after a restart"),
                 (RESTART_SECONDS, ""),
             ],
-            "because no restart was seen",
+            "because no restart told how long it took",
         ),
         interval_seconds=_interval(commits),
         slots=given.slots,

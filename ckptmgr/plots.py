@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH = 720
-LEFT, RIGHT, TOP, BOTTOM = 64, 16, 14, 26
+LEFT, RIGHT, TOP, BOTTOM = 76, 16, 14, 26
 
 POINTS_MAX = 2000
 """Dots of one plot: more can not be told apart, and make a page of megabytes."""

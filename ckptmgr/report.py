@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from string import Template
 from typing import Any
 
+from ckptmgr.config import MIB
 from ckptmgr.goodput import Goodput
 from ckptmgr.plots import Dot, Line, Mark, duration, plot, split_bar
 from ckptmgr.present import size
@@ -55,9 +56,9 @@ def page(job: Job) -> str:
         time=split_bar(_shares(job.goodput)),
         time_note=_time_note(job.goodput),
         steps=_steps_plot(job),
-        stall=_per_commit(commits, "stall", lambda c: c.stall_seconds, duration, "danger"),
-        written=_per_commit(commits, "time to the store", _written, duration, "ok"),
-        speed=_per_commit(commits, "throughput", _speed, lambda v: f"{size(v)}/s", "ok"),
+        stall=_per_commit(commits, "stall", lambda one: float(one.stall_seconds), duration),
+        written=_per_commit(commits, "time to the store", _written, duration),
+        speed=_per_commit(commits, "throughput", _mib_per_second, lambda rate: f"{rate:.3g}"),
         restarts=_restarts(job.goodput),
         rows=_rows(job.rows),
         more=_more(len(job.rows), STEPS_SHOWN_MAX),
@@ -76,9 +77,9 @@ def _written(commit: Any) -> float:
     return float(commit.written_at - commit.sealed_at) if commit.written_at else 0.0
 
 
-def _speed(commit: Any) -> float:
+def _mib_per_second(commit: Any) -> float:
     seconds = _written(commit)
-    return float(commit.raw_bytes / seconds) if seconds > 0 else 0.0
+    return float(commit.raw_bytes / MIB / seconds) if seconds > 0 else 0.0
 
 
 def _figures(job: Job, commits: Sequence[Any]) -> str:
@@ -86,9 +87,9 @@ def _figures(job: Job, commits: Sequence[Any]) -> str:
     stalls = sorted(one.stall_seconds for one in commits)
     least = "" if goodput.exact else "at least "
     found = [
-        ("Effective training time", f"{goodput.ettr:.1%}", f"of {duration(goodput.wall_seconds)}"),
+        ("Training that counts", f"{goodput.ettr:.1%}", f"of {duration(goodput.wall_seconds)}"),
         ("Last commit", str(last.id) if last else "none", _clock(last.sealed_at) if last else ""),
-        ("Commits", str(len(commits)), f"{sum(map(_undone, job.rows))} given up or undecided"),
+        ("Commits", str(len(commits)), f"{sum(map(_undone, job.rows))} more not committed"),
         ("Restarts", str(len(goodput.restarts)), f"{least}{goodput.lost_steps} steps lost"),
         ("Stall, median", duration(stalls[len(stalls) // 2]) if stalls else "none", "per snapshot"),
         ("State", size(last.raw_bytes) if last else "none", _stored(last)),
@@ -160,11 +161,21 @@ def _steps_plot(job: Job) -> str:
     return plot("steps over time", lines, dots, marks, shown=lambda v: f"{v:,.0f}", height=260)
 
 
-def _per_commit(commits: Sequence[Any], title: str, value_of: Any, shown: Any, kind: str) -> str:
-    known = [(one, value_of(one)) for one in commits if value_of(one) > 0]
-    dots = [Dot(one.sealed_at, value, kind, f"{one.id}: {shown(value)}") for one, value in known]
-    points = tuple((one.sealed_at, value) for one, value in known)
-    return plot(title, [Line(points, "")], dots, [], shown=shown, height=170)
+def _per_commit(
+    commits: Sequence[Any],
+    title: str,
+    value_of: Callable[[Any], float],
+    shown: Callable[[float], str],
+) -> str:
+    """A dot per commit that tells the value, joined within an attempt."""
+    dots, by_attempt = [], dict[int, list[tuple[float, float]]]()
+    for one in commits:
+        value = value_of(one)
+        if value > 0:
+            dots.append(Dot(one.sealed_at, value, "plain", f"{one.id}: {shown(value)}"))
+            by_attempt.setdefault(one.attempt, []).append((one.sealed_at, value))
+    lines = [Line(tuple(points), f"attempt {number}") for number, points in by_attempt.items()]
+    return plot(title, lines, dots, [], shown=shown, height=170)
 
 
 # ---- tables -----------------------------------------------------------------
@@ -220,4 +231,4 @@ def _more(count: int, shown: int) -> str:
 
 
 def _clock(at: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(at))
+    return time.strftime("%-d %b %Y %H:%M UTC", time.gmtime(at))

@@ -36,7 +36,7 @@ section {
 }
 dl {
   display: grid; gap: 1rem; margin: 0;
-  grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr));
+  grid-template-columns: repeat(3, 1fr);
 }
 dl div { padding: 1rem 1.25rem; background: var(--sheet); border: 1px solid var(--rule);
   border-radius: 10px }
@@ -44,16 +44,17 @@ dt { color: var(--soft); font-size: .8125rem }
 dd { margin: .25rem 0 0; font-size: 1.5rem; font-weight: 600; line-height: 1.2 }
 dl p { margin: .25rem 0 0; color: var(--soft); font-size: .8125rem }
 .pair { display: grid; gap: 0 1rem; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)) }
-.wide { grid-column: 1 / -1 }
 svg { display: block; width: 100%; height: auto; overflow: visible }
 svg.bar { height: 18px; border-radius: 5px; overflow: hidden }
 .grid { stroke: var(--rule) }
 .mark { stroke: var(--danger); stroke-dasharray: 3 4; opacity: .7 }
-.axis { fill: var(--soft); font-size: 12px }
+.axis { fill: var(--soft); font-size: 10px }
 .end { text-anchor: end } .middle { text-anchor: middle }
 .pair .axis { font-size: 20px }
-.pair .wide .axis { font-size: 12px }
-polyline { fill: none; stroke: var(--line); stroke-width: 1.5; stroke-linejoin: round }
+polyline { fill: none; stroke: var(--line); stroke-width: 1.5; stroke-linejoin: round;
+  vector-effect: non-scaling-stroke }
+.pair circle { r: 5px }
+circle.plain { fill: var(--line) }
 circle.ok, rect.ok { fill: var(--ok) } circle.warn, rect.warn { fill: var(--warn) }
 circle.danger, rect.danger { fill: var(--danger) } circle.quiet, rect.quiet { fill: var(--quiet) }
 i { display: inline-block; width: .625rem; height: .625rem; margin-right: .375rem;
@@ -72,7 +73,7 @@ footer { margin-top: 2rem; color: var(--soft); font-size: .8125rem }
 @media (max-width: 34rem) {
   body { padding: 1.5rem 1rem 3rem }
   dl { gap: .625rem; grid-template-columns: 1fr 1fr } dl div { padding: .75rem .875rem }
-  dd { font-size: 1.25rem } .axis, .pair .wide .axis { font-size: 22px }
+  dd { font-size: 1.25rem } .axis, .pair .axis { font-size: 22px }
 }
 @media print { section, dl div { break-inside: avoid } }
 </style>
@@ -95,7 +96,7 @@ $stall</section>
 <section><h2>Time to the store</h2>
 $written</section>
 </div>
-<section><h2>Throughput of each commit</h2>
+<section><h2>Throughput of each commit, MiB/s</h2>
 $speed</section>
 <section><h2>Restarts</h2><div class="scroll">$restarts</div></section>
 <section><h2>Steps</h2><div class="scroll">$rows</div>$more</section>
