@@ -73,7 +73,7 @@ footer { margin-top: 2rem; color: var(--soft); font-size: .8125rem }
 @media (max-width: 34rem) {
   body { padding: 1.5rem 1rem 3rem }
   dl { gap: .625rem; grid-template-columns: 1fr 1fr } dl div { padding: .75rem .875rem }
-  dd { font-size: 1.25rem } .axis, .pair .axis { font-size: 22px }
+  dd { font-size: 1.25rem } circle { r: 5px } .axis, .pair .axis { font-size: 22px }
 }
 @media print { section, dl div { break-inside: avoid } }
 </style>

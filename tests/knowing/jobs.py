@@ -60,6 +60,6 @@ def sample(daemon: Daemon, name: str) -> dict[tuple[str, ...], float]:
     }
 
 
-def await_sample(daemon: Daemon, name: str) -> dict[tuple[str, ...], float]:
-    found: dict[tuple[str, ...], float] = until(lambda: sample(daemon, name), f"{name} is told")
-    return found
+def await_sample(daemon: Daemon, name: str, value: float) -> None:
+    """Wait until a metric has a value."""
+    until(lambda: value in sample(daemon, name).values(), f"{name} is {value}")

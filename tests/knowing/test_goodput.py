@@ -116,7 +116,7 @@ def test_a_daemon_counts_what_a_killed_trainer_had_reached(runtime: Path, store_
         with Rank(runtime, store_url) as rank:
             rank.restore()
             train(rank, range(1, 10), saved=(2, 4))
-            assert await_sample(daemon, "ckptmgr_current_step") == {(): 9.0}
+            await_sample(daemon, "ckptmgr_current_step", 9.0)
         with Rank(runtime, store_url) as rank:
             assert rank.restore().step == 4
             train(rank, (5, 6), saved=())
