@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from ckptmgr.doctor.racer import WRITERS, winners
 from ckptmgr.errors import DamageError, ObjectNotFoundError, StoreError
 from ckptmgr.repository.commit import check_format
-from ckptmgr.store.lanes import in_lanes
 from ckptmgr.store.base import Store
 from ckptmgr.store.finding import Finding, Health
+from ckptmgr.store.lanes import in_lanes
 
 PLACE = "doctor/"
 """No reader of steps looks there. One level deep, because a store of files keeps directories."""

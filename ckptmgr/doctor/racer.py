@@ -12,8 +12,8 @@ import os
 import sys
 
 from ckptmgr.errors import StoreError
-from ckptmgr.store.lanes import in_lanes
 from ckptmgr.store.base import PutResult, Store
+from ckptmgr.store.lanes import in_lanes
 from ckptmgr.store.registry import open_store
 
 WRITERS = 2

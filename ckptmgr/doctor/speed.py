@@ -10,9 +10,9 @@ from ckptmgr.config import MIB, PACK_BYTES
 from ckptmgr.doctor.load import Load, rate
 from ckptmgr.doctor.promises import Scratch
 from ckptmgr.present import size
-from ckptmgr.store.lanes import in_lanes
 from ckptmgr.store.base import Store
 from ckptmgr.store.finding import Finding, Health
+from ckptmgr.store.lanes import in_lanes
 
 AT_ONCE = 4
 SPARE = 2.0

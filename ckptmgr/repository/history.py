@@ -11,9 +11,9 @@ from ckptmgr.errors import DamageError, ObjectNotFoundError
 from ckptmgr.repository import keys
 from ckptmgr.repository.catalog import Catalog, StepEntry, decided_steps
 from ckptmgr.repository.commit import Claim, Decision, Have, Resume, claim_of, get_record
-from ckptmgr.store.lanes import in_lanes
 from ckptmgr.repository.record import Kind
 from ckptmgr.store.base import Store
+from ckptmgr.store.lanes import in_lanes
 from ckptmgr.types import Reach, StepId
 
 READS_AT_ONCE = 16
