@@ -8,7 +8,7 @@ import secrets
 import sys
 import time
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
@@ -170,27 +170,31 @@ async def visible(store: Store, other: Store, scratch: Scratch) -> list[Finding]
     return [*found, _lag(lag, late)]
 
 
-async def _late(look: object, start: float, lag: float) -> float | None:
-    """Seconds after which `look` saw it; None if it did not in time to tell."""
-    assert callable(look)
+async def _late(look: Callable[[], Awaitable[bool]], start: float, lag: float) -> float | None:
+    """How late something was still not to be seen, in seconds after `start`: 0 if it was at the
+    first look, None if it was not in time to tell.
+    """
+    unseen = 0.0
     while True:
         begun = time.monotonic() - start
         if await look():
-            return 0.0 if begun < _LOOK_SECONDS else begun
+            return unseen
+        unseen = begun
         if begun > lag + OBSERVED_SECONDS_MAX:
             return None
         await asyncio.sleep(_LOOK_SECONDS)
 
 
-def _visibility(name: str, what: str, late: float | None, lag: float) -> Finding:
-    if late is not None and late <= lag:
-        return Finding(name, Health.OK, what, "another client saw it at once" if not late else "")
-    told = f"after {late:.1f} s" if late is not None else f"not in {lag + OBSERVED_SECONDS_MAX:g} s"
+def _visibility(name: str, what: str, unseen: float | None, lag: float) -> Finding:
+    if unseen is not None and (not unseen or unseen <= lag):
+        told = "at once" if not unseen else f"after {unseen:.1f} s"
+        return Finding(name, Health.OK, what, f"another client saw it {told}")
+    told = f"{unseen:.1f} s" if unseen is not None else f"{lag + OBSERVED_SECONDS_MAX:g} s or more"
     return Finding(
         name,
         Health.FAILURE,
         f"{what} too late",
-        f"another client saw it {told}; the store declares {lag:g} s",
+        f"another client did not see it for {told}; the store declares {lag:g} s",
         "Switch off caches between this host and the store (for NFS: lookupcache=none, noac).",
     )
 
