@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from ckptmgr.store.finding import Finding
 from ckptmgr.store.local import LocalStore
 from ckptmgr.types import PAGE_BYTES
 
-LATE_SECONDS = 2.0
 CLOCK_SECONDS = 3600.0
 
 
@@ -37,13 +37,17 @@ class Broken(_Local):
 
     scheme = "broken"
 
-    def _hidden(self, key: str) -> bool:
-        try:
-            found = (self._path / key).stat()
-        except FileNotFoundError:
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self._looks = Counter[tuple[str, str]]()
+
+    def _hidden(self, how: str, key: str) -> bool:
+        """The first look of a client at an object of one page does not see it."""
+        path = self._path / key
+        if not path.exists() or path.stat().st_size != PAGE_BYTES:
             return False
-        age = time.time() + CLOCK_SECONDS - found.st_mtime
-        return found.st_size == PAGE_BYTES and age < LATE_SECONDS
+        self._looks[how, key] += 1
+        return self._looks[how, key] == 1
 
     async def put_new(self, key: str, buffers: Buffers) -> PutResult:
         result = await super().put_new(key, buffers)
@@ -57,7 +61,7 @@ class Broken(_Local):
         length: int | None = None,
         into: memoryview | None = None,
     ) -> memoryview:
-        if self._hidden(key):
+        if self._hidden("get", key):
             raise ObjectNotFoundError("is not there yet", subject=key)
         found = await super().get(key, offset, length, into)
         if len(found) > 1 << 16:
@@ -65,7 +69,8 @@ class Broken(_Local):
         return found
 
     async def list(self, prefix: str) -> list[str]:
-        return [key for key in await super().list(prefix) if not self._hidden(key)]
+        found = await super().list(prefix)
+        return [key for key in found if not self._hidden("list", key)]
 
 
 class Declared(_Local):
