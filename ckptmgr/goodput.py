@@ -25,7 +25,7 @@ class Restart:
     attempt: int
     at: float
     resumed_from: StepId
-    reached: StepId | None
+    reached: StepId
     lost_steps: int
     lost_seconds: float
     lost_seconds_max: float
@@ -37,7 +37,7 @@ class Restart:
             "attempt": self.attempt,
             "at": self.at,
             "resumed_from": str(self.resumed_from),
-            "reached": str(self.reached) if self.reached else None,
+            "reached": str(self.reached),
             "lost_steps": self.lost_steps,
             "lost_seconds": self.lost_seconds,
             "lost_seconds_max": self.lost_seconds_max,
@@ -72,7 +72,7 @@ class Goodput:
     @property
     def lost_seconds_max(self) -> float:
         """The same as `lost_seconds` where everything is known."""
-        return sum(restart.lost_seconds_max for restart in self.restarts)
+        return sum((restart.lost_seconds_max for restart in self.restarts), 0.0)
 
     @property
     def exact(self) -> bool:
@@ -146,7 +146,7 @@ def account(
         if source is not None and last is not None:
             cuts = [span.cut(source) for span in spans]
             spans = [kept for kept, _, _ in cuts if kept.steps]
-            lost_seconds = sum(seconds for _, _, seconds in cuts)
+            lost_seconds = sum((seconds for _, _, seconds in cuts), 0.0)
             unknown = 0.0 if exact else max(attempt.claimed_at - last[1], 0.0)
             restart = Restart(
                 attempt=attempt.number,
@@ -182,8 +182,8 @@ def _sum(
 ) -> Goodput:
     wall = max(now - attempts[0].claimed_at, 0.0) if attempts else 0.0
     # Clocks of several hosts tell these times: no part is longer than the whole.
-    lost = min(sum(restart.lost_seconds for restart in restarts), wall)
-    trained = min(sum(span.seconds for span in spans), wall - lost)
+    lost = min(sum((restart.lost_seconds for restart in restarts), 0.0), wall)
+    trained = min(sum((span.seconds for span in spans), 0.0), wall - lost)
     stall = min(stall_seconds, trained)
     return Goodput(wall, trained - stall, stall, lost, tuple(restarts))
 

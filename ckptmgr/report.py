@@ -199,7 +199,7 @@ def _restarts(goodput: Goodput) -> str:
             str(one.attempt),
             _clock(one.at),
             str(one.resumed_from) if one.resumed_from.attempt else "scratch",
-            str(one.reached or "unknown"),
+            str(one.reached),
             f"{'' if one.exact else '≥ '}{one.lost_steps:,}",
             f"{'' if one.exact else '≤ '}{duration(one.lost_seconds_max)}",
         )

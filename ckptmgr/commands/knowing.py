@@ -100,8 +100,10 @@ def advise(
         None if world is None else int(_positive(world, "--world")),
         None if mtbf_hours is None else _positive(mtbf_hours, "--mtbf-hours") * 3600,
         None if restart_seconds is None else _positive(restart_seconds, "--restart-seconds"),
-        slots if slots in (2, 3) else int(_positive(0, "--slots")),
+        slots,
     )
+    if slots not in (2, 3):
+        raise UsageError(f"{slots} is not allowed", subject="--slots", hint="Give 2 or 3.")
     history, goodput = _history(url)
     facts = facts_of(history, goodput, given, _measured(url))
     if facts is None:
@@ -116,7 +118,9 @@ def advise(
 
 def _positive(value: float, option: str) -> float:
     if not 0 < value < float("inf"):
-        raise UsageError(f"{value:g} is not allowed", subject=option)
+        raise UsageError(
+            f"{value:g} is not allowed", subject=option, hint="Look at `ckptmgr advise --help`."
+        )
     return value
 
 
@@ -130,7 +134,7 @@ def _history(url: str) -> tuple[Any, Any]:
     except NothingToRestoreError:
         return History(()), None
     decisions = [entry.decision for entry in history.entries if entry.decision is not None]
-    stalls = sum(decision.stall_seconds for decision in decisions)
+    stalls = sum((decision.stall_seconds for decision in decisions), 0.0)
     ends = [decision.sealed_at for decision in decisions]
     ends += [one.reached.last_at for one in history.attempts if one.reached is not None]
     # To the last sign of life: a job that has ended is not down.

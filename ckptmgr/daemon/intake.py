@@ -19,6 +19,7 @@ from ckptmgr.repository.history import furthest
 from ckptmgr.staging.bufferfile import Capacity, is_unnamed
 from ckptmgr.staging.hostbuffer import HostBuffer
 from ckptmgr.staging.inbox import BUFFERS
+from ckptmgr.staging.reached import reached
 from ckptmgr.types import Binding, Outcome, Reach, Snapshot, StepId
 
 _RESULTS_MAX = 1000
@@ -355,7 +356,7 @@ class Intake:
 
     def reached(self, url: str) -> dict[int, Reach]:
         """How far the attempts of a job came on this host, as far as its memory knows."""
-        told = [held.buffer.reached for held in self.of_job(url)]
+        told = [reached(held.buffer.memory) for held in self.of_job(url)]
         return furthest([*self._left.get(url, {}).values(), *told])
 
     def reached_before(self, url: str, attempt: int) -> list[Reach]:
@@ -376,7 +377,9 @@ class Intake:
         del self.held[held.buffer.id]
         if is_unnamed(held.buffer.path):
             self._supervisor.forget(held.buffer.id)
-        left = furthest([*self._left.get(held.binding.url, {}).values(), held.buffer.reached])
+        left = furthest(
+            [*self._left.get(held.binding.url, {}).values(), reached(held.buffer.memory)]
+        )
         self._left[held.binding.url] = {a: left[a] for a in sorted(left)[-_REACHED_MAX:]}
         held.free()
         event("freed", buffer=held.buffer.id)

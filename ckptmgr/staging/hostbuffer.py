@@ -38,7 +38,6 @@ from ckptmgr.types import (
     PAGE_BYTES,
     Binding,
     Outcome,
-    Reach,
     SlotState,
     Snapshot,
     Tags,
@@ -50,7 +49,6 @@ _SEALED_AT = 64
 _SEALED_HASH_AT = _SEALED_AT + _SEALED.size
 _VALUES_ALIGN = 64
 
-_REACHED_AT = _DAEMON_PAGE_AT + 2048
 _FLOCK = struct.Struct("hhqqi0q")  # struct flock of 64-bit Linux
 
 TAGS_BYTES_MAX = 64 << 10
@@ -98,7 +96,6 @@ class HostBuffer:
         except MALFORMED as error:
             raise HostBufferDamagedError("has no readable binding", subject=str(path)) from error
         self._words = mapped.view.cast("Q")
-        self._times = mapped.view.cast("d")
 
     # -- life ---------------------------------------------------------------------------------
 
@@ -159,7 +156,6 @@ class HostBuffer:
     def close(self) -> None:
         """Unmap the file and drop the writer's lock, if this process holds it."""
         self._words.release()
-        self._times.release()
         self._map.close()
         os.close(self._fd)
 
@@ -415,28 +411,6 @@ class HostBuffer:
     def add_progress(self, length: int) -> None:
         """Count bytes that reached the store; the rank tells a slow store from a dead one by it."""
         self._words[_DAEMON_PAGE_AT // 8] += length
-
-    # -- words of the writer ------------------------------------------------------------------
-
-    def reach(self, attempt: int, step: int) -> None:
-        """Tell how far training has come; costs a microsecond, and survives the trainer."""
-        at, now = _REACHED_AT // 8, time.time()
-        if self._words[at] != attempt:
-            self._words[at] = 0
-            self._words[at + 1], self._times[at + 2] = step, now
-            self._words[at + 3], self._times[at + 4] = step, now
-            self._words[at] = attempt
-            return
-        self._words[at + 3], self._times[at + 4] = step, now
-
-    @property
-    def reached(self) -> Reach | None:
-        """How far the last trainer that told of a step has come; None if none has."""
-        at, words, times = _REACHED_AT // 8, self._words, self._times
-        attempt = words[at]
-        if not attempt:
-            return None
-        return Reach(attempt, words[at + 1], times[at + 2], words[at + 3], times[at + 4])
 
 
 class SlotWriter:

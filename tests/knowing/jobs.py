@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptmgr.staging.control import Restore
+from ckptmgr.staging.reached import reach
 from ckptmgr.types import Outcome
 from driven import Daemon, Rank, until
 
@@ -15,7 +16,7 @@ from driven import Daemon, Rank, until
 def train(rank: Rank, steps: Sequence[int], saved: Sequence[int]) -> None:
     """Tell of steps, and commit some of them."""
     for step in steps:
-        rank.buffer.reach(rank.attempt, step)
+        reach(rank.buffer.memory, rank.attempt, step)
         if step in saved:
             rank.save(step)
             assert rank.wait(step).outcome == Outcome.COMMITTED
