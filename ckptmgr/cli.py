@@ -13,6 +13,7 @@ from ckptmgr.commands import (  # noqa: F401 - registers them
     changing,
     installing,
     keeping,
+    knowing,
     reading,
     running,
     trying,

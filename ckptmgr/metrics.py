@@ -95,6 +95,7 @@ class Metrics:
         self._of_store(r, job)
         self._of_trust(r, job)
         self._of_spool_and_mirror(r, job)
+        self._of_goodput(r, job)
         self._of_preemption(r, job)
         self._of_daemon(r)
         self._of_keeping(r, job)
@@ -130,7 +131,8 @@ class Metrics:
     def close_job(self, label: str) -> None:
         """Drop what is only true of a job that somebody runs; its counters stay."""
         for gauge in (
-            *(self.attempt, self.attached, self.current_step, self.interval, self.commit_awaited),
+            *(self.attempt, self.attached, self.current_step, self.last_snapshot_step),
+            *(self.interval, self.commit_awaited),
             *(self.backlog_bytes, self.oldest_undecided, self.unnamed_buffers, self.queue),
             *(self.spool_parts, self.spool_bytes, self.spool_full, self.mirror_behind),
         ):
@@ -143,8 +145,8 @@ class Metrics:
         self.attached = Gauge(
             "ckptmgr_attached_ranks", "Ranks of this host whose trainer lives.", job, registry=r
         )
-        self.current_step = Gauge(
-            "ckptmgr_current_step", "Step of the newest snapshot.", job, registry=r
+        self.last_snapshot_step = Gauge(
+            "ckptmgr_last_snapshot_step", "Step of the newest snapshot.", job, registry=r
         )
         self.interval = Gauge(
             "ckptmgr_snapshot_interval_seconds",
@@ -303,4 +305,40 @@ class Metrics:
         )
         self.retired = Counter(
             "ckptmgr_retired", "Commits that retention gave up.", job, registry=r
+        )
+
+    def _of_goodput(self, r: CollectorRegistry, job: list[str]) -> None:
+        """Of jobs whose rank 0 is on this host; docs/knowing.md defines them."""
+        self.current_step = Gauge(
+            "ckptmgr_current_step", "Last step that the trainers told of.", job, registry=r
+        )
+        self.ettr = Gauge(
+            "ckptmgr_ettr_ratio",
+            "Part of the time since the first attempt that was training that counts.",
+            job,
+            registry=r,
+        )
+        self.productive_seconds = Gauge(
+            "ckptmgr_productive_seconds", "Time of training that counts.", job, registry=r
+        )
+        self.down_seconds = Gauge(
+            "ckptmgr_down_seconds",
+            "Time that was neither training nor stall: start-up, restore, waiting, unknown.",
+            job,
+            registry=r,
+        )
+        self.restarts = Counter(
+            "ckptmgr_restarts", "Attempts that went on from an older one.", job, registry=r
+        )
+        self.lost_steps = Counter(
+            "ckptmgr_lost_steps",
+            "Steps trained in vain; known: exact, or at_least where no host could tell.",
+            [*job, "known"],
+            registry=r,
+        )
+        self.lost_seconds = Counter(
+            "ckptmgr_lost_seconds",
+            "Time of steps trained in vain; known: exact, or at_most where no host could tell.",
+            [*job, "known"],
+            registry=r,
         )

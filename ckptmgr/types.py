@@ -137,6 +137,16 @@ class Snapshot:
         return StepId(self.attempt, self.step)
 
 
+class Reach(msgspec.Struct, frozen=True, array_like=True):
+    """The first and the last step that a trainer told of in an attempt, and when (Unix seconds)."""
+
+    attempt: int
+    first_step: int
+    first_at: float
+    last_step: int
+    last_at: float
+
+
 class Binding(msgspec.Struct, frozen=True):
     """Which rank of which job a host buffer belongs to; constant for the life of the buffer.
 

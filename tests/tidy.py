@@ -30,8 +30,14 @@ IMPORTS: dict[str, set[str]] = {
     "store": BASE | {"bucket"},
     "repository": BASE | {"keep", "metrics", "staging", "store"},
     "restore": BASE | {"metrics", "staging", "store", "repository"},
+    "goodput": BASE | {"repository"},
+    "advise": BASE | {"goodput", "repository"},
+    "plots": set(),
+    "report_style": set(),
+    "report": BASE | {"goodput", "plots", "present", "report_style", "repository"},
+    "doctor": BASE | {"staging", "store", "repository", "present", FACE},
     "daemon": BASE
-    | {"keep", "metrics", "staging", "store", "repository", "restore", "bucket", FACE},
+    | {"keep", "metrics", "staging", "store", "repository", "restore", "bucket", "goodput", FACE},
     "watch": BASE
     | {"keep", "metrics", "staging", "store", "repository", "restore", "daemon", "bucket"},
     "rank": BASE | {"keep", "staging", "bucket", "preemption"},
@@ -40,7 +46,8 @@ IMPORTS: dict[str, set[str]] = {
     "present": BASE | {"repository", "restore"},  # how the command line shows things
     "commands": BASE
     | {"metrics", "staging", "store", "repository", "restore", "daemon", "testing"}
-    | {"keep", "watch", "bucket", "foreground", "present", "demo", FACE},
+    | {"keep", "watch", "bucket", "foreground", "present", "demo"}
+    | {"goodput", "advise", "report", "doctor", FACE},
     "cli": BASE | {"commands", "foreground", "present", FACE},
     # Explicit, because they stand outside the layers: the lazy faces, and the demonstration, which
     # uses the package as its users do.

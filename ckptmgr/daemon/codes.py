@@ -66,6 +66,8 @@ CODES: dict[str, tuple[str, str]] = {
     "prefetch_failed": ("CKM1702", "info"),
     "restored": ("CKM1703", "info"),
     "restore_skipped": ("CKM1704", "warning"),
+    "restart_counted": ("CKM1705", "info"),
+    "goodput_unknown": ("CKM1706", "info"),
     "verified": ("CKM1801", "info"),
     "damaged": ("CKM1802", "warning"),
     "retired": ("CKM1803", "info"),

@@ -102,7 +102,7 @@ class Gauges:
     def _tell_pace(self, label: str, held: Held) -> None:
         sealed = [snapshot for snapshot, _ in held.snapshots()]
         if sealed:
-            self._metrics.current_step.labels(label).set(sealed[-1].step)
+            self._metrics.last_snapshot_step.labels(label).set(sealed[-1].step)
         for older, newer in pairwise(sealed[-2:]):
             if older.nonce == newer.nonce:
                 seconds = max(newer.sealed_at - older.sealed_at, 0.0)

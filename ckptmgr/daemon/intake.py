@@ -15,15 +15,21 @@ from ckptmgr.daemon.log import event, label_of, warning
 from ckptmgr.daemon.notify import Supervisor
 from ckptmgr.daemon.spool import Spool
 from ckptmgr.errors import HostMemoryError, HostMemoryFullError
+from ckptmgr.repository.history import furthest
 from ckptmgr.staging.bufferfile import Capacity, is_unnamed
 from ckptmgr.staging.hostbuffer import HostBuffer
 from ckptmgr.staging.inbox import BUFFERS
-from ckptmgr.types import Binding, Outcome, Snapshot, StepId
+from ckptmgr.staging.reached import reached
+from ckptmgr.types import Binding, Outcome, Reach, Snapshot, StepId
 
 _RESULTS_MAX = 1000
 """Decided steps remembered per buffer for `wait`; older ones are looked up in the store."""
 
 _MORTAL = "will not survive the daemon"
+
+_REACHED_MAX = 8
+"""Attempts of a job of which it is remembered how far they came after their buffers are freed; the
+store has what is older."""
 
 _WASTE_MAX = 1.5
 """A buffer is adopted if the new layout fills it to 1/1.5 at least; else memory lies idle."""
@@ -245,6 +251,7 @@ class Intake:
         self._directory = runtime / BUFFERS
         self._supervisor = supervisor or Supervisor()
         self.held: dict[str, Held] = {}
+        self._left: dict[str, dict[int, Reach]] = {}
 
     def adopt(self) -> list[Held]:
         """Open every buffer that a daemon before this one left; returns the new ones."""
@@ -348,6 +355,16 @@ class Intake:
         for held in self.of_job(url):
             held.wake.set()
 
+    def reached(self, url: str) -> dict[int, Reach]:
+        """How far the attempts of a job came on this host, as far as its memory knows."""
+        told = [reached(held.buffer.memory) for held in self.of_job(url)]
+        return furthest([*self._left.get(url, {}).values(), *told])
+
+    def reached_before(self, url: str, attempt: int) -> list[Reach]:
+        """How far earlier attempts than `attempt` came here, oldest first."""
+        found = self.reached(url)
+        return [found[one] for one in sorted(found) if one < attempt]
+
     def undecided(self) -> int:
         """Sealed snapshots that are not decided yet, without those in the spool."""
         return sum(held.undecided() for held in self.held.values())
@@ -361,5 +378,9 @@ class Intake:
         del self.held[held.buffer.id]
         if is_unnamed(held.buffer.path):
             self._supervisor.forget(held.buffer.id)
+        left = furthest(
+            [*self._left.get(held.binding.url, {}).values(), reached(held.buffer.memory)]
+        )
+        self._left[held.binding.url] = {a: left[a] for a in sorted(left)[-_REACHED_MAX:]}
         held.free()
         event("freed", buffer=held.buffer.id)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import mmap
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -395,6 +396,8 @@ def _manifest(
         stored_bytes=sum(pack.nbytes for pack in packs),
         sealed_at=snapshot.sealed_at,
         tags=table.tags,
+        stall_seconds=snapshot.stall_seconds,
+        written_at=time.time(),
     )
     proofs = [proof for pack in packs for proof in pack.proofs]
     if data_key is not None and source.keyring.encrypting is not None:

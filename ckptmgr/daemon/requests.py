@@ -169,7 +169,8 @@ class Requests:
         }
         if job.spool is not None:  # what was copied, and waits for the parts of other hosts
             ours |= {(p.id.attempt, p.id.step, p.rank) for p in job.spool.copied}
-        await publish_have(job.store, attempt, self._service.host, sorted(ours))
+        reached = self._service.intake.reached_before(job.url, attempt)
+        await publish_have(job.store, attempt, self._service.host, sorted(ours), reached)
         job.published.add(attempt)
 
     async def _drained(self, job: Job) -> None:

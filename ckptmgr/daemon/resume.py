@@ -37,7 +37,7 @@ from ckptmgr.repository.record import Kind
 from ckptmgr.repository.rules import LOTS, next_attempt, resume_order
 from ckptmgr.store.base import PutResult, Store
 from ckptmgr.store.lanes import in_lanes
-from ckptmgr.types import Outcome, Snapshot, StepId
+from ckptmgr.types import Outcome, Reach, Snapshot, StepId
 
 DECISION_SECONDS_MAX = 30.0
 """How long a daemon leaves a resume decision to that of rank 0; then it decides itself."""
@@ -115,10 +115,16 @@ async def standing_of(store: Store, snapshot: Snapshot) -> Standing:
 
 
 async def publish_have(
-    store: Store, attempt: int, host: str, found: Iterable[tuple[int, int, int]]
+    store: Store,
+    attempt: int,
+    host: str,
+    found: Iterable[tuple[int, int, int]],
+    reached: Iterable[Reach] = (),
 ) -> None:
-    """Say which parts (attempt, step, rank) `host` holds, once per attempt."""
-    record = Have(host, tuple(found))
+    """Say which parts (attempt, step, rank) `host` holds, and how far earlier attempts came there,
+    once per attempt.
+    """
+    record = Have(host, tuple(found), tuple(reached))
     await put_record(store, Kind.HAVE, keys.have(attempt, host), record)
 
 

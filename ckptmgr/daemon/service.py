@@ -17,6 +17,7 @@ from typing import Any
 from ckptmgr import __version__
 from ckptmgr.bucket import Bucket, bytes_per_second
 from ckptmgr.config import DRAIN_SECONDS, DaemonSettings
+from ckptmgr.daemon.accounting import Accounts
 from ckptmgr.daemon.alone import only_one
 from ckptmgr.daemon.counts import counted
 from ckptmgr.daemon.drain import Drainer
@@ -80,6 +81,7 @@ class Service:
         self._pipeline = Pipeline(self.pool)
         gbps = settings.max_store_gbps
         self._limit = Bucket(bytes_per_second(gbps)) if gbps else None
+        self._accounts = Accounts(self.metrics)
         self._connections: set[asyncio.Task[None]] = set()
         self._serving: set[Requests] = set()
         self._ending = asyncio.Event()
@@ -163,6 +165,7 @@ class Service:
             self._clock.look()
             self._count()
             self._look_after_orphans()
+            self._accounts.look(self.jobs, self.intake)
             await self._close_unused()
             if self._idle_for() > self.settings.idle_seconds > 0:
                 event("idle", seconds=self.settings.idle_seconds)
@@ -220,6 +223,7 @@ class Service:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._accounts.aclose()
         watch.close()
         if web is not None:
             web.close()

@@ -293,7 +293,8 @@ class Checkpointer:
 
     def _next_step(self, step: int) -> int:
         """`step` as a plain int, remembered as the last one."""
-        if self._entered().busy:
+        saving = self._entered()
+        if saving.busy:
             raise UsageError("is called by a signal handler amid a snapshot", subject="save")
         try:
             number = -1 if isinstance(step, bool) else operator.index(step)
@@ -304,6 +305,7 @@ class Checkpointer:
         if number <= self._last_step:
             raise StepOrderError(f"comes after step {self._last_step}", subject=f"step {number}")
         self._last_step = number
+        saving.reached(number)
         return number
 
     # -- restore ------------------------------------------------------------------------------

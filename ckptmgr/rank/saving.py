@@ -28,6 +28,7 @@ from ckptmgr.staging.hostbuffer import (
     round_up,
     table_bytes_needed,
 )
+from ckptmgr.staging.reached import reach
 from ckptmgr.types import PAGE_BYTES, Outcome, Snapshot, StepId, Tags
 
 HANDLES_MAX = 256
@@ -94,6 +95,10 @@ class Saving:
     def resumed_from(self, step: StepId) -> None:
         """What this attempt goes on from."""
         self._pace.resumed_from(step)
+
+    def reached(self, step: int) -> None:
+        """Tell whoever looks at host memory how far training has come."""
+        reach(self._link.buffer.memory, self._link.attempt, step)
 
     def _check_superseded(self) -> None:
         newer = self._link.buffer.superseded_by

@@ -35,7 +35,7 @@ from ckptmgr.repository.record import HEADER_BYTES, VERSION, Kind, declared_byte
 from ckptmgr.repository.signature import Signer, is_signed
 from ckptmgr.store.base import PutResult, Store
 from ckptmgr.store.mirrored import from_either
-from ckptmgr.types import StepId, Tags
+from ckptmgr.types import Reach, StepId, Tags
 
 T = TypeVar("T")
 
@@ -74,11 +74,15 @@ class Active(msgspec.Struct, frozen=True):
     nonce: str
 
 
-class Have(msgspec.Struct, frozen=True):
-    """Sealed (attempt, step, rank) snapshots in one host's memory: candidates, never decisions."""
+class Have(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Sealed (attempt, step, rank) snapshots in one host's memory: candidates, never decisions.
+
+    `reached` is how far training of earlier attempts came, as that memory tells: for people only.
+    """
 
     host: str
     snapshots: tuple[tuple[int, int, int], ...]
+    reached: tuple[Reach, ...] = ()
 
 
 class Resume(msgspec.Struct, frozen=True):
@@ -105,6 +109,7 @@ class Decision(msgspec.Struct, frozen=True):
     """The register of a step: COMMIT with the digest (hex) of every rank's manifest, or ABORT.
 
     The tags of an encrypted step are in `sealed_tags`; `tags` has them once `readable` gave them.
+    `stall_seconds` and `written_at` are those of the slowest rank; 0 where nobody knows.
     """
 
     decision: Literal["COMMIT", "ABORT"]
@@ -119,6 +124,8 @@ class Decision(msgspec.Struct, frozen=True):
     sealed_at: float = 0.0
     tags: Tags = {}
     why: str = ""
+    stall_seconds: float = 0.0
+    written_at: float = 0.0
     sealed_tags: Envelope | UnsetType = UNSET
     signer: str | UnsetType = UNSET
     signature: str | UnsetType = UNSET
@@ -262,6 +269,8 @@ def commit_of(manifests: Sequence[SealedManifest], parent: StepId) -> Decision:
         stored_bytes=sum(m.stored_bytes for m in ordered),
         sealed_at=first.sealed_at,
         tags=first.tags if first.sealed_tags is UNSET else {},
+        stall_seconds=max(m.stall_seconds for m in ordered),
+        written_at=max(m.written_at for m in ordered),
         sealed_tags=first.sealed_tags,
     )
 

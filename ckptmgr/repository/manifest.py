@@ -51,6 +51,8 @@ class Manifest(msgspec.Struct, frozen=True):
     With an `envelope` the part is encrypted, and the manifest *closed*: layout, values, tags and
     raw hashes are in the envelope. `opening.open_manifest` opens it. `chunk_digests` are there
     where the commit is signed and the part is not encrypted.
+    `stall_seconds` is how long training waited for the snapshot, `written_at` the Unix time when
+    its packs were durable; 0 where nobody knows. For people only: nothing is decided by them.
     """
 
     attempt: int
@@ -67,6 +69,8 @@ class Manifest(msgspec.Struct, frozen=True):
     stored_bytes: int
     sealed_at: float
     tags: _Tags = {}
+    stall_seconds: float = 0.0
+    written_at: float = 0.0
     envelope: Envelope | UnsetType = UNSET
     sealed_tags: Envelope | UnsetType = UNSET
     chunk_digests: bytes | UnsetType = UNSET

@@ -33,7 +33,15 @@ from ckptmgr.staging.bufferfile import (
     read_header,
 )
 from ckptmgr.staging.sharedmap import SharedMap, memory_barrier
-from ckptmgr.types import MALFORMED, PAGE_BYTES, Binding, Outcome, SlotState, Snapshot, Tags
+from ckptmgr.types import (
+    MALFORMED,
+    PAGE_BYTES,
+    Binding,
+    Outcome,
+    SlotState,
+    Snapshot,
+    Tags,
+)
 
 _SEALED = struct.Struct("<QQQ16sIIQQQdd16s16s")
 _DAEMON_PAGE_AT = PAGE_BYTES

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from ckptmgr.errors import StoreError, UsageError
+from ckptmgr.store.finding import Finding
 from ckptmgr.store.lanes import in_lanes
 
 Buffers = Sequence[memoryview]
@@ -98,7 +99,8 @@ def range_of(
 
 class Store(ABC):
     """Named, immutable objects: six methods to write. `get_many`, `uncache`, and `share` with
-    `unshare`, are for a store that can be faster, or read closer to its medium, with them.
+    `unshare`, are for a store that can be faster, or read closer to its medium, with them;
+    `examine` is for one that can be misconfigured.
 
     Errors of every method: `StoreUnreachableError` (or a subclass) where a retry may help, of which
     `MediumError` may be a fault of this one object; `StoreError` where it will not; `UsageError`
@@ -175,6 +177,17 @@ class Store(ABC):
         A store on this host's file systems overrides it. It changes nothing else, and what can not
         be dropped is not; a key that does not exist is no error.
         """
+
+    async def examine(
+        self,
+        key: str,  # noqa: ARG002 - most know nothing of their own
+        put_between: tuple[float, float],  # noqa: ARG002
+    ) -> Sequence[Finding]:
+        """What only this kind of store can find out about itself, for `ckptmgr doctor`.
+
+        `key` is an object of `doctor` that was put between the two Unix times. Nothing is changed.
+        """
+        return ()
 
     @abstractmethod
     async def list(self, prefix: str) -> list[str]:

@@ -22,6 +22,7 @@ from ckptmgr.store.base import (
     range_length,
 )
 from ckptmgr.store.calls import Call, Calls
+from ckptmgr.store.finding import Finding, clock_finding
 from ckptmgr.store.mounts import mount_of
 from ckptmgr.store.posix import (
     is_direct,
@@ -149,6 +150,16 @@ class LocalStore(Store):
                 os.fsync(directory)
 
         await self._calls.run(key, sync)
+
+    async def examine(self, key: str, put_between: tuple[float, float]) -> Sequence[Finding]:
+        """As `Store.examine`: the clock that dates files may be a server's."""
+        parts = check_key(key).split("/")
+
+        def look(_call: Call[Any]) -> float:
+            with self._object(key, parts) as (_, descriptor):
+                return os.fstat(descriptor).st_mtime
+
+        return [clock_finding(await self._calls.run(key, look), *put_between)]
 
     async def sweep_temporaries(self, older_than_seconds: float) -> int:
         """Delete unfinished objects that were last written so long ago; returns how many.

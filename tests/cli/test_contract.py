@@ -36,15 +36,18 @@ WITHOUT_JSON = {"daemon", "install-units"}
 """Commands that print no result, or only what they do and what to do next."""
 
 WRONG: dict[str, tuple[list[str], int, str]] = {
+    "advise": (["/nothing", "--slots=7"], 2, "is not allowed"),
     "bench": (["--codec=pickle"], 2, "'pickle' is not a codec"),
     "daemon": (["--max-store-gbps=-1"], 2, "is not a limit"),
     "demo": (["--seed=many"], 2, "--seed"),
+    "doctor": (["--every=often"], 2, "is not a time"),
     "drain": ([], 1, "no daemon answers"),
     "gc": (["/nothing", "--keep=0"], 2, "0 is not allowed"),
     "hold": (["/nothing", "first"], 4, "is not a ckptmgr store"),
     "install-units": (["--user", "--run-as=train"], 2, "are for the system's units"),
     "ls": (["s3://key:word@bucket"], 2, "carries credentials"),
     "release": (["/nothing", "1", "nonsense"], 4, "is not a ckptmgr store"),
+    "report": (["/nothing"], 4, "is not a ckptmgr store"),
     "restore": (["/nothing", "--format=pickle"], 2, "'pickle' is not a format"),
     "show": (["nosuch://x"], 2, "no store is installed"),
     "status": (["--watch"], 2, "needs a terminal"),

@@ -20,6 +20,7 @@ from ckptmgr import demo
 from ckptmgr.config import open_private_dir
 from ckptmgr.types import Outcome
 from driven import TREE, Daemon, Rank, until
+from knowing.jobs import trained
 from rigged import Rig
 
 SECTION = re.compile(r"^## ([\w-]+)$", re.MULTILINE)
@@ -156,6 +157,12 @@ def ranks_side(runtime: Path, place: Path, note: Any) -> None:
 
 def store_side(store: Path, place: Path, note: Any) -> None:
     note("ls", store)
+    note("doctor", store, "--probe-mib=1")
+    note("doctor", "--state-gib=100000", status=1)
+    note("advise", store)
+    note("advise", place / "nothing", "--state-gib=1")
+    note("report", store, "--to", place / "report.html")
+    note("report", restarted_job(place), "--to", place / "report.html")
     for arguments in ((), ("1.2", "--tensors")):
         note("show", store, *arguments)
     note("verify", store, "--all")
@@ -182,6 +189,18 @@ def watched_side(place: Path, note: Any) -> None:
     (place / "output/model-1.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
     (place / "output/model-2.safetensors").touch()
     note("watch", place / "output", "--to", place / "adopted", "--once", "--quiet-seconds=0.1")
+
+
+def restarted_job(place: Path) -> Path:
+    """A job that was killed once, for the restarts of a report."""
+    runtime = Path(f"/dev/shm/ckptmgr-test-{secrets.token_hex(6)}")
+    open_private_dir(runtime)
+    try:
+        trained(runtime, f"file://{place}/again", 3, saved=(1, 2))
+        trained(runtime, f"file://{place}/again", 3, saved=(3,), kill=False)
+    finally:
+        shutil.rmtree(runtime)
+    return place / "again"
 
 
 @pytest.mark.parametrize("command", sorted(set(documented()) - {"bench", "demo"}))

@@ -91,7 +91,7 @@ def test_a_job_that_goes_well(runtime: Path, rig: Rig) -> None:
         assert seen.of_job("attempt") == 1
         awaited = seen.of_job("commit_awaited_timestamp_seconds")
         commit(rank, 5, 6, 7, 8)
-        seen.reaches(8, "current_step")
+        seen.reaches(8, "last_snapshot_step")
         seen.reaches(8, "last_commit_step")
         assert seen.of_job("commits_total") == 4
         assert seen.of_job("commit_awaited_timestamp_seconds") > awaited

@@ -15,6 +15,7 @@ from typing import Any
 from ckptmgr.errors import StoreUnreachableError
 from ckptmgr.store.base import Buffers, Wanted, check_key, range_length
 from ckptmgr.store.calls import Call, Work
+from ckptmgr.store.finding import Finding
 from ckptmgr.store.local import LocalStore
 from ckptmgr.store.posix import write_all
 from ckptmgr_hf3fs.carry import PATIENCE_SECONDS
@@ -22,6 +23,7 @@ from ckptmgr_hf3fs.client import Client
 from ckptmgr_hf3fs.mount import NEGATIVE_SECONDS, MountedTree, fresh_size, virtual_directory
 from ckptmgr_hf3fs.pieces import Moves, Range, Reading, Writing
 from ckptmgr_hf3fs.regions import Rooms, SharedMemory, close_quietly
+from ckptmgr_hf3fs.rules import findings_of
 from ckptmgr_hf3fs.session import ENTRIES, Session
 
 RING_BYTES_MIN = 256 * 1024
@@ -107,6 +109,17 @@ class Hf3fsStore(LocalStore):
             return
         if not await self._calls.run(wanted[0].key, self._read_all(wanted)):
             await super().get_many(wanted)
+
+    async def examine(self, key: str, put_between: tuple[float, float]) -> Sequence[Finding]:
+        """As `Store.examine`: the clock, and the rules of the mount."""
+        parts = check_key(key).split("/")
+
+        def look(_call: Call[Any]) -> list[Finding]:
+            with self._object(key, parts) as (_, descriptor):
+                return findings_of(descriptor)
+
+        of_clock = await super().examine(key, put_between)
+        return [*of_clock, *await self._calls.run(key, look)]
 
     async def aclose(self) -> None:
         """As `Store.aclose`."""

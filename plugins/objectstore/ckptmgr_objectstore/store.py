@@ -25,6 +25,7 @@ from ckptmgr.store.base import (
     check_prefix,
     range_length,
 )
+from ckptmgr.store.finding import Finding, clock_finding
 from ckptmgr.store.lanes import in_lanes
 from ckptmgr_objectstore.failures import RangeRefusedError, no_place, typed
 
@@ -232,6 +233,12 @@ class ObjectStore(Store):
     async def make_durable(self, key: str) -> None:
         """As `Store.make_durable`: what exists here is durable."""
         await self._size(check_key(key))
+
+    async def examine(self, key: str, put_between: tuple[float, float]) -> Sequence[Finding]:
+        """As `Store.examine`: the server dates its objects."""
+        with typed(check_key(key)):
+            found = await obstore.head_async(self._client, key)
+        return [clock_finding(found["last_modified"].timestamp(), *put_between)]
 
     async def aclose(self) -> None:
         """Nothing to release: idle connections end by themselves."""

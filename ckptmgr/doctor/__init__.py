@@ -1,0 +1,1 @@
+"""What `ckptmgr doctor` looks at: one module per kind of finding, and one that runs them all."""
