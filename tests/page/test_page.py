@@ -35,7 +35,8 @@ def quiet_page(page: Browser) -> Iterator[None]:
     asked = [url for url in page.requests if url != "about:blank"]
     assert asked
     assert all(url.startswith("http://127.0.0.1:") for url in asked), asked
-    assert not page.complaints
+    # A test ends its daemon, and the page may ask it once more before it is left.
+    assert not [line for line in page.complaints if "ERR_CONNECTION_REFUSED" not in line]
 
 
 def look(page: Browser, daemon: Daemon, width: int = 1120, height: int = 900) -> None:
@@ -215,9 +216,6 @@ def test_a_daemon_that_is_gone_is_told_and_a_dark_room_is_dark(
         assert light > 200
     page.await_text("The daemon does not answer.", "#fresh")
     assert "1.1" in page.text(".chosen"), "what was known stays"
-    refused = [line for line in page.complaints if "ERR_CONNECTION_REFUSED" in line]
-    assert page.complaints == refused
-    page.complaints.clear()
 
 
 def _brightness(page: Browser, *, dark: bool) -> int:
