@@ -186,11 +186,13 @@ def test_the_sidecars_commands_work(runtime: Path, capfd: pytest.CaptureFixture[
     assert sidecar["command"][:2] == ["ckptmgr", "daemon"]
     with Daemon(runtime, "--metrics-port", "0") as daemon:
         port = daemon.status()["metrics_port"]
-        assert probe.main("/metrics", port) == 0
-        assert probe.main("/nothing-of-this-name-is-served/x", port) in (0, 1)
+        for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
+            path = sidecar[kind]["exec"]["command"][3]
+            assert probe.main(path, port) == 0, path
+        assert probe.main("/nothing", port) == 1
         command(*sidecar["lifecycle"]["preStop"]["exec"]["command"][1:])
         assert daemon.end() == 0
-    assert probe.main("/metrics", port) == 1, "nobody is there"
+    assert probe.main("/readyz", port) == 1, "nobody is there"
     assert "refused" in capfd.readouterr().err
 
 
