@@ -81,15 +81,6 @@ class Metrics:
         self.failures = Counter(
             "ckptmgr_failures", "Failures by kind of error.", [*job, "kind"], registry=r
         )
-        self.restores = Counter(
-            "ckptmgr_restores", "Restores by source: memory or store.", [*job, "source"], registry=r
-        )
-        self.fallbacks = Counter(
-            "ckptmgr_restore_fallbacks",
-            "Restores that fell back to an older step.",
-            job,
-            registry=r,
-        )
         self.trainers = Gauge("ckptmgr_trainers", "Trainers attached.", registry=r)
         self._of_progress(r, job)
         self._of_store(r, job)
@@ -223,6 +214,15 @@ class Metrics:
             "ckptmgr_corruption_detected",
             "Damage that was met, by tier: memory or store.",
             [*job, "tier"],
+            registry=r,
+        )
+        self.restores = Counter(
+            "ckptmgr_restores", "Restores by source: memory or store.", [*job, "source"], registry=r
+        )
+        self.fallbacks = Counter(
+            "ckptmgr_restore_fallbacks",
+            "Restores that fell back to an older step.",
+            job,
             registry=r,
         )
         self.restore_seconds = Histogram(
