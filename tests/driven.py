@@ -32,6 +32,7 @@ from ckptmgr.staging.launch import connect
 from ckptmgr.staging.slots import free_slot
 from ckptmgr.types import Snapshot, Tags
 from crash.content import content, fault_in, layout_of, values_of
+from nursery import Forked, nursery
 from rigged import Rig
 
 TREE = Path(__file__).parents[1]
@@ -60,7 +61,7 @@ def events_of(log: Path) -> list[dict[str, Any]]:
 
 
 class Daemon:
-    """`ckptmgr daemon` as a child, below `prefix`; `log` is what it writes to stderr."""
+    """`ckptmgr daemon` as a process, below `prefix`; `log` is what it writes to stderr."""
 
     def __init__(
         self,
@@ -79,8 +80,24 @@ class Daemon:
             **(environment or dict(os.environ)),
             "CKPTMGR_RUNTIME_DIR": str(runtime),
         }
+        self.process: subprocess.Popen[bytes] | Forked = (
+            self._started(list(prefix), arguments, environment, pass_fds)
+            if prefix or pass_fds
+            else nursery().start(list(arguments), environment, self.log)
+        )
+        if wait:
+            until(lambda: len(self.events("started")) > before or self.gone(), "daemon starts")
+            until(self.answers, "daemon answers")
+
+    def _started(
+        self,
+        prefix: list[str],
+        arguments: Sequence[str],
+        environment: dict[str, str],
+        pass_fds: Sequence[int],
+    ) -> subprocess.Popen[bytes]:
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
+            return subprocess.Popen(
                 [*prefix, sys.executable, "-m", "ckptmgr.cli", "daemon", *arguments],
                 env=environment,
                 pass_fds=pass_fds,
@@ -88,9 +105,6 @@ class Daemon:
                 stdout=log,
                 stderr=log,
             )
-        if wait:
-            until(lambda: len(self.events("started")) > before or self.gone(), "daemon starts")
-            until(self.answers, "daemon answers")
 
     def gone(self) -> bool:
         return self.process.poll() is not None
