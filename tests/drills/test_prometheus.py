@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from drills.acting import commit
 from drills.conftest import WatchDaemon
-from drills.watched import Prometheus
+from drills.watched import LOOK_SECONDS, Prometheus
 from driven import TREE, Daemon, Rank, until
 from rigged import Rig
 
@@ -28,14 +29,17 @@ def test_every_panel_shows_something_of_a_job_that_goes_well(
             commit(rank, step)
         rank.restore()
         until(lambda: alerts.value("ckptmgr_last_commit_step") == 4, "it is scraped")
-        empty = set()
-        for panel in panels:
-            asked = [
-                target["expr"].replace("$instance", alerts.instance) for target in panel["targets"]
-            ]
-            if not [sample for one in asked for sample in prometheus.query(one)]:
-                empty.add(panel["title"])
-        assert empty <= QUIET
+
+        def empty() -> set[str]:
+            return {panel["title"] for panel in panels if not shown(panel)}
+
+        def shown(panel: dict[str, Any]) -> list[object]:
+            asked = [one["expr"].replace("$instance", alerts.instance) for one in panel["targets"]]
+            return [sample for one in asked for sample in prometheus.query(one)]
+
+        # A rate needs two samples.
+        until(lambda: empty() <= QUIET, f"all panels but {QUIET} show something", LOOK_SECONDS)
+        assert empty(), "panels of bad days are empty on a good one"
         alerts.is_quiet()
 
 

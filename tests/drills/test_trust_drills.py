@@ -17,9 +17,11 @@ pytestmark = pytest.mark.reliability
 
 
 def test_a_chunk_that_is_damaged(runtime: Path, rig: Rig, watch: WatchDaemon) -> None:
-    with Daemon(runtime), Rank(runtime, rig.url) as rank:
-        for step in (1, 2):
-            commit(rank, step)
+    with Daemon(runtime) as before:
+        with Rank(runtime, rig.url) as rank:
+            for step in (1, 2):
+                commit(rank, step)
+        assert before.end() == 0
     shutil.rmtree(runtime / "buffers")
     spoil(rig.path, 1, 2)
     with Daemon(runtime) as daemon, watch(daemon) as alerts, Rank(runtime, rig.url) as rank:
