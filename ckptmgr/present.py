@@ -196,6 +196,8 @@ def with_tiers(found: list[StepEntry], tiers: Tiers) -> list[StepEntry]:
         for text in {**tiers.memory, **tiers.spool}
         if text not in known
     ]
+    from ckptmgr.repository.catalog import StepEntry
+
     added = [StepEntry(step, StepState.UNDECIDED, None) for step in ids]
     return sorted([*found, *added], key=lambda entry: entry.id, reverse=True)
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import msgspec
+import numpy as np  # noqa: F401 - here, and not when the first snapshot is waited for
 
 from ckptmgr.config import PACK_BYTES
 from ckptmgr.daemon.flow import flow

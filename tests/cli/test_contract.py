@@ -172,7 +172,7 @@ def test_a_shell_completes_the_names_of_commands_and_options(shell_path: str) ->
         ask ckptmgr restore --f
     """
     some, every, option = in_shell("bash", script, shell_path).splitlines()
-    assert some.split() == ["release", "restore"]
+    assert some.split() == ["release", "report", "restore"]
     assert sorted(every.split()) == sorted(COMMANDS)
     assert option.split() == ["--format"]
 

@@ -189,7 +189,7 @@ def test_there_are_enough_points() -> None:
 # -- seeded bugs ----------------------------------------------------------------------------------
 
 
-async def _delete_first(store: Store, step: StepId, why: str) -> bool:
+async def _delete_first(store: Store, step: StepId, why: str, _nbytes: int) -> bool:
     await retain._delete(store, step)
     mark = Retired(step.attempt, step.step, why)
     await put_record(store, Kind.RETIRED, keys.retired(step), mark)

@@ -22,7 +22,6 @@ from ckptmgr.daemon.resume import (
     parent_of,
     publish_have,
     put_active,
-    resumed_from,
     standing_of,
     usable_in_memory,
 )
@@ -40,6 +39,7 @@ from ckptmgr.repository.commit import (
     put_record,
 )
 from ckptmgr.repository.hold import host_name
+from ckptmgr.repository.line import resumed_from
 from ckptmgr.repository.record import Kind
 from ckptmgr.store.base import Store
 from ckptmgr.store.memory import MemoryStore

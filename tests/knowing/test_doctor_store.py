@@ -17,7 +17,7 @@ from ckptmgr.doctor.load import Load
 from ckptmgr.store.finding import Health
 from driven import Daemon, Rank
 from hf3fs.mounted import Mounted
-from knowing.stores import install
+from knowing.odd_stores import install
 from rigged import Rig
 
 NO_DAEMON = Path("/dev/shm/ckptmgr-test-of-nobody")
@@ -38,7 +38,7 @@ def looked(url: object, *arguments: str, **environment: str) -> tuple[Called, di
 
 @pytest.fixture
 def broken(tmp_path: Path) -> dict[str, str]:
-    """The environment in which the stores of stores.py are found."""
+    """The environment in which the stores of odd_stores.py are found."""
     return {"PYTHONPATH": install(tmp_path / "site")}
 
 

@@ -122,7 +122,7 @@ def test_outside_the_block_it_says_so(store_url: str) -> None:
     "options",
     [
         {"keep": 0},
-        {"keep": "3"},
+        {"keep": "three"},
         {"keep": 2.5},
         {"slots": 1},
         {"slots": 4},

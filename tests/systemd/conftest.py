@@ -13,7 +13,7 @@ import pytest
 
 from driven import events_of, until
 from rigged import Rig
-from servers.systemd import ENVIRONMENT, HERE, PYTHON, Machine, machine
+from servers.machine import ENVIRONMENT, HERE, PYTHON, Machine, machine
 
 PYTHON_PATH = ENVIRONMENT["PYTHONPATH"]
 

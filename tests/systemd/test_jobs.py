@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from servers.systemd import Machine
+from servers.machine import Machine
 from systemd.conftest import Tenant
 
 pytestmark = pytest.mark.root

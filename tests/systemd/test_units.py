@@ -12,7 +12,7 @@ import pytest
 
 from crash.peek import slots_below
 from driven import TREE, until
-from servers.systemd import PYTHON, Machine
+from servers.machine import PYTHON, Machine
 from systemd.conftest import Tenant
 
 pytestmark = pytest.mark.root

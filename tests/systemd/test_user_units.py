@@ -10,7 +10,7 @@ import pytest
 
 from crash.peek import slots_below
 from driven import until
-from servers.systemd import ENVIRONMENT, PYTHON, Machine
+from servers.machine import ENVIRONMENT, PYTHON, Machine
 from systemd.conftest import Tenant
 
 pytestmark = pytest.mark.root

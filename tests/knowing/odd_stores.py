@@ -96,7 +96,7 @@ def install(site: Path) -> str:
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
     kinds = (Broken, Declared)
-    stores = "".join(f"{kind.scheme} = knowing.stores:{kind.__name__}\n" for kind in kinds)
+    stores = "".join(f"{kind.scheme} = knowing.odd_stores:{kind.__name__}\n" for kind in kinds)
     (info / "entry_points.txt").write_text(f"[ckptmgr.stores]\n{stores}")
     tests = Path(__file__).parents[1]
     return os.pathsep.join(map(str, [site, tests, tests.parent]))
