@@ -48,7 +48,7 @@ GROWTH_MAX = {
 }
 """Most that a thousand snapshots may add, by the slope; what one leaked would add 1,000."""
 
-LEAK_KIB_MAX = 16 << 10
+LEAK_KIB_MAX = 32 << 10
 POOL = 2
 """Threads and descriptors that a pool may still take late: they start when they are needed."""
 

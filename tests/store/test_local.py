@@ -478,3 +478,14 @@ async def test_a_root_that_was_there_is_waited_for(root: Path, store: LocalStore
     tree.root = str(root)
     root.with_name("moved").rename(root)
     assert await store.put_new("b", [memoryview(b"x")]) is PutResult.OK
+
+
+async def test_what_is_known_of_directories_is_bounded(
+    root: Path, store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A daemon that runs for months makes three for every step."""
+    monkeypatch.setattr("ckptmgr.store.tree.DURABLE_MAX", 4)
+    for step in [*range(20), *range(20)]:
+        await store.put_new(f"a/{step}/{'x' * (1 + step)}", [memoryview(b"x")])
+        assert len(store._tree._durable) <= 4
+    assert len(await store.list("a/")) == 20
