@@ -120,6 +120,7 @@ class Job:
         store = RetryingStore(
             open_store(url),
             timeout_seconds=settings.store_timeout_seconds,
+            deadline_seconds=4 * settings.store_timeout_seconds,
             on_failure=failed,
             on_answer=counts.answered,
             on_retry=counts.retried,

@@ -248,8 +248,8 @@ class Service:
             raise UsageError(f"has more than {URL_CHARS_MAX} characters", subject=url[:80] + "...")
         if url not in self.jobs:
             spool = self.spools.of(url) if self.spools is not None else None
-            of_all = self.metrics, self._background_pool, self.settings, self._limit
-            job = Job.open(url, *of_all, spool, self.keyring)
+            of_all = self.metrics, self.pool, self.settings, self._limit
+            job = Job.open(url, *of_all, spool, self.keyring, self._background_pool)
             self.jobs[url] = job
             self._mirror(job)
             if spool is not None:
