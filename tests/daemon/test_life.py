@@ -147,7 +147,7 @@ def test_a_dead_trainer_whose_worker_keeps_the_socket_costs_nothing(
             assert daemon.status()["trainers"] == 0
             before = ticks(daemon.process.pid)
             time.sleep(2.0)
-            assert ticks(daemon.process.pid) - before <= 3
+            assert ticks(daemon.process.pid) - before <= 20, "it spins: that would be 200"
         finally:
             for worker in workers:
                 os.kill(worker, signal.SIGKILL)
