@@ -31,6 +31,15 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.fixture
+def hosts(runtime: Path) -> list[Path]:
+    """Four runtime directories: four hosts, as far as daemons can tell."""
+    found = [runtime / f"h{number}" for number in range(4)]
+    for path in found:
+        path.mkdir(mode=0o700)
+    return found
+
+
+@pytest.fixture
 def store_url(tmp_path: Path) -> str:
     """Return the URL of a fresh local store."""
     return f"file://{tmp_path}/store"

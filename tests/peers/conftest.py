@@ -15,12 +15,3 @@ def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rig:
     found = Rig(tmp_path)
     monkeypatch.setenv("PYTHONPATH", found.python_path)
     return found
-
-
-@pytest.fixture
-def hosts(runtime: Path) -> list[Path]:
-    """Four runtime directories: four hosts, as far as daemons can tell."""
-    found = [runtime / f"h{number}" for number in range(4)]
-    for path in found:
-        path.mkdir(mode=0o700)
-    return found

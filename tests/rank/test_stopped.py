@@ -84,14 +84,6 @@ def why_aborted(url: str) -> list[str]:
     return [one.decision.why for one in found if one.decision and one.state is StepState.ABORTED]
 
 
-@pytest.fixture
-def hosts(runtime: Path) -> list[Path]:
-    found = [runtime / f"h{number}" for number in range(4)]
-    for path in found:
-        path.mkdir(mode=0o700)
-    return found
-
-
 @pytest.mark.reliability
 @pytest.mark.parametrize(
     "victim", ["rank 0", "daemon 1", *(["rank 1", "daemon 0"] if FULL else [])]

@@ -80,15 +80,6 @@ def rig(
 
 
 @pytest.fixture
-def hosts(runtime: Path) -> list[Path]:
-    """Four runtime directories: four hosts, as far as daemons can tell."""
-    found = [runtime / f"h{number}" for number in range(4)]
-    for path in found:
-        path.mkdir(mode=0o700)
-    return found
-
-
-@pytest.fixture
 def zygote(url: str) -> Iterator[Zygote]:
     """A warm process that ranks are forked from; its environment leads to the store."""
     with Zygote("rank.killed_job") as found:
