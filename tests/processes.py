@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import signal
 from pathlib import Path
 
@@ -31,9 +33,24 @@ def owners_of(directory: Path) -> set[int]:
 
 
 def end_processes_of(directory: Path) -> None:
-    """SIGKILL, by pid, whatever still runs on the runtime directory of a test."""
-    for pid in owners_of(directory):
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+    """SIGKILL, by pid, whatever still runs on the runtime directory of a test, and wait for its
+    end: what it holds, as the lock of a daemon, goes only then.
+    """
+    while owners := owners_of(directory):
+        for pid in owners:
+            with contextlib.suppress(ProcessLookupError):
+                end(pid)
+
+
+def end(pid: int) -> None:
+    """SIGKILL a process, which need not be our child, and wait until it is no more.
+
+    Raises:
+        ProcessLookupError: there is none.
+    """
+    handle = os.pidfd_open(pid)
+    try:
+        signal.pidfd_send_signal(handle, signal.SIGKILL)
+        assert select.select([handle], [], [], 60)[0], f"SIGKILL did not end {pid}"
+    finally:
+        os.close(handle)

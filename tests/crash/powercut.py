@@ -187,14 +187,17 @@ def _logging_disk(image: Path, place: Path) -> Iterator[Path]:
     command = [sys.executable, DISK, image, place / "log", mount_point]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as disk:
         assert disk.stdout is not None
-        assert disk.stdout.readline() == "ready\n", "the disk did not come up"
         try:
-            yield mount_point
-        except BaseException:
-            disk.kill()  # a disk that is still mounted would keep it, and us, waiting for ever
-            raise
-        run("umount", mount_point)
-        assert disk.wait(60) == 0
+            assert disk.stdout.readline() == "ready\n", "the disk did not come up"
+            try:
+                yield mount_point
+            finally:
+                # Lazily: the kernel may still be letting go of the loop device that was on it.
+                # The disk ends, with its log complete, when nothing holds it any more.
+                run("umount", "--lazy", mount_point)
+            assert disk.wait(60) == 0
+        finally:
+            disk.kill()  # one that is still mounted would keep it, and us, waiting for ever
 
 
 def _copy(source: Path, target: Path) -> None:
