@@ -15,6 +15,9 @@ PYTEST_ARGS ?=
 WORKERS ?= 3
 SOAK_SECONDS ?= 3600
 
+# Hundreds of interpreters start: without bytecode each of them would compile the whole package.
+unexport PYTHONDONTWRITEBYTECODE
+
 BIN := .venv/bin
 STAMP := .venv/.installed
 STORES_STAMP := .venv/.installed-stores

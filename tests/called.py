@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ckptmgr.types import Outcome
 from driven import PYTHON_PATH, Daemon, Rank
+from nursery import nursery
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +31,14 @@ class Called:
 def call(*arguments: object, runtime: Path | None = None, **environment: str) -> Called:
     """Run `ckptmgr ARGUMENTS` off a terminal."""
     given = {"CKPTMGR_RUNTIME_DIR": str(runtime or "/nonexistent/ckptmgr"), **environment}
-    done = subprocess.run(
-        [sys.executable, "-m", "ckptmgr.cli", *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": PYTHON_PATH, **given},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return Called(done.returncode, done.stdout, done.stderr)
+    environment = {**os.environ, "PYTHONPATH": PYTHON_PATH, **given}
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        program = ["ckptmgr.cli", *map(str, arguments)]
+        with nursery().start(program, env=environment, stdout=out, stderr=err) as process:
+            status = process.wait()
+        out.seek(0)
+        err.seek(0)
+        return Called(status, out.read(), err.read())
 
 
 def check_error(found: Called, status: int, *words: str) -> None:

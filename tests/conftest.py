@@ -5,18 +5,35 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from ckptmgr.config import open_private_dir
+from ckptmgr.staging import launch
+from nursery import nursery
 from processes import end_processes_of
 
 # How long an example takes says how busy the machine is.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_daemons() -> None:
+    """Daemons that ranks of this process start are forks; `real_daemons` is for the real thing."""
+    forks = SimpleNamespace(Popen=nursery().popen, DEVNULL=subprocess.DEVNULL)
+    vars(launch)["subprocess"] = forks
+
+
+@pytest.fixture
+def real_daemons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Daemons that ranks of this process start are started as users' are."""
+    monkeypatch.setattr(launch, "subprocess", subprocess)
 
 
 @pytest.fixture

@@ -83,11 +83,16 @@ class Daemon:
         self.process: subprocess.Popen[bytes] | Forked = (
             self._started(list(prefix), arguments, environment, pass_fds)
             if prefix or pass_fds
-            else nursery().start(list(arguments), environment, self.log)
+            else self._forked(arguments, environment)
         )
         if wait:
             until(lambda: len(self.events("started")) > before or self.gone(), "daemon starts")
             until(self.answers, "daemon answers")
+
+    def _forked(self, arguments: Sequence[str], environment: dict[str, str]) -> Forked:
+        with self.log.open("ab") as log:
+            program = ["ckptmgr.cli", "daemon", *arguments]
+            return nursery().start(program, env=environment, stdout=log, stderr=log)
 
     def _started(
         self,
@@ -328,9 +333,8 @@ class Trainer:
         }
         self._log = runtime / "trainer.log"
         with self._log.open("ab") as log:
-            self.process = subprocess.Popen(
+            self.process = nursery().start(
                 [
-                    sys.executable,
                     str(TREE / "tests/crash/writer.py"),
                     "--linger",
                     *(["--fork"] if fork else []),

@@ -20,6 +20,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from nursery import Forked, torch_nursery
+
 TESTS = Path(__file__).parent
 SECONDS_MAX = 150.0
 """For importing torch on a busy machine, and a few small steps."""
@@ -65,15 +67,15 @@ def run_forked(
     ]
 
 
-def _spawn(log: Path, *arguments: str) -> subprocess.Popen[bytes]:
+def _spawn(log: Path, *arguments: str) -> Forked:
     paths = [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     with log.open("wb") as told:
-        return subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__, *arguments],
+        return torch_nursery().start(
+            [__file__, *arguments],
             env=environment,
             stdout=told,
-            stderr=subprocess.STDOUT,
+            stderr=told,
             start_new_session=True,
         )
 

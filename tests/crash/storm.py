@@ -14,8 +14,6 @@ import random
 import select
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -36,6 +34,7 @@ from ckptmgr.types import StepId
 from crash.content import fault_in, values_of
 from crash.peek import WRITING, data_of, newest_usable, slots_below
 from driven import PYTHON_PATH
+from nursery import Forked, nursery
 
 HERE = Path(__file__).parent
 EVENT_SECONDS_MAX = 120.0
@@ -53,7 +52,7 @@ class BrokenPromiseError(AssertionError):
 class Trainer:
     """One incarnation of writer.py and what it has said so far."""
 
-    process: subprocess.Popen[bytes]
+    process: Forked
     pipe: int
     expected: Id | None
     attempt: int = 0
@@ -91,7 +90,7 @@ class Storm:
     keep: int = 3
     encrypt: bool = False
     trainer: Trainer | None = None
-    daemons: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    daemons: list[Forked] = field(default_factory=list)
     acked: set[Id] = field(default_factory=set)
     latest: Id | None = None
     places: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -142,9 +141,9 @@ class Storm:
             f"--pipe={write}",
             "--steps=1000000",
         ]
-        command = [sys.executable, str(HERE / "writer.py"), *arguments]
-        process = subprocess.Popen(
-            command, env=self.environment(), pass_fds=[write], stdout=log, stderr=log
+        program = [str(HERE / "writer.py"), *arguments]
+        process = nursery().start(
+            program, env=self.environment(), pass_fds=[write], stdout=log, stderr=log
         )
         os.close(write)
         os.close(log)
@@ -153,9 +152,9 @@ class Storm:
     def start_daemon(self) -> None:
         """Start a daemon by hand; else the trainer starts one itself."""
         log = os.open(self.runtime / "daemon.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        command = [sys.executable, "-m", "ckptmgr.cli", "daemon", "--idle-seconds=120"]
+        program = ["ckptmgr.cli", "daemon", "--idle-seconds=120"]
         self.daemons.append(
-            subprocess.Popen(command, env=self.environment(), stdout=log, stderr=log)
+            nursery().start(program, env=self.environment(), stdout=log, stderr=log)
         )
         os.close(log)
 

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from ckptmgr.repository.catalog import Catalog, StepEntry
 from ckptmgr.store.registry import open_store
 from ckptmgr.types import Outcome, StepId
 from driven import PYTHON_PATH
+from nursery import Forked, nursery
 from rigged import Rig
 
 MEMBER = Path(__file__).with_name("member.py")
@@ -34,13 +34,12 @@ class Member:
         self._log = runtime / f"rank{rank}.log"
         arguments = [runtime, url, rank, world, *claimed]
         with self._log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, str(MEMBER), *map(str, arguments)],
+            self.process = nursery().start(
+                [str(MEMBER), *map(str, arguments)],
                 env={"PYTHONPATH": PYTHON_PATH, **os.environ, "CKPTMGR_RUNTIME_DIR": str(runtime)},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                text=True,
             )
         joined = self.hear()
         self.claimed: tuple[int, str] = joined["attempt"], joined["nonce"]
@@ -189,7 +188,7 @@ class Watcher:
 # ---- whole incarnations ---------------------------------------------------------
 
 
-def stop(processes: list[subprocess.Popen[Any]]) -> None:
+def stop(processes: list[Forked]) -> None:
     """SIGSTOP them, and wait until each has stopped."""
     for process in processes:
         process.send_signal(signal.SIGSTOP)
@@ -198,7 +197,7 @@ def stop(processes: list[subprocess.Popen[Any]]) -> None:
             time.sleep(0.001)
 
 
-def go_on(processes: list[subprocess.Popen[Any]]) -> None:
+def go_on(processes: list[Forked]) -> None:
     for process in processes:
         process.send_signal(signal.SIGCONT)
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import random
-import subprocess
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from called import call
 from ckptmgr.types import Outcome, StepId, StepState
 from driven import Daemon, until
+from nursery import Forked
 from peers.job import Member, Watcher, commit, entries, go_on, resumed, started, stop
 from rigged import Rig
 from scale import scaled
@@ -39,7 +38,7 @@ class Incarnations:
         self.watcher = stack.enter_context(Watcher(rig))
         self.first = stack.enter_context(started(rig.url, *hosts[:2]))
         # Whoever is stopped must be continued, or it could not be ended.
-        self.processes: list[subprocess.Popen[Any]] = [
+        self.processes: list[Forked] = [
             *(member.process for member in self.first),
             *(daemon.process for daemon in daemons[:2]),
         ]

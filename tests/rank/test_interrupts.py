@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from ckptmgr.errors import CkptmgrError
 from ckptmgr.rank import overlap
 from ckptmgr.rank.capture import Capture, Copy
 from ckptmgr.rank.overlap import CopyThread, Job, Turn
+from nursery import torch_nursery
 from scale import scaled
 
 TESTS = Path(__file__).parents[1]
@@ -29,16 +29,18 @@ STORY_SECONDS_MAX = scaled(250, 2_000)
 def story(*arguments: str) -> dict[str, Any]:
     """Run the tries in a process of their own; each of them ends it if it hangs."""
     paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-    done = subprocess.run(
-        [sys.executable, str(TESTS / "rank" / "interrupted_process.py"), *arguments],
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=STORY_SECONDS_MAX,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    program = [str(TESTS / "rank" / "interrupted_process.py"), *arguments]
+    environment = {**os.environ, "PYTHONPATH": paths}
+    with tempfile.TemporaryFile("w+") as log:
+        process = torch_nursery().start(program, env=environment, stdout=log, stderr=log)
+        try:
+            status = process.wait(STORY_SECONDS_MAX)
+        finally:
+            process.kill()
+        log.seek(0)
+        said = log.read()
+    assert status == 0, said
+    told: dict[str, Any] = json.loads(said.splitlines()[-1])
     return told
 
 

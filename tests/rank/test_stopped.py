@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,6 +16,7 @@ from test_ranks import environment, free_port
 from ckptmgr.rank.planner import PLAN_SECONDS_MAX
 from ckptmgr.types import StepId, StepState
 from driven import PATIENCE_SECONDS, Daemon, until
+from nursery import torch_nursery
 from peers.job import entries_at, go_on, stop
 from scale import FULL
 
@@ -34,8 +33,8 @@ class Clocked:
         told = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
         told |= {"MASTER_PORT": str(port), "CKPTMGR_RUNTIME_DIR": str(runtime)}
         with self._log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-W", "ignore", str(PROGRAM), url, str(epoch)],
+            self.process = torch_nursery().start(
+                [str(PROGRAM), url, str(epoch)],
                 env=environment(**told),
                 stdout=log,
                 stderr=log,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from training import uninterrupted
 
+from nursery import Forked, torch_nursery
 from processes import end_processes_of
 from scale import scaled
 
@@ -23,7 +24,7 @@ STEPS = scaled(60, 400)
 SCRIPT = Path(__file__).parent / "trainer_process.py"
 
 
-def lines_of(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
+def lines_of(process: Forked) -> Iterator[dict[str, Any]]:
     assert process.stdout is not None
     for line in process.stdout:
         yield json.loads(line)
@@ -31,9 +32,11 @@ def lines_of(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
 
 def until_killed(url: str, kill_after: int | None) -> list[dict[str, Any]]:
     """Run the trainer; SIGKILL it that many lines after its start. Returns what it said."""
-    command = [sys.executable, str(SCRIPT), url, str(STEPS)]
+    program = [str(SCRIPT), url, str(STEPS)]
     heard = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with torch_nursery().start(
+        program, env=os.environ, stdout=subprocess.PIPE, stderr=2
+    ) as process:
         for said in lines_of(process):
             heard.append(said)
             if kill_after is not None and len(heard) > kill_after:

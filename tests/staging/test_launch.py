@@ -22,7 +22,7 @@ from ckptmgr.staging.launch import connect, connect_or_start
 from driven import PYTHON_PATH, events_of, until
 from processes import owners_of
 
-pytestmark = pytest.mark.usefixtures("quick_end")
+pytestmark = pytest.mark.usefixtures("quick_end", "real_daemons")
 
 
 @pytest.fixture
