@@ -58,8 +58,8 @@ LATE_MAX = {
     "own descriptors": 2,
     "own threads": 2,
 }
-"""What may still come late: pools start threads when they need them, that of asyncio up to four more
-than there are cores, that of a local store its own number."""
+"""What may still come late: pools start threads when they need them, that of asyncio up to four
+more than there are cores, that of a local store its own number."""
 
 
 @dataclass(frozen=True, slots=True)
