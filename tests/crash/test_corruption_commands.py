@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from called import call
 from ckptmgr.errors import CkptmgrError, DamageError
 from ckptmgr.repository import keys
 from ckptmgr.types import PAGE_BYTES
@@ -24,17 +23,12 @@ pytestmark = pytest.mark.reliability
 
 
 def ckptmgr(*arguments: str) -> tuple[int, Any, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "ckptmgr.cli", *arguments, "--json"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = call(*arguments, "--json")
     try:
-        document = json.loads(done.stdout)
+        document = done.document
     except ValueError:
         document = None
-    return done.returncode, document, done.stderr
+    return done.status, document, done.err
 
 
 def test_the_commands_say_it_with_their_exit_codes(rig: Rig, tmp_path: Path) -> None:

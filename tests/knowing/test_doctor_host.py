@@ -23,21 +23,26 @@ from ckptmgr.store.finding import Health
 from driven import PYTHON_PATH, Daemon, Rank, until
 from rigged import Rig
 
-DOCTOR = [sys.executable, "-m", "ckptmgr.cli", "doctor", "--json"]
-
 
 def looked(runtime: Path, *arguments: str, prefix: list[str] | None = None) -> dict[str, Any]:
     """What `doctor` finds on this host, by check."""
+    if prefix is None:
+        called = call("doctor", "--json", *arguments, runtime=runtime)
+        return rows_of(called.status, called.out, called.err)
     done = subprocess.run(
-        [*(prefix or []), *DOCTOR, *arguments],
+        [*prefix, sys.executable, "-m", "ckptmgr.cli", "doctor", "--json", *arguments],
         env={**os.environ, "PYTHONPATH": PYTHON_PATH, "CKPTMGR_RUNTIME_DIR": str(runtime)},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.stderr == ""
-    rows = json.loads(done.stdout)
-    assert done.returncode == int(any(row["state"] == "failure" for row in rows))
+    return rows_of(done.returncode, done.stdout, done.stderr)
+
+
+def rows_of(status: int, out: str, err: str) -> dict[str, Any]:
+    assert err == ""
+    rows = json.loads(out)
+    assert status == int(any(row["state"] == "failure" for row in rows))
     return {row["check"]: row for row in rows}
 
 

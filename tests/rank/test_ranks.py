@@ -7,11 +7,14 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 from training import committed
+
+from nursery import torch_nursery
 
 TESTS = Path(__file__).parents[1]
 PROGRAM = TESTS / "rank" / "ranks_process.py"
@@ -29,18 +32,9 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def told_by(line: list[str], status: int = 0, **more: str) -> list[dict[str, Any]]:
-    """What the ranks said, once all have ended."""
-    with subprocess.Popen(
-        line,
-        env=environment(**more),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        out, err = process.communicate(timeout=SECONDS_MAX)
-    assert process.returncode == status, err
-    return [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+def told_in(lines: str) -> list[dict[str, Any]]:
+    """What ranks said."""
+    return [json.loads(line) for line in lines.splitlines() if line.startswith("{")]
 
 
 def ranks(
@@ -48,9 +42,16 @@ def ranks(
 ) -> list[dict[str, Any]]:
     """Run a scenario on all ranks."""
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    line = [sys.executable, str(PROGRAM), scenario, url, rendezvous]
-    told = told_by(line, status, WORLD_SIZE=str(world), **where)
-    return sorted(told, key=lambda one: one["rank"])
+    program = [str(PROGRAM), scenario, url, rendezvous]
+    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as errors:
+        process = torch_nursery().start(
+            program, env=environment(WORLD_SIZE=str(world), **where), stdout=said, stderr=errors
+        )
+        ended = process.wait(SECONDS_MAX)
+        for file in (said, errors):
+            file.seek(0)
+        assert ended == status, errors.read()
+        return sorted(told_in(said.read()), key=lambda one: one["rank"])
 
 
 @pytest.mark.parametrize("kind", ["tcp", "file"])
@@ -72,9 +73,16 @@ def test_the_training_thread_talks_to_nobody_between_entry_and_return_of_step(
 
 def test_it_runs_under_torchrun(runtime: Path, store_url: str) -> None:
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    told = [
-        one for one in told_by([*line, str(PROGRAM), "quiet", store_url, "env"]) if "taken" in one
-    ]
+    done = subprocess.run(
+        [*line, str(PROGRAM), "quiet", store_url, "env"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=SECONDS_MAX,
+    )
+    assert done.returncode == 0, done.stderr
+    told = [one for one in told_in(done.stdout) if "taken" in one]
     assert len(told) == 2
     assert told[0]["taken"] == told[1]["taken"]
     assert committed(store_url)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import sys
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 import ckptmgr
+from called import call
 from ckptmgr.rank.handle import RestoredStep
 
 STEPS = 24
@@ -104,8 +105,9 @@ def uninterrupted(steps: int) -> Training:
 
 def command(*arguments: str) -> str:
     """Run `ckptmgr` and return what it prints."""
-    line = [sys.executable, "-m", "ckptmgr.cli", *arguments]
-    return subprocess.run(line, check=True, capture_output=True, text=True).stdout
+    done = call(*arguments, runtime=Path(os.environ["CKPTMGR_RUNTIME_DIR"]))
+    assert done.status == 0, done
+    return done.out
 
 
 class CrashError(Exception):

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import re
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from nursery import Forked, nursery
 from scale import scaled
 from watch.trainer_writer import files_of
 from watch.watching import Watch, commits_of, patiently, restored, tree_of
@@ -28,18 +28,18 @@ class Writer:
         self.root = root
         self.generation = 0
         self.first = 10
-        self.process: subprocess.Popen[str] | None = None
+        self.process: Forked | None = None
 
     def start(self) -> None:
         self.generation += 1
-        self.process = subprocess.Popen(
+        self.process = nursery().start(
             [
-                *(sys.executable, str(Path(__file__).parent / "trainer_writer.py")),
+                str(Path(__file__).parent / "trainer_writer.py"),
                 *(f"--root={self.root}", f"--first={self.first}", "--count=1000"),
                 *(f"--generation={self.generation}", f"--kib={KIB}", f"--limit={LIMIT}"),
                 *("--pause=0.002", "--between=0.5"),
             ],
-            stdout=subprocess.DEVNULL,
+            env=os.environ,
         )
 
     def kill(self, chance: random.Random) -> None:

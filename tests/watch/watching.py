@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
@@ -18,6 +16,7 @@ from ckptmgr.restore.check import restore_files
 from ckptmgr.store.local import LocalStore
 from ckptmgr.types import StepId
 from driven import PYTHON_PATH, events_of
+from nursery import nursery
 
 T = TypeVar("T")
 
@@ -42,14 +41,12 @@ class Watch:
         self.log = store.parent / "watch.log"
         self._before = len(events_of(self.log))
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
+            self.process = nursery().start(
                 [
-                    *(sys.executable, "-m", "ckptmgr.cli", "watch", str(root), "--to", str(store)),
+                    *("ckptmgr.cli", "watch", str(root), "--to", str(store)),
                     *(f"--quiet-seconds={quiet}", *arguments),
                 ],
                 env={**os.environ, "PYTHONPATH": PYTHON_PATH},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
                 stderr=log,
             )
 
