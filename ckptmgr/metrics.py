@@ -104,7 +104,10 @@ class Metrics:
 
     def open_job(self, label: str) -> None:
         """Start the counters of a job at 0: what appears at 1 has not grown, for Prometheus."""
-        for counter in (self.commits, self.fallbacks, self.superseded_attempts, self.dropped):
+        for counter in (
+            *(self.commits, self.fallbacks, self.superseded_attempts, self.dropped),
+            *(self.preemption_signals, self.preemption_saves),
+        ):
             counter.labels(label)
         for counter, values in (
             (self.aborts, REASONS),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from called import call
+from ckptmgr.staging.control import Done, Preempt
 from drills.acting import commit, in_full, logged
 from drills.conftest import WatchDaemon
 from driven import Daemon, Rank, until
@@ -41,6 +42,21 @@ def test_a_rank_that_is_stuck(
         stuck.hear()
         commit_all(job, 3)
         alerts.ends("CkptmgrRankSilent", "CkptmgrStepsGivenUp")
+
+
+@in_full
+def test_a_preempted_rank_whose_store_is_down(runtime: Path, rig: Rig, watch: WatchDaemon) -> None:
+    with Daemon(runtime) as daemon, watch(daemon) as alerts, Rank(runtime, rig.url) as rank:
+        commit(rank, 1)
+        alerts.is_quiet()
+        rig.obey(("put_new", "data/", "dead"))
+        rank.link.ask(Preempt("test", "the host is needed", 30.0), Done)
+        rank.save(2)
+        assert logged(daemon, "CKM1208")["source"] == "test"
+        alerts.fires("CkptmgrPreemptionUnsaved")
+        rig.obey()  # the action: make the store take it
+        assert call("drain", runtime=runtime).status == 0
+        alerts.ends("CkptmgrPreemptionUnsaved")
 
 
 @in_full

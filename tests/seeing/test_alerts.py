@@ -41,6 +41,8 @@ QUIET: Series = {
     "ckptmgr_restore_fallbacks_total": "1x200",
     "ckptmgr_last_verified_timestamp_seconds": "0x200",
     "ckptmgr_superseded_attempts_total": "1x200",
+    "ckptmgr_preemption_signals_total": "0x80 1x99",
+    "ckptmgr_preemption_saves_total": "0x80 1x99",
     'ckptmgr_stall_seconds_bucket{le="0.3"}': "0+9x200",
     'ckptmgr_stall_seconds_bucket{le="3.0"}': "0+9x200",
     'ckptmgr_stall_seconds_bucket{le="+Inf"}': "0+9x200",
@@ -76,6 +78,7 @@ TROUBLE: dict[str, Series] = {
     "FellBack": {"ckptmgr_restore_fallbacks_total": "0x85 1x99"},
     "NotVerified": {"ckptmgr_last_verified_timestamp_seconds": "-90000x200"},
     "AttemptSuperseded": {"ckptmgr_superseded_attempts_total": "0x85 1x99"},
+    "PreemptionUnsaved": {"ckptmgr_preemption_saves_total": "0x200"},
     "Stalling": {
         'ckptmgr_stall_seconds_bucket{le="3.0"}': "0+10x200",
         'ckptmgr_stall_seconds_bucket{le="+Inf"}': "0+10x200",
