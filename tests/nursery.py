@@ -27,6 +27,8 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any, Self
 
+from processes import SPARED
+
 MESSAGE_BYTES_MAX = 1 << 17
 DESCRIPTORS_MAX = 16
 THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -107,6 +109,7 @@ class Nursery:
             pass_fds=[theirs.fileno()],
         )
         theirs.close()
+        SPARED.add(self._process.pid)
         self._turn = threading.Lock()
         atexit.register(self.close)
 

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+SPARED: set[int] = set()
+"""Pids of helpers of the tests that may hold a file of a test for a moment: they pass it on."""
+
 
 def needs_root() -> None:
     """Skip the calling test, with the reason in the summary, where it is not run by root."""
@@ -18,7 +21,9 @@ def needs_root() -> None:
 
 
 def owners_of(directory: Path) -> set[int]:
-    """Pids of the processes that hold a file of `directory` open or mapped, without our own."""
+    """Pids of the processes that hold a file of `directory` open or mapped, without our own and
+    the spared.
+    """
     found = set()
     prefix = f"{directory}/"
     for proc in Path("/proc").glob("[0-9]*"):
@@ -29,7 +34,7 @@ def owners_of(directory: Path) -> set[int]:
             continue  # it ended while we looked, or it is not ours
         if prefix in maps or any(link.startswith(prefix) for link in links):
             found.add(int(proc.name))
-    return found - {os.getpid()}
+    return found - {os.getpid()} - SPARED
 
 
 def end_processes_of(directory: Path) -> None:

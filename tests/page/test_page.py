@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from ckptmgr.types import Outcome
 from driven import Daemon, Rank, until
 from page.browser import Browser, browser
 from rigged import Rig
+
+DAEMON_GONE = re.compile("ERR_(CONNECTION_REFUSED|CONNECTION_RESET|EMPTY_RESPONSE)")
+"""What a browser says of a daemon that has ended, or ends while it answers."""
 
 HOSTILE = '<img src=x onerror="document.title=1"><script>alert(1)</script>'
 
@@ -36,7 +40,7 @@ def quiet_page(page: Browser) -> Iterator[None]:
     assert asked
     assert all(url.startswith("http://127.0.0.1:") for url in asked), asked
     # A test ends its daemon, and the page may ask it once more before it is left.
-    assert not [line for line in page.complaints if "ERR_CONNECTION_REFUSED" not in line]
+    assert not [line for line in page.complaints if not DAEMON_GONE.search(line)]
 
 
 def look(page: Browser, daemon: Daemon, width: int = 1120, height: int = 900) -> None:
