@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ def test_it_hears_of_what_appears_and_ends_when_told(root: Path, store: Path) ->
         watch.await_event("watching")
         trainer(root)
         watch.await_event("watch_adopted", "checkpoint-20")
-        watch.process.terminate()
+        watch.process.send_signal(signal.SIGTERM)
         assert watch.process.wait(60) == 143
     assert [str(entry.id) for entry in commits_of(store)] == ["1.20"]
 
