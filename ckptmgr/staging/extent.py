@@ -14,7 +14,9 @@ _NUMBERS = re.compile(
     rb"|[\xcb\xcf\xd3].{8})++",
     re.DOTALL,
 )
-_SMALL_ARRAYS = re.compile(rb"[\x90-\x9f]++")
+_SINGLES = re.compile(rb"[\x00-\x7f\x90-\x9f\xc0\xc2\xc3\xe0-\xff]++")
+"""Whole items of one byte each: small numbers, nil, booleans, and the heads of small arrays."""
+_SMALL_ARRAYS = bytes(range(0x90, 0xA0))
 _LARGE_ARRAYS = {0xDC: 3, 0xDD: 5}
 _LENGTH_BYTES = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4}
 """Bytes of the length that follows the first byte of a bin or a str."""
@@ -38,17 +40,19 @@ def too_much(encoded: bytes | memoryview) -> str:
     return _scan(raw)
 
 
+def _small_arrays(singles: bytes) -> int:
+    return len(singles) - len(singles.translate(None, _SMALL_ARRAYS))
+
+
 def _scan(raw: bytes) -> str:
     at = arrays = 0
     while at < len(raw):
-        if numbers := _NUMBERS.match(raw, at):
+        if singles := _SINGLES.match(raw, at):
+            arrays += _small_arrays(singles[0])
+            at = singles.end()
+        elif numbers := _NUMBERS.match(raw, at):
             at = numbers.end()
-            continue
-        head = raw[at]
-        if heads := _SMALL_ARRAYS.match(raw, at):
-            arrays += heads.end() - at
-            at = heads.end()
-        elif head in _LARGE_ARRAYS:
+        elif (head := raw[at]) in _LARGE_ARRAYS:
             arrays += 1
             at += _LARGE_ARRAYS[head]
         elif 0xA0 <= head < 0xC0:

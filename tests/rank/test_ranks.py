@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -69,23 +67,6 @@ def test_the_training_thread_talks_to_nobody_between_entry_and_return_of_step(
     for one in told:
         assert {"decide" if one["rank"] == 0 else "read", "count"} <= set(one["elsewhere"])
     assert f"1.{told[0]['taken'][-1]}" in committed(store_url)
-
-
-def test_it_runs_under_torchrun(runtime: Path, store_url: str) -> None:
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*line, str(PROGRAM), "quiet", store_url, "env"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=SECONDS_MAX,
-    )
-    assert done.returncode == 0, done.stderr
-    told = [one for one in told_in(done.stdout) if "taken" in one]
-    assert len(told) == 2
-    assert told[0]["taken"] == told[1]["taken"]
-    assert committed(store_url)
 
 
 def test_killed_ranks_resume_from_one_step_bit_for_bit(runtime: Path, tmp_path: Path) -> None:
