@@ -166,8 +166,8 @@ def _tier(entry: StepEntry, tiers: Tiers) -> str:
     return "+".join(found)
 
 
-def entries(found: list[StepEntry], tiers: Tiers) -> None:
-    """The table of `ls`."""
+def entries(found: list[StepEntry], tiers: Tiers, *, retired_max: int | None) -> None:
+    """The table of `ls`, which has at most so many retired steps."""
     columns = ("step", "state", "age", "raw", "stored", "ranks", "tier", "held", "tags")
     table = Table(*columns, box=None)
     for entry in found:
@@ -186,6 +186,12 @@ def entries(found: list[StepEntry], tiers: Tiers) -> None:
         )
         table.add_row(*map(printable, cells))
     _console.print(table)
+    if retired_max is not None and sum(map(_is_retired, found)) >= retired_max:
+        _console.print(f"Of retired steps the newest {retired_max}; --all shows the others.")
+
+
+def _is_retired(entry: StepEntry) -> bool:
+    return entry.state is StepState.RETIRED
 
 
 def with_tiers(found: list[StepEntry], tiers: Tiers) -> list[StepEntry]:

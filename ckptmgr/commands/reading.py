@@ -27,15 +27,26 @@ from ckptmgr.errors import (
     UsageError,
 )
 
+RETIRED_MAX = 100
+"""Retired steps that `ls` shows: their registers stay for ever, and are read one by one."""
+
 
 @command
-def ls(url: Url, mirror: Mirror = "", as_json: Json = False) -> None:
+def ls(
+    url: Url,
+    every: Annotated[
+        bool, typer.Option("--all", help=f"Of retired steps more than the newest {RETIRED_MAX}.")
+    ] = False,
+    mirror: Mirror = "",
+    as_json: Json = False,
+) -> None:
     """List the steps of a job, newest first."""
     tiers = _tiers(url)
-    found = with_store(url, lambda catalog: catalog.entries(), mirror=mirror)
+    most = None if every else RETIRED_MAX
+    found = with_store(url, lambda catalog: catalog.entries(retired_max=most), mirror=mirror)
     entries = present.with_tiers(found, tiers)
     rows = [present.entry_json(entry, tiers) for entry in entries]
-    out(rows, as_json, lambda: present.entries(entries, tiers))
+    out(rows, as_json, lambda: present.entries(entries, tiers, retired_max=most))
 
 
 def _tiers(url: str) -> present.Tiers:

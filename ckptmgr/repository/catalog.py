@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import msgspec
@@ -94,6 +94,12 @@ class Listing:
         """Decided steps that are not retired, newest first. Some may be ABORT."""
         return sorted(self.decided - self.retired, reverse=True)
 
+    def steps(self, retired_max: int | None = None) -> list[StepId]:
+        """All steps in any state, newest first; of those that are retired the newest so many."""
+        retired = sorted(self.retired, reverse=True)[:retired_max]
+        standing = (self.decided | frozenset(self.manifests)) - self.retired
+        return sorted(standing.union(retired), reverse=True)
+
 
 async def standing_steps(store: Store) -> list[StepId]:
     """Decided steps that stand, newest first, for whoever restores; some may be ABORT.
@@ -140,34 +146,32 @@ async def decided_steps(store: Store) -> tuple[frozenset[StepId], frozenset[Step
     A listing of the manifests would grow with the number of ranks.
     """
     decided = await _decided(store)
-    return decided, _marked(keys.retired, await store.list("retired/"))
+    return decided, await _marked(store, "retired/")
 
 
 async def _decided(store: Store) -> frozenset[StepId]:
-    decided = _marked(keys.commit, await store.list("commit/"))
+    decided = await _marked(store, "commit/")
     # A step with a copy of its commit was decided, even if the register itself is gone.
-    return decided | _marked(keys.tags, await store.list("tags/"))
+    return decided | await _marked(store, "tags/")
 
 
 async def list_steps(store: Store) -> Listing:
     """Take a listing: a step is seen as undecided before it is seen as decided, never after."""
     manifests = _ranks(await store.list("man/"))
     decided = await _decided(store)
-    verified = _marked(keys.verified, await store.list("verified/"))
+    verified = await _marked(store, "verified/")
     holds: dict[StepId, tuple[str, ...]] = {}
     for key in await store.list("holds/"):
         step = keys.parse_step(key)
         if step is not None:
             holds[step] = (*holds.get(step, ()), key.rsplit("/", 1)[1])
     # Last: a step retired during the listing must not look as if it still stood.
-    retired = _marked(keys.retired, await store.list("retired/"))
+    retired = await _marked(store, "retired/")
     return Listing(decided, retired, verified, holds, manifests)
 
 
-def _marked(key_of: Callable[[StepId], str], found: list[str]) -> frozenset[StepId]:
-    """The steps whose one record of a kind is there; a stray key below it marks nothing."""
-    steps = ((keys.parse_step(key), key) for key in found)
-    return frozenset(step for step, key in steps if step is not None and key == key_of(step))
+async def _marked(store: Store, prefix: str) -> frozenset[StepId]:
+    return keys.marked(prefix, await store.list(prefix))
 
 
 def _ranks(found: list[str]) -> dict[StepId, frozenset[int]]:
@@ -224,10 +228,23 @@ class Catalog:
         except ObjectNotFoundError:
             return None
 
-    async def entries(self) -> list[StepEntry]:
-        """All steps, newest first; damaged registers are entries too, with `damage` set."""
+    async def entries(self, *, retired_max: int | None = None) -> list[StepEntry]:
+        """All steps, newest first; damaged registers are entries too, with `damage` set.
+
+        Each has its register read. A job that has run for long has thousands of retired steps:
+        with `retired_max`, only the newest so many of them.
+        """
         listing = await list_steps(self.store)
-        steps = sorted(listing.decided | set(listing.manifests) | listing.retired, reverse=True)
+        return await self._entries(listing, listing.steps(retired_max))
+
+    async def entry(self, attempt: int | None, number: int) -> StepEntry | None:
+        """The newest step of that number, of one attempt or of any, in any state."""
+        listing = await list_steps(self.store)
+        named = [s for s in listing.steps() if s.step == number and attempt in (None, s.attempt)]
+        found = await self._entries(listing, named[:1])
+        return found[0] if found else None
+
+    async def _entries(self, listing: Listing, steps: list[StepId]) -> list[StepEntry]:
         gate = asyncio.Semaphore(_READS_AT_ONCE)
         attempts = {step.attempt for step in steps if step not in listing.decided}
         claims = {attempt: await claim_of(self.store, attempt) for attempt in attempts}
@@ -237,7 +254,7 @@ class Catalog:
             async with gate:
                 return await self._entry(step, listing, worlds.get(step.attempt, 0))
 
-        return list(await asyncio.gather(*(entry(step) for step in steps)))
+        return list(await asyncio.gather(*map(entry, steps)))
 
     async def _entry(self, step: StepId, listing: Listing, world: int) -> StepEntry:
         decision, damage = None, ""

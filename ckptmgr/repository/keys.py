@@ -9,7 +9,7 @@ from ckptmgr.types import StepId
 
 FORMAT = "format"
 
-_STEP_KEY = re.compile(r"[a-z]+/(\d{8})/(\d{12})(?:/.+)?")
+_STEP_KEY = re.compile(r"[a-z]+/(\d{8})/(\d{12})(?:/.+)?", re.ASCII)
 
 
 def _attempt(attempt: int) -> str:
@@ -106,9 +106,15 @@ def parse_step(key: str) -> StepId | None:
     return StepId(int(match[1]), int(match[2])) if match else None
 
 
+def marked(prefix: str, found: list[str]) -> frozenset[StepId]:
+    """The steps with their one record right below `prefix`; a stray key there marks nothing."""
+    match = re.compile(rf"{prefix}(\d{{8}})/(\d{{12}})", re.ASCII).fullmatch
+    return frozenset(StepId(int(one[1]), int(one[2])) for one in map(match, found) if one)
+
+
 def parse_rank(key: str) -> int | None:
     """The rank whose manifest a key is."""
-    match = re.fullmatch(r"man/\d{8}/\d{12}/(\d{6})", key)
+    match = re.fullmatch(r"man/\d{8}/\d{12}/(\d{6})", key, re.ASCII)
     return int(match[1]) if match else None
 
 

@@ -55,16 +55,17 @@ async def find_entry(catalog: Catalog, text: str | None) -> StepEntry:
         NothingToRestoreError: there is none.
         DamageError: its register is damaged.
     """
-    entries = await catalog.entries()
     try:
         meant = (await find(catalog, text)).id
     except NothingToRestoreError:
-        attempt, number = StepId.parse(text) if text else (None, None)
-        named = [e for e in entries if e.id.step == number and attempt in (None, e.id.attempt)]
-        if not named:
+        named = await catalog.entry(*StepId.parse(text)) if text else None
+        if named is None:
             raise
-        return named[0]
-    return next(entry for entry in entries if entry.id == meant)
+        return named
+    entry = await catalog.entry(meant.attempt, meant.step)
+    if entry is None:  # somebody has emptied the store meanwhile
+        raise NothingToRestoreError(f"step {meant} is gone", subject=catalog.store.url)
+    return entry
 
 
 async def find(catalog: Catalog, text: str | None) -> Decision:

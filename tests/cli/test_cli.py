@@ -272,6 +272,21 @@ def test_7_an_object_that_can_not_be_read(made: Path, tmp_path: Path) -> None:
 # ---- what is printed --------------------------------------------------------
 
 
+def test_ls_of_a_long_job_has_the_newest_retired_steps(store: Path) -> None:
+    """Their registers stay for ever, and one that is gone is a row as well."""
+    (store / "retired/00000001").mkdir(parents=True)
+    for step in range(1000, 1120):
+        (store / f"retired/00000001/{step:012d}").touch()
+    shown = call("ls", store, "--json").document
+    assert [row["step"] for row in shown if row["state"] == "retired"] == [*range(1119, 1019, -1)]
+    assert sum(row["state"] == "committed" for row in shown) == 4
+    table = call("ls", store).out.splitlines()
+    assert table[-1] == "Of retired steps the newest 100; --all shows the others."
+    whole = call("ls", store, "--all", "--json").document
+    assert sum(row["state"] == "retired" for row in whole) == 120
+    assert len(call("ls", store, "--all").out.splitlines()) == len(whole) + 1
+
+
 def test_ls_is_one_line_per_step_for_grep(made: Path) -> None:
     header, *rows = call("ls", made).out.splitlines()
     assert header.split() == [
@@ -302,7 +317,7 @@ def test_long_and_hostile_tags_stay_on_their_line(runtime: Path, tmp_path: Path)
     decision = Decision("COMMIT", 1, 1, world=1, tags=dict(tags))
     entry = StepEntry(StepId(1, 1), StepState.COMMITTED, decision)
     with present._console.capture() as capture:
-        present.entries([entry], present.Tiers({}, {}))
+        present.entries([entry], present.Tiers({}, {}), retired_max=None)
     _, row = capture.get().splitlines()
     assert not ESCAPE.search(row)
     assert "a=[bold]x[/bold] [/] b=:smile: c=\\x1b]0;owned\\x07\\x0a2.2 verified" in row

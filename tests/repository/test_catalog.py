@@ -60,6 +60,21 @@ async def test_states_of_all_steps(store: MemoryStore, catalog: Catalog) -> None
 
 
 @on_copy
+async def test_of_retired_steps_the_newest_are_told(store: MemoryStore, catalog: Catalog) -> None:
+    for step in range(1, 8):
+        await put_record(store, Kind.RETIRED, keys.retired(StepId(1, step)), Retired(1, step, ""))
+    all_of_them = [entry.id for entry in await catalog.entries()]
+    assert all_of_them == [S30, S25, S20, S10, *(StepId(1, step) for step in range(7, 0, -1))]
+    some = [entry.id for entry in await catalog.entries(retired_max=3)]
+    assert some == [S30, S25, S20, S10, StepId(1, 7), StepId(1, 6)]
+    assert [entry.id for entry in await catalog.entries(retired_max=0)] == [S30, S25, S20]
+    old = await catalog.entry(None, 2)
+    assert old is not None
+    assert (old.id, old.state) == (StepId(1, 2), StepState.RETIRED)
+    assert await catalog.entry(2, 2) is None
+
+
+@on_copy
 async def test_an_empty_store(store: MemoryStore, catalog: Catalog) -> None:
     shelf_of(store).clear()
     assert await catalog.entries() == []
