@@ -40,9 +40,9 @@ from ckptmgr.types import StepId
 from crash import crash_job
 from crash.crash_job import SCRIPTS, Job, Script, check, last_recovery, recovery
 from crash.crash_store import Change, CrashStore, State, ViolatedError
-from scale import FULL
+from scale import FULL, scaled
 
-pytestmark = [pytest.mark.reliability, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.reliability, pytest.mark.timeout(scaled(600, 1800))]
 
 POINTS_MIN = {"first run": 20_000, "second run": 35_000, "reading": 25_000, "zombie": 70_000}
 

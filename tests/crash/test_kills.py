@@ -168,7 +168,7 @@ def run(
     return places, facts
 
 
-@pytest.mark.timeout(14400)
+@pytest.mark.timeout(scaled(600, 14400))
 @pytest.mark.parametrize(
     ("victim", "sample", "full"), [("trainer", 8, 200), ("daemon", 8, 200), ("both", 4, 100)]
 )
@@ -178,7 +178,7 @@ def test_no_kill_tears_or_loses_anything(
     judge(victim, scaled(sample, full), tmp_path, encrypt=False)
 
 
-@pytest.mark.timeout(14400)
+@pytest.mark.timeout(scaled(600, 14400))
 @pytest.mark.parametrize("victim", ["daemon", "both"])
 def test_no_kill_tears_or_loses_anything_that_is_encrypted(victim: str, tmp_path: Path) -> None:
     judge(victim, scaled(3, 50), tmp_path, encrypt=True)

@@ -33,7 +33,7 @@ SEED = 20261124
 NBYTES = 1 << 20
 KEEP = 3
 
-pytestmark = [pytest.mark.root, pytest.mark.reliability, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.root, pytest.mark.reliability, pytest.mark.timeout(scaled(600, 3600))]
 
 
 def train(runtime: Path, root: Path, codec: str, steps: int, mark: Mark) -> None:

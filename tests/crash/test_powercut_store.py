@@ -17,7 +17,7 @@ from scale import scaled
 SEED = 20261123
 WRITER = Path(__file__).with_name("powercut_writer.py")
 
-pytestmark = [pytest.mark.root, pytest.mark.reliability, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.root, pytest.mark.reliability, pytest.mark.timeout(scaled(600, 1800))]
 
 
 def lost_and_torn(system: str, place: Path, mode: str) -> tuple[int, int]:

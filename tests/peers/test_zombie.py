@@ -122,7 +122,7 @@ def test_a_continued_incarnation_ends_itself_wherever_it_was_stopped(
         one.check()
 
 
-@pytest.mark.timeout(14400)
+@pytest.mark.timeout(scaled(600, 14400))
 def test_a_continued_incarnation_ends_itself_whenever_it_was_stopped(
     rig: Rig, hosts: list[Path], tmp_path: Path
 ) -> None:

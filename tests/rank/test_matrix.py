@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ranks import run_forked
-from scale import FULL
+from scale import FULL, scaled
 
 KINDS = ("ddp", "fsdp2", "tp")
 ALL = ["one-1", *(f"{kind}-{world}" for world in (2, 3, 4, 8) for kind in KINDS)]
@@ -20,7 +20,7 @@ RATIO_MAX = 1.1
 
 
 @pytest.mark.reliability
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(scaled(600, 1800))
 def test_every_layout_is_read_under_every_other(tmp_path: Path) -> None:
     layouts = ALL if FULL else SAMPLE
     (tmp_path / "layouts.json").write_text(json.dumps(layouts))

@@ -164,7 +164,7 @@ def chain(
             one.close()
 
 
-@pytest.mark.timeout(14400)
+@pytest.mark.timeout(scaled(600, 14400))
 @pytest.mark.parametrize("name", PLANS)
 def test_killed_ranks_and_daemons_change_no_bit(name: str, zygote: Zygote, tmp_path: Path) -> None:
     plan, sample, full = PLANS[name]
