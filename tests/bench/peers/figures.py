@@ -66,6 +66,7 @@ def figures(visit: Line, limits: Line, state_bytes: int) -> dict[str, float]:
     found["synced_s"] = median(one["durable_s"] - one["complete_s"] for one in steady)
     found["first_stall_s"] = first["stall_s"]
     found["extra_bytes"] = saved["extra_bytes"]
+    found["opened_s"] = visit["cold"]["opened_s"]
     for name in ("cold", "warm", "memory"):
         if name in visit:
             found[f"{name}_s"] = visit[name]["opened_s"] + visit[name]["restore_s"]

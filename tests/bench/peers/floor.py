@@ -23,8 +23,6 @@ PAGE_BYTES = 4096
 class Floor(Peer):
     """No checks, no commit, no second slot: nothing can be faster and still be on the disk."""
 
-    durable = True
-
     def open(self) -> None:
         self.places, total = _places(self.state)
         self.memory = mmap.mmap(-1, total)  # shared with the writer

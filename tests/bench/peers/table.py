@@ -17,6 +17,7 @@ SAVING: tuple[Column, ...] = (
 )
 RESTORING: tuple[Column, ...] = (
     ("cold, s (x read)", "cold_s", "cold"),
+    ("of it opening, s", "opened_s", ""),
     ("warm, s (x copy)", "warm_s", "warm"),
     ("out of memory, s (x copy)", "memory_s", "memory"),
     ("stored / state", "", "stored"),

@@ -2,8 +2,8 @@
 
 `python -m bench.peers.trainer JOB` is started by the conductor, for each phase and rank. A step is
 many small operators on one core, as many as one undisturbed step of the wanted length takes, so
-that it wants the interpreter as often as training does. A snapshot is measured against as many
-steps without one, before and after it.
+that it wants the interpreter as often as training does. A snapshot is measured against
+undisturbed steps, before it and after it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from bench.peers.peer import Peer, State
 from bench.peers.state import change, differing, empty_state, fill, spoil
 
 WINDOW_SECONDS = 1.0
-"""Least time of the steps that a snapshot is compared with, and of those that it may disturb."""
+"""Length of the steps that a snapshot is compared with, before it and after it."""
 
 
 class Loop:
@@ -106,7 +106,9 @@ def cpu_of_visit(rank: int) -> float:
 
 
 def snapshot(peer: Peer, loop: Loop, step: int) -> dict[str, Any]:
-    """One snapshot amid steps: what the call cost, what training lost, when it was durable."""
+    """One snapshot amid steps, which go on until it is durable; no longer, for what else the
+    machine does would be counted with it.
+    """
     change(peer.state, step)
     loop.meet()
     undisturbed = loop.undisturbed()
@@ -122,7 +124,7 @@ def snapshot(peer: Peer, loop: Loop, step: int) -> dict[str, Any]:
     stall = called - start + time.perf_counter() - stepped
     spoil(peer.state)
     steps, busy = 1, True
-    while busy or steps < loop.steps:
+    while busy:
         if finish is None and peer.ready():
             peer.wait()
             finish = Finish(peer, step, start)
