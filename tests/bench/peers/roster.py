@@ -29,7 +29,7 @@ ENTRIES = (
         "bench.peers.floor:Floor",
         "torch",
         remark="not a library: one copy into memory that is present, and a process that writes it "
-        "with O_DIRECT and fsync; no checks",
+        "and syncs it, with or without O_DIRECT, as is faster; no checks",
     ),
     Entry("ckptmgr", "bench.peers.ours:Ours", "ckptmgr", memory=True, remark="overlap=False"),
     Entry(
