@@ -37,10 +37,10 @@ def main() -> None:
     size = (14, 1.2 + 0.36 * len(rows))
     figure, axes = plt.subplots(1, len(PANELS), sharey=True, figsize=size)
     for axis, (title, name, limit, what) in zip(axes, PANELS, strict=True):
-        values = [max(row[name] or 0.0, 1e-3) for row in rows]
+        values = [row[name] for row in rows]
         axis.barh([row.peer for row in rows], values, color=[colour(row) for row in rows])
         axis.axvline(bare[limit], color=BARE, linewidth=1, label=what)
-        axis.set(title=title, xlabel="s", xscale="log")
+        axis.set(title=title, xlabel="s")
         axis.legend(fontsize="small")
     figure.tight_layout()
     for kind, about in (("png", {}), ("svg", {"Date": None})):

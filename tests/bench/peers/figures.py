@@ -48,6 +48,8 @@ def rows_of(lines: list[Line]) -> list[Row]:
         each = [figures(line, limits[line["round"]], state_bytes) for line in found]
         names = {name for one in each for name in one}
         medians = {name: median(one[name] for one in each) for name in names}
+        lost = [one["lost_s"] for line in found for one in line["save"]["snapshots"][1:]]
+        medians |= {"lost_least_s": min(lost), "lost_most_s": max(lost)}
         rows.append(Row(peer, found[0]["save"]["version"], "", medians))
     return rows
 

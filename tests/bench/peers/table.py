@@ -12,6 +12,8 @@ SAVING: tuple[Column, ...] = (
     ("stall, s (x copy)", "stall_s", "stall"),
     ("first stall", "first_stall_s", "first_stall"),
     ("lost, s (x copy)", "lost_s", "lost"),
+    ("least lost, s", "lost_least_s", ""),
+    ("most lost, s", "lost_most_s", ""),
     ("durable, s (x write)", "durable_s", "durable"),
     ("of it synced for it, s", "synced_s", ""),
 )
@@ -45,9 +47,10 @@ def about(lines: list[Line]) -> str:
     run = next(line for line in lines if line["kind"] == "run")
     loads = " to ".join(f"{line['load']:.1f}" for line in lines if line["kind"] in {"run", "end"})
     bare = limits_of(lines)
+    rounds = 1 + max(line["round"] for line in lines if line["kind"] == "visit")
     return (
         f"{run['mib']} MiB of {run['dtype']} in {run['tensors']} tensors, {run['ranks']} rank(s), "
-        f"{run['repeat']} rounds of {run['snapshots']} snapshots, steps of "
+        f"{rounds} round(s) of {run['snapshots']} snapshots, steps of "
         f"{run['step_seconds'] * 1000:.0f} ms; {run['cores']} cores, {run['memory_gib']} GiB, "
         f"Linux {run['kernel']}, Python {run['python']}, {run['when']}, load {loads}. "
         f"Bare copy {bare['copy_s']:.3f} s, bare write {bare['write_s']:.3f} s, "
