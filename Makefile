@@ -5,6 +5,8 @@
 #   CONSTRAINTS  pip constraints; set it to /dev/null to take the newest releases
 #   PIP_ARGS     more arguments for pip, for example the index of a torch build
 #   PYTEST_ARGS  more arguments for pytest
+#   BENCH_ARGS   more for the table of other libraries, for example --mib 1024 --directory /on/the/disk
+#   PLOTS        where its plots are put
 #   WORKERS      tests at a time; one more than two cores have, because many of them wait
 
 PYTHON ?= python3
@@ -12,6 +14,8 @@ VENV_ARGS ?=
 CONSTRAINTS ?= tests/constraints.txt
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
+PLOTS ?= .bench
 WORKERS ?= 3
 SOAK_SECONDS ?= 3600
 
@@ -20,6 +24,8 @@ unexport PYTHONDONTWRITEBYTECODE
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+PEERS := .bench/peers
+PEERS_STAMP := $(PEERS)/.installed
 STORES_STAMP := .venv/.installed-stores
 AZURITE := 3.37.0
 
@@ -39,8 +45,11 @@ lint: $(STAMP)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy --strict ckptmgr $(wildcard plugins/*/ckptmgr_*)
 
-bench: $(STAMP)
+# Our own figures, then other libraries beside us (docs/performance.md): a quarter of an hour.
+bench: $(STAMP) $(PEERS_STAMP)
 	@$(BIN)/ckptmgr bench
+	@PYTHONPATH=tests $(BIN)/python -m bench.peers --environment $(PEERS) \
+		--json .bench/peers.jsonl --plots $(PLOTS) $(BENCH_ARGS)
 
 # The counts that docs/reliability.md reports; hours, not minutes.
 reliability: $(STAMP)
@@ -62,6 +71,11 @@ $(STAMP): pyproject.toml $(wildcard plugins/*/pyproject.toml) tests/constraints.
 		$(addprefix -e ,$(wildcard plugins/*))
 	@touch $@
 
+# Never in .venv: they are no dependencies of ours, and theirs must not become ours unseen.
+$(PEERS_STAMP): $(addprefix tests/bench/peers/,constraints.txt environment.py roster.py)
+	PYTHONPATH=tests $(PYTHON) -m bench.peers.environment $(PEERS) $(PIP_ARGS)
+	@touch $@
+
 # Azurite is the one server that comes from npm; without npm its tests skip.
 $(STORES_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c $(CONSTRAINTS) -e ".[stores]"
@@ -70,5 +84,5 @@ $(STORES_STAMP): $(STAMP)
 	@touch $@
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .bench .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 	find ckptmgr plugins tests -name __pycache__ -type d -prune -exec rm -rf {} +
