@@ -17,6 +17,7 @@ import secrets
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -111,6 +112,7 @@ class Instants:
     def __init__(self, number: int) -> None:
         self.left = number
         self.raised = False
+        self.where = ""
 
     def enter(self, frame: FrameType, event: str, _: Any) -> Any:
         """Trace function of every call."""
@@ -155,13 +157,21 @@ def signalled(number: int) -> Iterator[Instants]:
     instants = Instants(number)
 
     def interrupt(_: int, frame: FrameType | None) -> None:
+        here = frame
         while frame is not None and frame.f_code not in BLOCKS:
             frame = frame.f_back
         if frame is None:
             return
         instants.raised = True
+        instants.where = "".join(traceback.format_stack(here, 6))
         raise SystemExit(143)
 
+    def ignored(unraisable: Any) -> None:
+        """Python drops what is raised in a callback of a weak reference: nobody can hear of it."""
+        assert unraisable.exc_type is SystemExit, unraisable
+        instants.raised = False
+
+    sys.unraisablehook = ignored
     signal.signal(signal.SIGALRM, interrupt)
     signal.setitimer(signal.ITIMER_REAL, number * SIGNAL_STEP_SECONDS, SIGNAL_AGAIN_SECONDS)
     try:
@@ -213,7 +223,7 @@ class Story:
         except BaseException as error:
             self.faults.append(f"{number}: raised {error!r} instead of the interrupt")
         if instants is not None and instants.raised:
-            self.faults.append(f"{number}: the interrupt was lost")
+            self.faults.append(f"{number}: the interrupt was lost, raised in\n{instants.where}")
         return False
 
     def _check(self, buffer: HostBuffer, expected: Any, name: str) -> bool:

@@ -1,7 +1,7 @@
 """One of several ranks, started by test_ranks.py; prints JSON lines.
 
 `python ranks_process.py SCENARIO URL RENDEZVOUS`: RENDEZVOUS is "env" or a file for a FileStore.
-It forks all ranks, and ends as they do.
+Without RANK in its environment it forks all ranks, and ends as they do.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def fork_ranks() -> int:
     os._exit(max(map(abs, statuses)))
 
 
-RANK = fork_ranks()
+RANK = int(os.environ["RANK"]) if "RANK" in os.environ else fork_ranks()
 os.environ["RANK"] = str(RANK)
 
 
