@@ -29,16 +29,21 @@ PEERS_STAMP := $(PEERS)/.installed
 STORES_STAMP := .venv/.installed-stores
 AZURITE := 3.37.0
 
-.PHONY: demo test lint bench stores soak reliability clean
+.PHONY: demo test collected lint bench stores soak reliability clean
 
 demo: $(STAMP)
 	@$(BIN)/ckptmgr demo
 
 # Hundreds of real daemons, kills and process groups on few cores: what fails beside all the others
 # is run once more alone, in sight; what fails then has failed.
-test: lint
+test: $(STAMP)
+	@$(MAKE) --no-print-directory -j 2 lint collected
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS) \
 		|| $(BIN)/python -m pytest --last-failed --last-failed-no-failures none $(PYTEST_ARGS)
+
+# Compiles the tests once, beside the linters, and not once in each worker.
+collected: $(STAMP)
+	@$(BIN)/python -m pytest --collect-only --quiet --quiet --no-header >/dev/null
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .
@@ -48,7 +53,7 @@ lint: $(STAMP)
 # Our own figures, then other libraries beside us (docs/performance.md): a quarter of an hour.
 bench: $(STAMP) $(PEERS_STAMP)
 	@$(BIN)/ckptmgr bench
-	@PYTHONPATH=tests $(BIN)/python -m bench.peers --environment $(PEERS) \
+	@PYTHONPATH=tests $(BIN)/python -m bench.beside --environment $(PEERS) \
 		--json .bench/peers.jsonl --plots $(PLOTS) $(BENCH_ARGS)
 
 # The counts that docs/reliability.md reports; hours, not minutes.
@@ -72,8 +77,8 @@ $(STAMP): pyproject.toml $(wildcard plugins/*/pyproject.toml) tests/constraints.
 	@touch $@
 
 # Never in .venv: they are no dependencies of ours, and theirs must not become ours unseen.
-$(PEERS_STAMP): $(addprefix tests/bench/peers/,constraints.txt environment.py roster.py)
-	PYTHONPATH=tests $(PYTHON) -m bench.peers.environment $(PEERS) $(PIP_ARGS)
+$(PEERS_STAMP): $(addprefix tests/bench/beside/,constraints.txt environment.py roster.py)
+	PYTHONPATH=tests $(PYTHON) -m bench.beside.environment $(PEERS) $(PIP_ARGS)
 	@touch $@
 
 # Azurite is the one server that comes from npm; without npm its tests skip.

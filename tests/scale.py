@@ -12,6 +12,10 @@ RACE_KEYS = 1000
 """Keys for which 16 processes race under `make stores`: docs/stores.md has what came of it."""
 
 
+RACE_PROCESSES = 16 if STORES or FULL else 6
+"""How many they are in other runs: each is an interpreter that starts."""
+
+
 def scaled(sample: int, full: int) -> int:
     """Return `full` under `make reliability` (CKPTMGR_RELIABILITY=1), else `sample`."""
     return full if FULL else sample

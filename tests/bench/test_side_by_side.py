@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from bench.peers import conductor, gauge
-from bench.peers.conductor import Plan, Visit, conduct, merged
-from bench.peers.environment import reason
-from bench.peers.figures import figures, limits_of, rows_of
-from bench.peers.roster import BY_NAME, ENTRIES, Entry
-from bench.peers.table import cell, table
+from bench.beside import conductor, gauge
+from bench.beside.conductor import Plan, Visit, conduct, merged
+from bench.beside.environment import reason
+from bench.beside.figures import figures, limits_of, rows_of
+from bench.beside.roster import BY_NAME, ENTRIES, Entry
+from bench.beside.table import cell, table
 from nursery import torch_nursery
 
 LIMITS = {"kind": "limits", "round": 0, "copy_s": 0.1, "write_s": 0.5, "read_s": 0.25}
@@ -199,7 +199,7 @@ def test_who_can_not_take_so_many_ranks_is_told() -> None:
 def test_a_library_that_fails_becomes_a_row_and_is_not_tried_again(
     quick_processes: None, tmp_path: Path
 ) -> None:
-    broken = Entry("broken", "bench.peers.nowhere:Peer", "torch")
+    broken = Entry("broken", "bench.beside.nowhere:Peer", "torch")
     lines = list(conduct(plan_of(tmp_path, broken, repeat=2, snapshots=1), lambda _: None))
     [row] = rows_of(lines)
     assert row.failure.startswith("save: ModuleNotFoundError: No module named")
@@ -220,7 +220,7 @@ def test_a_library_is_measured_from_end_to_end(
     for one in found["save"]["snapshots"]:
         assert 0 < one["stall_s"] <= one["took_s"]
         assert one["complete_s"] <= one["durable_s"]
-        assert one["stored_bytes"] >= MIB
+        assert one["stored_bytes"] > MIB // 2  # `auto` may compress
     if name == "ckptmgr":
         sources = [found[phase]["source"] for phase in ("memory", "cold", "warm")]
         assert sources == ["memory", "store", "store"]

@@ -23,13 +23,14 @@ from ckptmgr_hf3fs.mount import virtual_directory
 from ckptmgr_hf3fs.own import OwnClient
 from ckptmgr_hf3fs.store import Hf3fsStore
 from hf3fs.mounted import Mounted
-from scale import STORES, scaled
+from scale import RACE_PROCESSES, STORES, scaled
 
 
 class OnTheMount(StoreSuite):
     """The suite below a root of its own; `io` is what the processes of a race use."""
 
     big_bytes = 20 * MIB  # many pieces, and more than the rooms of a ring
+    race_processes = RACE_PROCESSES
     race_keys = scaled(20, 200)
     io: ClassVar[str]
 

@@ -8,7 +8,7 @@ from ckptmgr.store.base import Store
 from ckptmgr.testing import MIB, StoreSuite
 from ckptmgr_objectstore.clients import open_store
 from ckptmgr_objectstore.store import ObjectStore
-from scale import RACE_KEYS, STORES, scaled
+from scale import RACE_KEYS, RACE_PROCESSES, STORES, scaled
 from servers.buckets import Bucket
 
 
@@ -16,6 +16,7 @@ from servers.buckets import Bucket
 @pytest.mark.timeout(1800)
 @pytest.mark.stores(place="s3:// on Ceph RGW")
 class TestPromises(StoreSuite):
+    race_processes = RACE_PROCESSES
     race_keys = RACE_KEYS if STORES else scaled(20, RACE_KEYS)
 
     @pytest.fixture(autouse=True)

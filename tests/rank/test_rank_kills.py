@@ -29,9 +29,9 @@ KINDS = ["one rank", "all ranks", "one daemon", "all daemons", "everything"]
 
 PLANS = {
     "ddp": (Plan("ddp", 2, 100), 7, 70),
-    "fsdp2": (Plan("fsdp2", 2, 60), 6, 70),
-    "tp_fsdp2": (Plan("tp_fsdp2", 4, 50), 2, 60),
-    "pipeline": (Plan("pipeline", 2, 100), 5, 70),
+    "fsdp2": (Plan("fsdp2", 2, 60), 5, 70),
+    "tp_fsdp2": (Plan("tp_fsdp2", 4, 50), 1, 60),
+    "pipeline": (Plan("pipeline", 2, 100), 7, 70),
     "ddp_eight": (Plan("ddp", 8, 24), 0, 20),
     "fsdp2_eight": (Plan("fsdp2", 8, 24), 0, 20),
     "tp_fsdp2_eight": (Plan("tp_fsdp2", 8, 24), 0, 20),

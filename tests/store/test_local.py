@@ -27,9 +27,12 @@ from ckptmgr.store.local import LocalStore
 from ckptmgr.store.retry import RetryingStore
 from ckptmgr.testing import StoreSuite
 from processes import needs_root
+from scale import RACE_PROCESSES
 
 
 class TestPromises(StoreSuite):
+    race_processes = RACE_PROCESSES
+
     @pytest.fixture(autouse=True)
     def _place(self, tmp_path: Path) -> None:
         self.root = tmp_path / "store"

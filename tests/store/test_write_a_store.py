@@ -14,6 +14,7 @@ import pytest
 
 from ckptmgr.store.base import Store
 from ckptmgr.testing import StoreSuite
+from scale import RACE_PROCESSES
 
 TREE = Path(__file__).parents[2]
 PAGE = TREE / "docs/write-a-store.md"
@@ -43,6 +44,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 class TestTheStoreOfThePage(StoreSuite):
     big_bytes = 5 * 4096
+    race_processes = RACE_PROCESSES
     race_keys = 20  # each put waits for a disk
 
     @pytest.fixture(autouse=True)

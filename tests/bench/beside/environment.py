@@ -1,4 +1,4 @@
-"""Makes the environment of the other libraries: `python -m bench.peers.environment DIRECTORY`.
+"""Makes the environment of the other libraries: `python -m bench.beside.environment DIRECTORY`.
 
 Each is installed on its own, so that one that can not be had costs one row and not all.
 """
@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench.peers.roster import ENTRIES
+from bench.beside.roster import ENTRIES
 
 CONSTRAINTS = Path(__file__).with_name("constraints.txt")
 PLOTS = "matplotlib"

@@ -1,8 +1,8 @@
 """Memory and processor time of all processes that carry a token in their environment.
 
 A library's helpers leave the process tree (daemons) or are children of children; the environment
-goes with all of them. `python -m bench.peers.gauge TOKEN` says when it begins, samples until a line
-comes in, and prints the peak.
+goes with all of them. `python -m bench.beside.gauge TOKEN` says when it begins, samples until a
+line comes in, and prints the peak.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from bench.peers.disk import evict
-from bench.peers.peer import Peer, State
+from bench.beside.disk import evict
+from bench.beside.peer import Peer, State
 
 BLOCK_BYTES = 16 << 20
 PAGE_BYTES = 4096

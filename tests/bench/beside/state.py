@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bench.peers.peer import State
+from bench.beside.peer import State
 
 MIB = 1 << 20
 TILE = 1 << 22

@@ -7,7 +7,7 @@ from importlib import import_module
 
 import torch
 
-from bench.peers.peer import Peer
+from bench.beside.peer import Peer
 
 
 class TorchSave(Peer):

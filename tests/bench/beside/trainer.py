@@ -1,6 +1,6 @@
 """The process that trains and saves, and the one that restores.
 
-`python -m bench.peers.trainer JOB` is started by the conductor, for each phase and rank. A step is
+`python -m bench.beside.trainer JOB` is started by the conductor, for each phase and rank. A step is
 many small operators on one core, as many as one undisturbed step of the wanted length takes, so
 that it wants the interpreter as often as training does. A snapshot is measured against
 undisturbed steps, before it and after it.
@@ -22,11 +22,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from bench.peers import gauge
-from bench.peers.disk import sync
-from bench.peers.job import Job
-from bench.peers.peer import Peer, State
-from bench.peers.state import change, differing, empty_state, fill, spoil
+from bench.beside import gauge
+from bench.beside.disk import sync
+from bench.beside.job import Job
+from bench.beside.peer import Peer, State
+from bench.beside.state import change, differing, empty_state, fill, spoil
 
 WINDOW_SECONDS = 1.0
 """Length of the steps that a snapshot is compared with, before it and after it."""
@@ -151,7 +151,7 @@ def snapshot(peer: Peer, loop: Loop, step: int) -> dict[str, Any]:
 def weighed(peer: Peer, loop: Loop, step: int) -> int:
     """Peak memory of all processes during one more snapshot, which is not timed."""
     environment = dict(os.environ)
-    command = [sys.executable, "-m", "bench.peers.gauge", environment.pop(gauge.TOKEN)]
+    command = [sys.executable, "-m", "bench.beside.gauge", environment.pop(gauge.TOKEN)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) as sampler:
         assert sampler.stdout is not None
@@ -228,7 +228,7 @@ def run(job: Job) -> dict[str, Any]:
         return {"operations": calibrated(job.step_seconds)}
     state = empty_state(job.mib, job.tensors, job.dtype, job.rank)
     if job.phase == "limits":
-        from bench.peers.floor import limits
+        from bench.beside.floor import limits
 
         return limits(Path(job.directory), state, job.world, repeat=3)
     peer = make_peer(job, state)

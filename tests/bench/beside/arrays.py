@@ -7,8 +7,8 @@ from importlib import import_module
 import numpy as np
 import torch
 
-from bench.peers.peer import Peer
-from bench.peers.state import SIGNS
+from bench.beside.peer import Peer
+from bench.beside.state import SIGNS
 
 
 class Orbax(Peer):

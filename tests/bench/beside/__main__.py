@@ -1,4 +1,4 @@
-"""Checkpoint libraries side by side, in one run: `PYTHONPATH=tests python -m bench.peers`.
+"""Checkpoint libraries side by side, in one run: `PYTHONPATH=tests python -m bench.beside`.
 
 Same state, same directory, same steps of training, and the same meaning of durable. Rounds take
 turns, so that whatever else the machine does meets all of them. docs/performance.md has the method.
@@ -13,15 +13,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench.peers.conductor import TESTS, Plan, conduct
-from bench.peers.environment import FAILURES
-from bench.peers.roster import BY_NAME, ENTRIES
-from bench.peers.table import table
+from bench.beside.conductor import TESTS, Plan, conduct
+from bench.beside.environment import FAILURES
+from bench.beside.roster import BY_NAME, ENTRIES
+from bench.beside.table import table
 
 
 def parse() -> argparse.Namespace:
     """The arguments."""
-    parser = argparse.ArgumentParser(prog="bench.peers", description=__doc__)
+    parser = argparse.ArgumentParser(prog="bench.beside", description=__doc__)
     parser.add_argument("--mib", type=int, default=256, help="state of each rank")
     parser.add_argument("--tensors", type=int, default=50, help="in how many tensors")
     parser.add_argument("--ranks", type=int, default=1, choices=(1, 2))
@@ -80,7 +80,7 @@ def draw(python: Path | None, kept: Path, directory: Path) -> None:
     """The plots need matplotlib, which only that environment has."""
     if python is None:
         sys.exit("plots need --environment")
-    command = [str(python), "-m", "bench.peers.draw", str(kept.absolute()), str(directory)]
+    command = [str(python), "-m", "bench.beside.draw", str(kept.absolute()), str(directory)]
     subprocess.run(command, env={"PYTHONPATH": str(TESTS)}, check=True)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from bench.peers.peer import Peer
+from bench.beside.peer import Peer
 
 
 class TorchCheckpointing(Peer):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bench.peers.figures import Line, Row, limits_of, rows_of
-from bench.peers.roster import BY_NAME
+from bench.beside.figures import Line, Row, limits_of, rows_of
+from bench.beside.roster import BY_NAME
 
 Column = tuple[str, str, str]
 """Heading, figure in seconds or "", figure that stands alone or in brackets."""

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.peers.disk import evict
-from bench.peers.gauge import TOKEN, members
-from bench.peers.job import Job
-from bench.peers.roster import Entry
+from bench.beside.disk import evict
+from bench.beside.gauge import TOKEN, members
+from bench.beside.job import Job
+from bench.beside.roster import Entry
 
 Line = dict[str, Any]
 TESTS = Path(__file__).parents[2]
@@ -193,7 +193,7 @@ class Visit:
         outside = self.entry is not None and self.entry.requires
         python = str(self.plan.others) if outside else sys.executable
         return subprocess.Popen(
-            [python, "-m", "bench.peers.trainer", job.line],
+            [python, "-m", "bench.beside.trainer", job.line],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from bench.peers.disk import files
+from bench.beside.disk import files
 
 State = dict[str, torch.Tensor]
 

@@ -1,5 +1,5 @@
 """Bars of a run as PNG and SVG, by the environment that the other libraries are in:
-`python -m bench.peers.draw RUN.jsonl DIRECTORY`.
+`python -m bench.beside.draw RUN.jsonl DIRECTORY`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from bench.peers.figures import Row, limits_of, rows_of
+from bench.beside.figures import Row, limits_of, rows_of
 
 PANELS = (
     ("training time lost per snapshot", "lost_s", "copy_s", "bare copy"),

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 import ckptmgr
-from bench.peers.disk import files
-from bench.peers.peer import Peer
+from bench.beside.disk import files
+from bench.beside.peer import Peer
 
 
 class Ours(Peer):

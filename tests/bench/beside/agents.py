@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from bench.peers.gauge import TOKEN
-from bench.peers.peer import Peer
-from bench.peers.plain import TorchSave
+from bench.beside.gauge import TOKEN
+from bench.beside.peer import Peer
+from bench.beside.plain import TorchSave
 
 LOOK_SECONDS = 0.02
 
