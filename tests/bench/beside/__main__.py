@@ -80,6 +80,7 @@ def draw(python: Path | None, kept: Path, directory: Path) -> None:
     """The plots need matplotlib, which only that environment has."""
     if python is None:
         sys.exit("plots need --environment")
+    directory.mkdir(parents=True, exist_ok=True)
     command = [str(python), "-m", "bench.beside.draw", str(kept.absolute()), str(directory)]
     subprocess.run(command, env={"PYTHONPATH": str(TESTS)}, check=True)
 
