@@ -18,11 +18,13 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bench.beside.disk import BLOCK_BYTES, write_file
 from ckptmgr.config import BUDGET_BYTES, MIB
 from ckptmgr.daemon.pipeline import Pipeline, Source
 from ckptmgr.rank.bench import drop_cache
@@ -35,19 +37,6 @@ from ckptmgr.restore.fetch import fetch
 from ckptmgr.restore.plan import plan_whole
 from ckptmgr.store.local import LocalStore
 from small_step import HOST, encode_state, fill_slot, host_buffer
-
-BLOCK_BYTES = 16 * MIB
-
-
-def write_file(path: Path, data: memoryview) -> None:
-    """O_DIRECT in big blocks, and fsync."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_DIRECT, 0o600)
-    try:
-        for at in range(0, len(data), BLOCK_BYTES):
-            os.write(fd, data[at : at + BLOCK_BYTES])
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def read_file(path: Path, into: memoryview) -> None:
@@ -104,7 +93,12 @@ class Bench:
                 snapshot = fill_slot(buffer, 0, self.encoded, **of)
                 with buffer.data(0) as data:
                     for streams in (1, 2):
-                        work = (write_file, Path(place), data[: self.size], streams)
+                        work = (
+                            partial(write_file, direct=True),
+                            Path(place),
+                            data[: self.size],
+                            streams,
+                        )
                         self.timed(f"bare write, {streams}", lambda work=work: bare(*work))
                 store = LocalStore(f"{place}/store")
                 source = Source(buffer, snapshot, store, HOST, self.keyring)

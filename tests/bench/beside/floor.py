@@ -14,10 +14,9 @@ from pathlib import Path
 
 import torch
 
-from bench.beside.disk import evict
+from bench.beside.disk import BLOCK_BYTES, evict, write_file
 from bench.beside.peer import Peer, State
 
-BLOCK_BYTES = 16 << 20
 PAGE_BYTES = 4096
 
 
@@ -25,14 +24,11 @@ class Floor(Peer):
     """No checks, no commit, no second slot: nothing can be faster and still be on the disk."""
 
     def open(self) -> None:
-        self.places, total = _places(self.state)
+        places, total = _places(self.state)
         self.memory = mmap.mmap(-1, total)  # shared with the writer
         flat = torch.frombuffer(self.memory, dtype=torch.uint8)
         flat.zero_()
-        self.views = [
-            flat[at : at + tensor.nbytes].view(tensor.dtype)
-            for at, tensor in zip(self.places, self.state.values(), strict=True)
-        ]
+        self.views = _views(flat, places, self.state)
         direct = self._direct_is_faster()
         orders, self.orders = os.pipe()
         self.answers, answers = os.pipe()
@@ -52,8 +48,7 @@ class Floor(Peer):
         return took[True] < took[False]
 
     def save(self, step: int) -> None:
-        for view, tensor in zip(self.views, self.state.values(), strict=True):
-            view.copy_(tensor)
+        _copy(self.views, self.state)
         os.write(self.orders, os.fsencode(self.of_rank(step, ".bin")))
 
     def wait(self) -> None:
@@ -75,6 +70,13 @@ def _places(state: State) -> tuple[list[int], int]:
     return places, at
 
 
+def _views(flat: torch.Tensor, places: list[int], state: State) -> list[torch.Tensor]:
+    return [
+        flat[at : at + tensor.nbytes].view(tensor.dtype)
+        for at, tensor in zip(places, state.values(), strict=True)
+    ]
+
+
 def _serve(orders: int, answers: int, memory: memoryview, *, direct: bool) -> None:
     """Write the memory to each path that comes in, until there are no more."""
     try:
@@ -87,14 +89,7 @@ def _serve(orders: int, answers: int, memory: memoryview, *, direct: bool) -> No
 
 def write_durably(path: str | Path, memory: memoryview, *, direct: bool) -> None:
     """Big blocks under another name, fsync, rename, fsync of the folder."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | (os.O_DIRECT if direct else 0)
-    descriptor = os.open(f"{path}.tmp", flags, 0o600)
-    try:
-        for at in range(0, len(memory), BLOCK_BYTES):
-            os.write(descriptor, memory[at : at + BLOCK_BYTES])
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_file(f"{path}.tmp", memory, direct=direct)
     os.rename(f"{path}.tmp", path)
     folder = os.open(os.path.dirname(path), os.O_RDONLY)
     os.fsync(folder)
@@ -109,10 +104,7 @@ def limits(directory: Path, state: State, world: int, repeat: int) -> dict[str, 
     memory = mmap.mmap(-1, total * world)
     flat = torch.frombuffer(memory, dtype=torch.uint8)
     flat.random_(to=256)
-    views = [
-        flat[at : at + tensor.nbytes].view(tensor.dtype)
-        for at, tensor in zip(places, state.values(), strict=True)
-    ]
+    views = _views(flat, places, state)
     path = directory / "bare"
     ways = (True, False)
     write = [partial(write_durably, path, memoryview(memory), direct=way) for way in ways]
