@@ -72,7 +72,7 @@ soak: $(STAMP)
 # A changed pyproject.toml or pin installs again; source changes do not (editable install).
 $(STAMP): pyproject.toml $(wildcard plugins/*/pyproject.toml) tests/constraints.txt
 	$(PYTHON) -m venv $(VENV_ARGS) .venv
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c $(CONSTRAINTS) -e ".[torch,dev]" \
+	$(BIN)/python -m pip install --quiet --no-compile $(PIP_ARGS) -c $(CONSTRAINTS) -e ".[torch,dev]" \
 		$(addprefix -e ,$(wildcard plugins/*))
 	@touch $@
 
