@@ -115,6 +115,7 @@ class Source:
         self.text = text
         self.lines = text.splitlines()
         self.tree = ast.parse(text, path)
+        self._nodes = list(ast.walk(self.tree))
         self.comments: dict[int, str] = {}
         self.code_lines: set[int] = set()
         blank = {
@@ -155,7 +156,7 @@ class Source:
 
     def nodes(self, *kinds: type[ast.AST]) -> Iterator[ast.AST]:
         """Every node of these kinds, wherever it hides."""
-        return (node for node in ast.walk(self.tree) if isinstance(node, kinds))
+        return (node for node in self._nodes if isinstance(node, kinds))
 
 
 def read_tree(root: Path, *tops: str) -> list[Source]:
