@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import traceback
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ def run_forked(
         place.mkdir()
     log = directory / "forks.log"
     # A session of its own: all its processes can be ended together.
-    process = _spawn(log, module, json.dumps(groups), str(directory))
+    arguments = (module, json.dumps(groups), str(directory))
+    process = start_warm(log, {}, Path(__file__), *arguments, session=True)
     try:
         process.wait(seconds_max)
     except subprocess.TimeoutExpired:
@@ -67,16 +69,21 @@ def run_forked(
     ]
 
 
-def _spawn(log: Path, *arguments: str) -> Forked:
+def start_warm(
+    log: Path, environment: Mapping[str, str], program: Path, *arguments: str, session: bool = False
+) -> Forked:
+    """Run a file in a process that has imported torch, in our environment and this, and add what it
+    prints to `log`.
+    """
     paths = [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    with log.open("wb") as told:
+    ours = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    with log.open("ab") as told:
         return torch_nursery().start(
-            [__file__, *arguments],
-            env=environment,
+            [str(program), *arguments],
+            env=ours | environment,
             stdout=told,
             stderr=told,
-            start_new_session=True,
+            start_new_session=session,
         )
 
 

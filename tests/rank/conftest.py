@@ -7,8 +7,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from rank.zygote import Zygote
-
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
@@ -17,10 +15,3 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def zygote() -> Iterator[Zygote]:
-    """A warm process that ranks of killed_job.py are forked from."""
-    with Zygote("rank.killed_job") as found:
-        yield found

@@ -19,8 +19,10 @@ from typing import Any
 
 from crash.peek import WRITING, slots_below
 from crash.storm import INSIDE, BrokenPromiseError, Id, Storm
-from rank.zygote import Child, Zygote
+from nursery import Forked
+from ranks import TESTS, start_warm
 
+PROGRAM = TESTS / "rank" / "killed_job.py"
 SECONDS_MAX = 150.0
 """Bound of every wait: far above what is ever needed, so that only a hang meets it."""
 
@@ -60,17 +62,22 @@ def environments(plan: Plan, hosts: list[Storm]) -> list[dict[str, str]]:
     ]
 
 
-def truth_of(plan: Plan, zygote: Zygote, place: Path) -> list[list[dict[str, Any]]]:
+def start_rank(log: Path, environment: dict[str, str], *arguments: object) -> Forked:
+    """One rank of killed_job.py."""
+    return start_warm(log, environment, PROGRAM, *map(str, arguments))
+
+
+def truth_of(plan: Plan, place: Path) -> list[list[dict[str, Any]]]:
     """What each rank says of each step if nobody kills it; at 0 the state before the first."""
     place.mkdir()
     host = Storm(place, place, random.Random(0))
     children = [
-        zygote.fork(environment, place / "log", plan.layout, "", plan.steps, str(place))
+        start_rank(place / "log", environment, plan.layout, "", plan.steps, place)
         for environment in environments(plan, [host] * plan.hosts)
     ]
-    assert [zygote.status(child) for child in children] == [0] * plan.world, (
-        place / "log"
-    ).read_text()[-3000:]
+    assert [child.wait() for child in children] == [0] * plan.world, (place / "log").read_text()[
+        -3000:
+    ]
     told = []
     for rank in range(plan.world):
         lines = map(json.loads, (place / f"{rank}.said").read_text().splitlines())
@@ -171,11 +178,10 @@ class KilledJob:
     """One job on one store, with a daemon on each of its hosts, and its incarnations."""
 
     plan: Plan
-    zygote: Zygote
     random: random.Random
     hosts: list[Storm]
     judge: Judge
-    children: list[Child] = field(default_factory=list)
+    children: list[Forked] = field(default_factory=list)
     until: int = 0
 
     @property
@@ -191,9 +197,9 @@ class KilledJob:
         self.judge.held = whole if self.plan.layout != "ddp" or self.plan.hosts == 1 else set()
         self.judge.before = self.judge.furthest
         steps = self.until or self.plan.steps
-        arguments = [self.plan.layout, self.hosts[0].url, steps, str(self.place)]
+        arguments = [self.plan.layout, self.hosts[0].url, steps, self.place]
         self.children = [
-            self.zygote.fork(environment, self.place / f"{rank}.log", *arguments)
+            start_rank(self.place / f"{rank}.log", environment, *arguments)
             for rank, environment in enumerate(environments(self.plan, self.hosts))
         ]
 
@@ -210,7 +216,7 @@ class KilledJob:
         """Read on until something is so; no rank may end by itself meanwhile."""
         deadline = time.monotonic() + SECONDS_MAX
         while True:
-            dead = [rank for rank, child in enumerate(self.children) if child.ended()]
+            dead = [rank for rank, child in enumerate(self.children) if child.poll() is not None]
             self.judge.read()
             if holds() or self.ended():
                 return
@@ -244,7 +250,7 @@ class KilledJob:
         for child in self.children:
             child.kill()
         for child in self.children:
-            self.zygote.status(child)
+            child.wait()
         self.children = []
         self.judge.read()
 
@@ -257,7 +263,7 @@ class KilledJob:
             self.until = min(self.judge.furthest + TAIL_STEPS, self.plan.steps)
             self.start()
         self.await_(self.ended, "the end")
-        found = [self.zygote.status(child) for child in self.children]
+        found = [child.wait() for child in self.children]
         self.children = []
         if any(found):
             raise BrokenPromiseError(f"ended with {found}\n{self.logs([])}")
@@ -282,5 +288,5 @@ class KilledJob:
         if self.children:
             for child in self.children:
                 child.kill()
-                self.zygote.status(child)
+                child.wait()
         self.kill_daemons(self.hosts)

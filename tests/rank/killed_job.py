@@ -1,4 +1,4 @@
-"""One rank of a training that is killed again and again: by torchrun, or forked by a zygote.
+"""One rank of a training that is killed again and again: by torchrun, or forked.
 
 `python killed_job.py LAYOUT URL STEPS SAID`: trains to STEPS, with its checkpoints at URL (none if
 it is empty), and appends a line of JSON to SAID/RANK.said for everything that it does. A line is in

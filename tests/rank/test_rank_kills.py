@@ -20,7 +20,6 @@ from ckptmgr.config import open_private_dir
 from crash.storm import INSIDE, BrokenPromiseError, Storm
 from processes import end_processes_of
 from rank.havoc import Judge, KilledJob, Plan, truth_of
-from rank.zygote import Zygote
 from scale import scaled
 
 pytestmark = [pytest.mark.kill, pytest.mark.reliability]
@@ -137,7 +136,6 @@ def strike(one: KilledJob, kind: str, facts: Counter[str]) -> str:
 def chain(
     plan: Plan,
     truth: list[list[dict[str, Any]]],
-    zygote: Zygote,
     root: Path,
     chance: random.Random,
     kills: list[str],
@@ -148,7 +146,7 @@ def chain(
     root.mkdir()
     plan = replace(plan, hosts=chance.choice([1, 2, 2]))
     with hosts_of(plan, root, chance, url) as hosts:
-        one = KilledJob(plan, zygote, chance, hosts, Judge(truth, root, Counter()))
+        one = KilledJob(plan, chance, hosts, Judge(truth, root, Counter()))
         try:
             one.start()
             for _ in range(min(CHAIN, len(kills))):
@@ -166,15 +164,15 @@ def chain(
 
 @pytest.mark.timeout(scaled(600, 14400))
 @pytest.mark.parametrize("name", PLANS)
-def test_killed_ranks_and_daemons_change_no_bit(name: str, zygote: Zygote, tmp_path: Path) -> None:
+def test_killed_ranks_and_daemons_change_no_bit(name: str, tmp_path: Path) -> None:
     plan, sample, full = PLANS[name]
     count = scaled(sample, full)
     if not count:
         pytest.skip("only with CKPTMGR_RELIABILITY=1")
-    kill(plan, count, zygote, tmp_path)
+    kill(plan, count, tmp_path)
 
 
-def kill(plan: Plan, count: int, zygote: Zygote, tmp_path: Path, url: str = "") -> None:
+def kill(plan: Plan, count: int, tmp_path: Path, url: str = "") -> None:
     """So many kills, over stores below `url`."""
     seed = random.SystemRandom().getrandbits(32)
     print(f"{plan}: seed {seed}")
@@ -182,11 +180,11 @@ def kill(plan: Plan, count: int, zygote: Zygote, tmp_path: Path, url: str = "") 
     kills = [KINDS[at % len(KINDS)] for at in range(count)]
     chance.shuffle(kills)
     table, begun = Table(), time.monotonic()
-    truth = truth_of(plan, zygote, tmp_path / "truth")
+    truth = truth_of(plan, tmp_path / "truth")
     at = 0
     while kills:
         place = url and f"{url}/{at}"
-        chain(plan, truth, zygote, tmp_path / f"{at}", chance, kills, table, place)
+        chain(plan, truth, tmp_path / f"{at}", chance, kills, table, place)
         shutil.rmtree(tmp_path / f"{at}")
         at += 1
     print(f"{plan}: {count} kills over {at} stores in {time.monotonic() - begun:.0f} s")

@@ -23,14 +23,13 @@ import pytest
 from ckptmgr.config import open_private_dir
 from crash.storm import Storm
 from processes import end_processes_of
-from rank.havoc import Judge, Plan, free_port, truth_of
-from rank.zygote import TESTS, Zygote
+from rank.havoc import PROGRAM, Judge, Plan, free_port, truth_of
+from ranks import TESTS
 from scale import FULL
 from servers.network import needs_network, network
 
 pytestmark = [pytest.mark.kill, pytest.mark.reliability, pytest.mark.timeout(600)]
 
-PROGRAM = TESTS / "rank" / "killed_job.py"
 SECONDS_MAX = 240.0
 """For six imports of torch on a busy machine; nothing here measures time."""
 
@@ -164,19 +163,19 @@ def seeded() -> random.Random:
     return random.Random(seed)
 
 
-def judged(zygote: Zygote, tmp_path: Path) -> Judge:
+def judged(tmp_path: Path) -> Judge:
     place = tmp_path / "job"
     place.mkdir()
-    return Judge(truth_of(PLAN, zygote, tmp_path / "truth"), place, Counter())
+    return Judge(truth_of(PLAN, tmp_path / "truth"), place, Counter())
 
 
 @pytest.mark.skipif(
     not FULL and os.getuid() == 0, reason="two hosts do the same, where there is root for them"
 )
 def test_torchrun_restarts_all_ranks_and_each_finds_the_agreed_step(
-    zygote: Zygote, tmp_path: Path, store_url: str
+    tmp_path: Path, store_url: str
 ) -> None:
-    judge, chance = judged(zygote, tmp_path), seeded()
+    judge, chance = judged(tmp_path), seeded()
     rendezvous = f"--rdzv-endpoint=127.0.0.1:{free_port()}"
     arguments = [rendezvous, "--local-addr=127.0.0.1", "--nproc-per-node=2", "--nnodes=1"]
     with (
@@ -210,10 +209,10 @@ def two_hosts(directories: list[Path]) -> Iterator[list[Node]]:
 
 @pytest.mark.root
 def test_two_hosts_on_a_network_with_a_daemon_each_resume_together(
-    zygote: Zygote, tmp_path: Path, store_url: str
+    tmp_path: Path, store_url: str
 ) -> None:
     needs_network()
-    judge, chance = judged(zygote, tmp_path), seeded()
+    judge, chance = judged(tmp_path), seeded()
     with (
         runtimes(2) as directories,
         two_hosts(directories) as nodes,

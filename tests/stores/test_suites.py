@@ -7,7 +7,6 @@ another place.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,7 +33,6 @@ from peers.test_zombie import (
 )
 from rank.havoc import Plan
 from rank.test_rank_kills import kill
-from rank.zygote import Zygote
 from rigged import Rig
 from scale import scaled
 from stores.places import EXCLUSIVE, ROWS, Places, on
@@ -79,13 +77,6 @@ def rig(
     return found
 
 
-@pytest.fixture
-def zygote(url: str) -> Iterator[Zygote]:
-    """A warm process that ranks are forked from; its environment leads to the store."""
-    with Zygote("rank.killed_job") as found:
-        yield found
-
-
 @pytest.mark.kill
 @pytest.mark.parametrize(
     ("victim", "sample", "full"), [("trainer", 6, 60), ("daemon", 6, 60), ("both", 4, 40)]
@@ -101,8 +92,8 @@ def test_no_kill_tears_or_loses_anything(
 
 
 @pytest.mark.kill
-def test_killed_ranks_and_daemons_change_no_bit(url: str, zygote: Zygote, tmp_path: Path) -> None:
-    kill(RANKS, scaled(5, 30), zygote, tmp_path, url)
+def test_killed_ranks_and_daemons_change_no_bit(url: str, tmp_path: Path) -> None:
+    kill(RANKS, scaled(5, 30), tmp_path, url)
 
 
 @pytest.mark.parametrize("url", on("ceph"), indirect=True)
