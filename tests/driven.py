@@ -67,6 +67,7 @@ class Daemon:
         self,
         runtime: Path,
         *arguments: str,
+        program: Sequence[str] = ("ckptmgr.cli", "daemon"),
         environment: dict[str, str] | None = None,
         prefix: Sequence[str] = (),
         pass_fds: Sequence[int] = (),
@@ -81,29 +82,29 @@ class Daemon:
             "CKPTMGR_RUNTIME_DIR": str(runtime),
         }
         self.process: subprocess.Popen[bytes] | Forked = (
-            self._started(list(prefix), arguments, environment, pass_fds)
+            self._started(
+                [*prefix, sys.executable, "-m", *program, *arguments], environment, pass_fds
+            )
             if prefix or pass_fds
-            else self._forked(arguments, environment)
+            else self._forked([*program, *arguments], environment)
         )
         if wait:
             until(lambda: len(self.events("started")) > before or self.gone(), "daemon starts")
             until(self.answers, "daemon answers")
 
-    def _forked(self, arguments: Sequence[str], environment: dict[str, str]) -> Forked:
+    def _forked(self, program: Sequence[str], environment: dict[str, str]) -> Forked:
         with self.log.open("ab") as log:
-            program = ["ckptmgr.cli", "daemon", *arguments]
             return nursery().start(program, env=environment, stdout=log, stderr=log)
 
     def _started(
         self,
-        prefix: list[str],
-        arguments: Sequence[str],
+        command: Sequence[str],
         environment: dict[str, str],
         pass_fds: Sequence[int],
     ) -> subprocess.Popen[bytes]:
         with self.log.open("ab") as log:
             return subprocess.Popen(
-                [*prefix, sys.executable, "-m", "ckptmgr.cli", "daemon", *arguments],
+                command,
                 env=environment,
                 pass_fds=pass_fds,
                 stdin=subprocess.DEVNULL,

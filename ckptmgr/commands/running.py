@@ -12,12 +12,11 @@ from ckptmgr import present
 from ckptmgr.commands.app import Json, command, out
 from ckptmgr.commands.live import watch_status
 from ckptmgr.config import DRAIN_SECONDS, GIB, DaemonSettings, checked_limit, runtime_dir
-from ckptmgr.errors import CkptmgrError, DaemonError, SupersededError
+from ckptmgr.errors import CkptmgrError, SupersededError
 
 
 @command
 def daemon(
-    auto: Annotated[bool, typer.Option("--auto", hidden=True)] = False,
     prepare: Annotated[bool, typer.Option("--prepare", hidden=True)] = False,
     idle_seconds: Annotated[
         float | None, typer.Option(help="End after this long without work; 0 never.")
@@ -51,7 +50,8 @@ def daemon(
     if prepare:  # before a service manager listens for a daemon that it may start later
         from ckptmgr.daemon.alone import prepare_alone
 
-        return prepare_alone(runtime_dir())
+        prepare_alone(runtime_dir())
+        return
 
     from ckptmgr.daemon import log
     from ckptmgr.daemon.notify import Supervisor
@@ -67,13 +67,9 @@ def daemon(
         "mirror_url": mirror,
     }
     changes = {name: value for name, value in given.items() if value is not None}
-    settings = replace(DaemonSettings.from_env(auto=auto), **changes)
+    settings = replace(DaemonSettings.from_env(auto=False), **changes)
     log.configure()
-    try:
-        asyncio.run(Service(settings, Supervisor.from_env()).run())
-    except DaemonError:
-        if not auto:  # two ranks may start one at the same moment: one of the two is enough
-            raise
+    asyncio.run(Service(settings, Supervisor.from_env()).run())
 
 
 @command

@@ -71,7 +71,7 @@ def _start(runtime: Path) -> subprocess.Popen[bytes]:
     try:
         # A session of its own: Ctrl-C and a scheduler's signals to the job do not reach it.
         started = subprocess.Popen(
-            [sys.executable, "-m", "ckptmgr.cli", "daemon", "--auto"],
+            [sys.executable, "-m", "ckptmgr.daemon"],
             cwd="/",
             env=environ,
             stdin=subprocess.DEVNULL,

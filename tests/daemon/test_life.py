@@ -39,7 +39,7 @@ def test_a_second_daemon_is_refused_and_says_what_to_do(runtime: Path) -> None:
     with Daemon(runtime) as first:
         second = Daemon(runtime, wait=False)
         assert second.process.wait(60) == 1
-        auto = Daemon(runtime, "--auto", wait=False)
+        auto = Daemon(runtime, program=["ckptmgr.daemon"], wait=False)
         assert auto.process.wait(60) == 0  # a rank that lost the race to start one
         assert first.status()["pid"] == first.process.pid
         lines = [line for line in first.log.read_text().splitlines() if line[0] != "{"]

@@ -1,0 +1,26 @@
+"""The daemon that a trainer starts where none runs: `python -m ckptmgr.daemon`.
+
+`ckptmgr daemon` is for people; to import what reads its options takes as long as the daemon itself,
+and a first restore waits for that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+
+from ckptmgr.config import DaemonSettings
+from ckptmgr.daemon import log
+from ckptmgr.daemon.notify import Supervisor
+from ckptmgr.daemon.service import Service
+from ckptmgr.errors import CkptmgrError, DaemonError
+
+if __name__ == "__main__":
+    try:
+        settings = DaemonSettings.from_env(auto=True)
+        log.configure()
+        with contextlib.suppress(DaemonError):  # two ranks may start one at a time: one is enough
+            asyncio.run(Service(settings, Supervisor.from_env()).run())
+    except CkptmgrError as error:
+        sys.exit(f"ckptmgr: {error}")
