@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import xxhash
 import zstandard
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -22,6 +21,7 @@ from ckptmgr.repository.envelope import Key
 from ckptmgr.repository.keyring import Keyring
 from ckptmgr.restore.check import restore_files, verify_store
 from ckptmgr.store.local import LocalStore
+from golden.document import chunk_of
 from small_step import read_safetensors
 
 ROOT = Path(__file__).parent / "encrypted"
@@ -70,20 +70,6 @@ def opened(envelope: list[Any], what: int, number: int, context: list[Any], seal
     return AESGCM(data_key).decrypt(nonce, sealed, msgspec.msgpack.encode(context))
 
 
-def decoded(plain: bytes, codec: int, length: int) -> bytes:
-    """Section 4."""
-    if codec == 0:
-        return plain
-    if codec == 1:
-        return zstandard.ZstdDecompressor().decompress(plain)
-    itemsize, packed = struct.unpack_from("<B7xQ", plain)
-    top = zstandard.ZstdDecompressor().decompress(plain[16 : 16 + packed])
-    elements = np.empty((length // itemsize, itemsize), np.uint8)
-    elements[:, -1] = np.frombuffer(top, np.uint8)
-    elements[:, :-1] = np.frombuffer(plain[16 + packed :], np.uint8).reshape(-1, itemsize - 1)
-    return elements.tobytes()
-
-
 def test_the_document_is_enough_to_read_an_encrypted_step() -> None:
     codecs = set()
     for step in STEPS:
@@ -107,7 +93,7 @@ def test_the_document_is_enough_to_read_an_encrypted_step() -> None:
             assert xxhash.xxh3_128_digest(stored) == stored_hash
             context = ["chunk", *part, start, raw_length, codec]
             tag = chunk_tags[16 * number : 16 * number + 16]
-            raw = decoded(opened(envelope, 0, start, context, stored + tag), codec, raw_length)
+            raw = chunk_of(opened(envelope, 0, start, context, stored + tag), codec, raw_length)
             assert xxhash.xxh3_128_digest(raw) == raw_hashes[16 * number : 16 * number + 16]
             data += raw
             codecs.add(codec)

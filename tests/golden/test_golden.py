@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
 import xxhash
 import zstandard
@@ -27,6 +26,7 @@ from ckptmgr.staging.layout import decode_layout
 from ckptmgr.staging.revive import decode_tree, decode_values
 from ckptmgr.store.local import LocalStore
 from ckptmgr.types import Outcome, StepState
+from golden.document import chunk_of
 from small_step import read_safetensors, save_steps
 
 HERE = Path(__file__).parent
@@ -170,20 +170,6 @@ def payload_of(root: Path, key: str, kind: int) -> Any:
     plain = zstandard.ZstdDecompressor().decompress(stored)
     assert (flags, raw) == (1, len(plain))
     return msgspec.msgpack.decode(plain)
-
-
-def chunk_of(stored: bytes, codec: int, length: int) -> bytes:
-    """Section 4."""
-    if codec == 0:
-        return stored
-    if codec == 1:
-        return zstandard.ZstdDecompressor().decompress(stored)
-    itemsize, packed = struct.unpack_from("<B7xQ", stored)
-    top = zstandard.ZstdDecompressor().decompress(stored[16 : 16 + packed])
-    elements = np.empty((length // itemsize, itemsize), np.uint8)
-    elements[:, -1] = np.frombuffer(top, np.uint8)
-    elements[:, :-1] = np.frombuffer(stored[16 + packed :], np.uint8).reshape(-1, itemsize - 1)
-    return elements.tobytes()
 
 
 def test_the_document_is_enough_to_read_version_1() -> None:

@@ -182,6 +182,7 @@ def bombs(root: Path) -> dict[str, Callable[[], Any]]:
     tiny_pack = b"\x92\xa0\x00"
     tiny_chunk = b"\x98\x00\x00\x00\x00\x00\x00\xc4\x00\xc4\x00"
     tiny_leaf = b"\x95\xa0\xa0\x90\x00\x00"
+    planes_head = struct.pack("<BB6x", 4, 0) + bytes(3 << 18)
     many_leaves = b"\x94" + array32(10 << 20) + tiny_leaf * (10 << 20) + b"\x90\x00\xc4\x00"
     return {
         "raw length of an exabyte": read(b"\x80", raw_length=1 << 60),
@@ -225,11 +226,11 @@ def bombs(root: Path) -> dict[str, Callable[[], Any]]:
         "a chunk that says nothing": chunk(Codec.ZSTD, zeros),
         "a chunk that says little": chunk(Codec.ZSTD, claims_content(zeros, 1 << 20)),
         "a chunk with a window of 2 GiB": chunk(Codec.ZSTD, streamed(1 << 20, window_log=31)),
-        "planes that say an exabyte": chunk(Codec.PLANES, struct.pack("<B7xQ", 4, 1 << 60)),
-        "planes of no size": chunk(Codec.PLANES, struct.pack("<B7xQ", 0, 0)),
-        "planes of a GiB": chunk(
-            Codec.PLANES, struct.pack("<B7xQ", 4, len(zeros)) + zeros + bytes(3 << 18)
+        "planes whose exponents say a GiB": chunk(
+            Codec.PLANES, planes_head + claims_content(zeros, GIB)
         ),
+        "planes of no size": chunk(Codec.PLANES, bytes(8)),
+        "planes of a GiB": chunk(Codec.PLANES, planes_head + zeros),
         "an unknown codec": chunk(250, b"x"),
         "host memory of exabytes": host_buffer(root / "e"),
     }
