@@ -97,7 +97,7 @@ class Metrics:
         )
         self.preemption_saves = Counter(
             "ckptmgr_preemption_saves",
-            "Preemptions whose last snapshot was committed; fewer than signals: work was lost.",
+            "Preemptions after which all that the rank sealed is committed; fewer: work was lost.",
             job,
             registry=r,
         )
