@@ -14,7 +14,7 @@ from ckptmgr.errors import UsageError
 from ckptmgr.preemption import Announced
 from ckptmgr.staging.control import Stated, Status
 from ckptmgr.staging.launch import connect
-from driven import PATIENCE_SECONDS, events_of, until
+from driven import PATIENCE_SECONDS, Daemon, events_of, until
 from preemption.counted import counted
 
 
@@ -85,6 +85,19 @@ def test_a_loop_that_hangs_costs_only_what_came_after_the_last_snapshot(
         assert counted(runtime) == {"signals": 1, "saves": 0}, "the loop may still come to a step"
     until(lambda: counted(runtime) == {"signals": 1, "saves": 1}, "it has ended, nothing is lost")
     assert committed(store_url) == ["1.5"]
+
+
+def test_a_daemon_that_does_not_answer_holds_up_no_source(runtime: Path, store_url: str) -> None:
+    source = Heard()
+    state = {"x": torch.ones(3)}
+    with Daemon(runtime) as daemon:
+        with ckptmgr.Checkpointer(store_url, state, every=None, preemption=source) as ckpt:
+            ckpt.save(1).committed(PATIENCE_SECONDS)
+            with daemon.stopped():
+                source.announce("suspended", 1.0)
+                assert source.answered.wait(PATIENCE_SECONDS), "what is committed stands in memory"
+            assert source.told == [("sealed", 1), ("committed", 1)]
+        daemon.await_event("preemption_saved")
 
 
 def test_a_source_that_can_not_listen_leaves_nothing_behind(runtime: Path, store_url: str) -> None:
