@@ -361,7 +361,11 @@ def status_lines(state: dict[str, Any]) -> Iterator[str]:
     if state["max_store_gbps"]:
         yield f"at most {state['max_store_gbps']:g} Gbit/s to and from all stores"
     for job in state["jobs"]:
-        yield f"{job['url']}: last commit {job['last_commit'] or '-'}{_writing(job['writing'])}"
+        with_key = f", encrypted with key {job['key']}" if job["key"] else ""
+        yield (
+            f"{job['url']}: last commit {job['last_commit'] or '-'}{with_key}"
+            f"{_writing(job['writing'])}"
+        )
         if job["spool"] and (job["spool"]["parts"] or job["spool"]["full"]):
             yield _spool(job["spool"])
         if job["mirror"]:

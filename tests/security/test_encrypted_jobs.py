@@ -13,6 +13,7 @@ import pytest
 from asking import load
 from called import call
 from ckptmgr.errors import WrongKeyError
+from ckptmgr.present import status_lines
 from ckptmgr.repository.keyring import KEY_FILE, SIGN_KEY_FILE, VERIFY_KEYS
 from ckptmgr.staging.control import Load
 from ckptmgr.staging.launch import connect
@@ -69,6 +70,9 @@ def test_save_mirror_retire_restore_load_and_the_commands(
         assert daemon.await_event("retired")["step"] == "1.1"
         for step in (2, 3):  # the newest goes first
             until((place / f"commit/00000001/{step:012d}").exists, "the mirror follows")
+        state = daemon.status()
+    assert state["jobs"][0]["key"] == OURS.id
+    assert any(f"encrypted with key {OURS.id}" in line for line in status_lines(state))
     assert daemon.events("verified")
     packs = sorted(path.relative_to(store) for path in (store / "data").rglob("*.pack"))
     assert all((place / one).read_bytes() == (store / one).read_bytes() for one in packs)
