@@ -27,12 +27,14 @@ STORE_ERRORS = (
 )
 TIERS = ("memory", "store")
 SOURCES = ("memory", "store")
+STATES = ("committed", "verified")
+"""Of a commit that stands, as `ls` shows it: verified was read back whole."""
 
 
-def remove(gauge: Gauge, label: str) -> None:
+def remove(gauge: Gauge, *labels: str) -> None:
     """Drop one job's value of a gauge, if it has one."""
     with contextlib.suppress(KeyError):  # of older prometheus_clients
-        gauge.remove(label)
+        gauge.remove(*labels)
 
 
 class Metrics:
@@ -97,7 +99,7 @@ class Metrics:
         )
         self.preemption_saves = Counter(
             "ckptmgr_preemption_saves",
-            "Preemptions whose last snapshot was committed; fewer than signals: work was lost.",
+            "Preemptions after which all that the rank sealed is committed; fewer: work was lost.",
             job,
             registry=r,
         )
@@ -106,7 +108,7 @@ class Metrics:
         """Start the counters of a job at 0: what appears at 1 has not grown, for Prometheus."""
         for counter in (
             *(self.commits, self.fallbacks, self.superseded_attempts, self.dropped),
-            *(self.preemption_signals, self.preemption_saves),
+            *(self.preemption_signals, self.preemption_saves, self.copied_bytes),
         ):
             counter.labels(label)
         for counter, values in (
@@ -129,8 +131,11 @@ class Metrics:
             *(self.interval, self.commit_awaited),
             *(self.backlog_bytes, self.oldest_undecided, self.unnamed_buffers, self.queue),
             *(self.spool_parts, self.spool_bytes, self.spool_full, self.mirror_behind),
+            self.pinned_bytes,
         ):
             remove(gauge, label)
+        for state in STATES:
+            remove(self.store_bytes, label, state)
 
     def _of_progress(self, r: CollectorRegistry, job: list[str]) -> None:
         self.attempt = Gauge(
@@ -163,6 +168,12 @@ class Metrics:
         self.oldest_undecided = Gauge(
             "ckptmgr_oldest_undecided_timestamp_seconds",
             "Unix time of the oldest snapshot that is not decided yet; absent without one.",
+            job,
+            registry=r,
+        )
+        self.copied_bytes = Counter(
+            "ckptmgr_d2h_bytes",
+            "Bytes of snapshots that trainers copied into host memory.",
             job,
             registry=r,
         )
@@ -308,6 +319,18 @@ class Metrics:
         )
         self.retired = Counter(
             "ckptmgr_retired", "Commits that retention gave up.", job, registry=r
+        )
+        self.store_bytes = Gauge(
+            "ckptmgr_store_bytes",
+            "Stored bytes of the commits that this daemon's last collection left, by state.",
+            [*job, "state"],
+            registry=r,
+        )
+        self.pinned_bytes = Gauge(
+            "ckptmgr_pinned_bytes",
+            "Stored bytes of the commits among them that somebody holds.",
+            job,
+            registry=r,
         )
 
     def _of_goodput(self, r: CollectorRegistry, job: list[str]) -> None:

@@ -275,6 +275,24 @@ def reports(found: list[dict[str, Any]]) -> None:
             where = f"{damage['key']} at {damage['offset']}"
             _print(f"{step} DAMAGED {where}: {damage['what']}")
 
+    for line in dict.fromkeys(_not_checked(one) for one in found if one["not_checked"]):
+        _print(line)
+
+
+_CHECKS = {
+    "hashes": "that stored bytes have the hashes they were stored with",
+    "authentic": "that they were encrypted with this key, for this place",
+    "decoded": "that they decode to what was saved",
+}
+
+
+def _not_checked(report: dict[str, Any]) -> str:
+    """What a `verify` says nothing of, and what would make it."""
+    key, names = report["key"], report["not_checked"]
+    where = f" in what key {key} encrypts" if key else ""
+    how = "leave --quick away" if "hashes" in names else "no key is given: set CKPTMGR_KEY_FILE"
+    return f"not checked{where}: {'; '.join(_CHECKS[name] for name in names)} ({how})"
+
 
 def restored(document: dict[str, Any]) -> None:
     """The lines of `restore`."""
@@ -343,7 +361,11 @@ def status_lines(state: dict[str, Any]) -> Iterator[str]:
     if state["max_store_gbps"]:
         yield f"at most {state['max_store_gbps']:g} Gbit/s to and from all stores"
     for job in state["jobs"]:
-        yield f"{job['url']}: last commit {job['last_commit'] or '-'}{_writing(job['writing'])}"
+        with_key = f", encrypted with key {job['key']}" if job["key"] else ""
+        yield (
+            f"{job['url']}: last commit {job['last_commit'] or '-'}{with_key}"
+            f"{_writing(job['writing'])}"
+        )
         if job["spool"] and (job["spool"]["parts"] or job["spool"]["full"]):
             yield _spool(job["spool"])
         if job["mirror"]:

@@ -36,6 +36,7 @@ CODES: dict[str, tuple[str, str]] = {
     "single_decider": ("CKM1207", "info"),
     "preempted": ("CKM1208", "info"),
     "preemption_saved": ("CKM1209", "info"),
+    "preemption_unsaved": ("CKM1210", "warning"),
     "writing": ("CKM1301", "info"),
     "committed": ("CKM1302", "info"),
     "witness_failed": ("CKM1303", "warning"),

@@ -88,9 +88,12 @@ class Gauges:
             remove(metrics.oldest_undecided, label)
 
     def _undecided_of(self, job: Job, held: Held) -> list[Snapshot]:
-        """What waits in a buffer; counts what waited there and was overwritten."""
+        """What waits in a buffer; counts what is new there, and what waited and was overwritten."""
         found = {s.generation: s for s, outcome in held.snapshots() if not outcome.decided}
-        before = self._undecided.get(held.buffer.id, {})
+        # What is there at the first look was adopted: the daemon before this one has counted it.
+        before = self._undecided.get(held.buffer.id, found)
+        for generation in found.keys() - before.keys():
+            self._metrics.copied_bytes.labels(job.label).inc(found[generation].data_bytes)
         self._undecided[held.buffer.id] = found
         for generation in before.keys() - found.keys():
             gone = before[generation]

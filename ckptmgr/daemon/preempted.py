@@ -5,23 +5,67 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-from ckptmgr.daemon.intake import Held
-from ckptmgr.daemon.log import event
+from ckptmgr.daemon.intake import Held, Intake
+from ckptmgr.daemon.log import event, warning
 from ckptmgr.metrics import Metrics
 from ckptmgr.staging.control import Preempt
-from ckptmgr.types import Outcome, Snapshot
+from ckptmgr.types import Outcome
 
 LOOK_SECONDS = 0.5
 """How often the death of a preempted trainer is looked for; a commit is heard of at once."""
 
 
-class Preemptions:
-    """The preemptions of this daemon's trainers that are under way; `tasks` end with it."""
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether nothing that a preempted trainer has sealed is lost; `step` is the last, if any."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    saved: bool
+    step: int | None = None
+    why: str = ""
+
+
+def verdict(
+    sealed: Mapping[int, tuple[Outcome, str]], before: int, *, gone: bool
+) -> Verdict | None:
+    """What has come of a preemption, or None while that is open.
+
+    Args:
+        sealed: what became of each step that the trainer has sealed.
+        before: the last of them when it told of the preemption.
+        gone: it is dead, or has left: it will seal nothing more.
+    """
+    if not sealed:
+        # What it resumed from is the matter of the attempt that has sealed that.
+        return Verdict(saved=True) if gone else None
+    last = max(sealed)
+    outcome, why = sealed[last]
+    if outcome is Outcome.COMMITTED and (gone or last > before):
+        return Verdict(saved=True, step=last)
+    return Verdict(saved=False, step=last, why=why) if gone and outcome.decided else None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Told:
+    """A trainer that will be ended, by the nonce of its attempt, since a monotonic time."""
+
+    held: Held
+    job: str
+    attempt: int
+    nonce: str
+    before: int
+    at: float
+
+
+class Preemptions:
+    """The preemptions of this daemon's trainers that are under way."""
+
+    def __init__(self, metrics: Metrics, intake: Intake) -> None:
         self._metrics = metrics
-        self.tasks: set[asyncio.Task[None]] = set()
+        self._intake = intake
+        self._open: dict[_Told, asyncio.Task[None]] = {}
 
     def told(self, held: Held, job: str, attempt: int, nonce: str, request: Preempt) -> None:
         """A rank will be ended: count it, and see to it that what it has sealed is committed."""
@@ -36,48 +80,59 @@ class Preemptions:
             why=request.why,
         )
         held.wake.set()
-        task = asyncio.create_task(self._until_saved(held, job, nonce), name=f"preemption of {job}")
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+        before = max(self._sealed(held, nonce), default=-1)
+        told = _Told(held, job, attempt, nonce, before, time.monotonic())
+        watching = asyncio.create_task(self._watch(told), name=f"preemption of {job}")
+        self._open[told] = watching
+        watching.add_done_callback(lambda _: self._open.pop(told))
 
-    async def _until_saved(self, held: Held, job: str, nonce: str) -> None:
-        """Wait for a commit of what was sealed since, or of the last that a dead trainer sealed."""
-        at = time.monotonic()
-        newest = _newest(held, nonce)
-        before = newest.generation if newest is not None else -1
-        while True:
-            newest = _newest(held, nonce) or newest
-            gone = not held.writer_alive or getattr(held.owner, "nonce", nonce) != nonce
-            outcome = _outcome(held, newest)
-            if outcome is Outcome.COMMITTED and newest is not None:
-                if gone or newest.generation > before:
-                    break
-            elif gone and (outcome.decided or held._freed):
-                return
+    async def _watch(self, told: _Told) -> None:
+        """Look until it is known what has come of it."""
+        while not self._close(told):
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_SECONDS), held.decided:
-                    await held.decided.wait()
-        self._metrics.preemption_saves.labels(job).inc()
-        seconds = round(time.monotonic() - at, 3)
-        event(
-            "preemption_saved",
-            job=job,
-            step=str(newest.id),
-            rank=newest.rank,
-            after_seconds=seconds,
+                async with asyncio.timeout(LOOK_SECONDS), told.held.decided:
+                    await told.held.decided.wait()
+
+    async def aclose(self) -> None:
+        """The daemon ends and has drained: a last look, and whatever is open then stays so."""
+        for told, watching in list(self._open.items()):
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+            self._close(told)
+
+    def _close(self, told: _Told) -> bool:
+        """Count and tell what has come of a preemption; False while that is open."""
+        sealed = self._sealed(told.held, told.nonce)
+        found = verdict(sealed, told.before, gone=self._is_gone(told))
+        if found is None:
+            return False
+        rank = told.held.binding.rank
+        step = f"{told.attempt}.{found.step}" if found.step is not None else ""
+        seconds = round(time.monotonic() - told.at, 3)
+        if found.saved:
+            self._metrics.preemption_saves.labels(told.job).inc()
+            event("preemption_saved", job=told.job, step=step, rank=rank, after_seconds=seconds)
+        else:
+            warning("preemption_unsaved", job=told.job, step=step, rank=rank, why=found.why)
+        return True
+
+    def _buffers(self, held: Held) -> list[Held]:
+        """All of this rank: a trainer may change to a larger one, and leave one that is freed."""
+        others = self._intake.of_rank(held.binding.url, held.binding.rank)
+        return [held, *(one for one in others if one is not held)]
+
+    def _sealed(self, held: Held, nonce: str) -> dict[int, tuple[Outcome, str]]:
+        """What became of each step of one trainer; its slots may hold newer ones by now."""
+        found: dict[int, tuple[Outcome, str]] = {}
+        for one in self._buffers(held):
+            own = [(s.step, outcome) for s, outcome in one.snapshots() if s.nonce == nonce]
+            found |= {step: (outcome, "") for step, outcome in own}
+        for one in self._buffers(held):
+            found |= {step: known for (of, step), known in one.results.items() if of == nonce}
+        return found
+
+    def _is_gone(self, told: _Told) -> bool:
+        return not any(
+            held.writer_alive and getattr(held.owner, "nonce", told.nonce) == told.nonce
+            for held in self._buffers(told.held)
         )
-
-
-def _newest(held: Held, nonce: str) -> Snapshot | None:
-    own = [snapshot for snapshot, _ in held.snapshots() if snapshot.nonce == nonce]
-    return max(own, key=lambda s: s.generation, default=None)
-
-
-def _outcome(held: Held, snapshot: Snapshot | None) -> Outcome:
-    """What became of it; a trainer that has sealed nothing has nothing to lose."""
-    if snapshot is None:
-        return Outcome.ABORTED
-    known = held.results.get((snapshot.nonce, snapshot.step))
-    if known is not None:
-        return known[0]
-    return dict(held.snapshots()).get(snapshot, Outcome.UNDECIDED)

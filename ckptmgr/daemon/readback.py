@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Container, Iterator
 from contextlib import contextmanager, suppress
 
 from ckptmgr.bucket import Bucket, bytes_per_second
-from ckptmgr.metrics import Metrics
+from ckptmgr.metrics import STATES, Metrics
+from ckptmgr.repository.commit import Decision
+from ckptmgr.types import StepId
 
 GIVE_WAY_SECONDS_MAX = 60.0
 """How long one collection lets snapshots that are being stored go before it. Bounded, because a
@@ -69,3 +71,17 @@ class ReadBack:
         """A commit was given up."""
         if self._metrics is not None:
             self._metrics.retired.labels(self._label).inc()
+
+    def left(
+        self, commits: Collection[Decision], *, verified: Container[StepId], held: Container[StepId]
+    ) -> None:
+        """What a collection has left in the store: the commits that stand."""
+        if self._metrics is None:
+            return
+        nbytes = dict.fromkeys(STATES, 0)
+        for one in commits:
+            nbytes["verified" if one.id in verified else "committed"] += one.stored_bytes
+        for state, total in nbytes.items():
+            self._metrics.store_bytes.labels(self._label, state).set(total)
+        pinned = sum(one.stored_bytes for one in commits if one.id in held)
+        self._metrics.pinned_bytes.labels(self._label).set(pinned)

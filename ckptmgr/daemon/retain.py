@@ -110,11 +110,16 @@ async def collect(
     kept = reasons(commits, policy, listing.holds, sources)
     done = [Given(step, "keep", "; ".join(kept[step])) for step in sorted(kept) if dry_run]
     durable: set[StepId] = set()
+    verified, gone = set(listing.verified), set[StepId]()
     for step in victims([c.id for c in commits], frozenset(kept), policy.last):
         newer = [c for c in commits if c.id > step]
-        if not dry_run and not await _one_verified(catalog, newer, listing, pool, readback):
-            warning("retention_blocked", step=str(step), why="no newer commit could be verified")
-            break
+        if not dry_run:
+            stands_in = await _one_verified(catalog, newer, listing, pool, readback)
+            if stands_in is None:
+                why = "no newer commit could be verified"
+                warning("retention_blocked", step=str(step), why=why)
+                break
+            verified.add(stands_in)
         done.append(Given(step, "retire", f"{len(newer)} newer commits, keep={policy.wire}"))
         if not dry_run:
             # Visible is not durable: those that stand in for it must survive a power cut first.
@@ -125,6 +130,10 @@ async def collect(
             nbytes = next(c.stored_bytes for c in commits if c.id == step)
             if await retire(catalog.store, step, f"keep={policy.wire}", nbytes):
                 readback.retired()
+                gone.add(step)
+    if not dry_run:
+        stand = [decision for decision in commits if decision.id not in gone]
+        readback.left(stand, verified=verified, held=listing.holds)
     done += await _sweep(catalog, listing, commits, dry_run=dry_run)
     return done + (_left_alone(listing, damaged, done) if dry_run else [])
 
@@ -182,21 +191,21 @@ async def _one_verified(
     listing: Listing,
     pool: BufferPool,
     readback: ReadBack,
-) -> bool:
-    """Whether one of `newer` is verified; if none is, read the newest back that holds."""
+) -> StepId | None:
+    """One of `newer` that is verified; if none is, read the newest back that holds."""
     for decision in newer:
         if decision.id in listing.verified and await _is_verified(catalog.store, decision.id):
-            return True
+            return decision.id
     for decision in newer:
         damage = await verify_step(catalog, decision, pool, pace=readback.pace)
         if not damage:
             await mark_verified(catalog.store, decision.id)
             readback.verified()
-            return True
+            return decision.id
         readback.damaged()
         job, found = label_of(catalog.store.url), damage[0]
         warning("damaged", job=job, step=str(decision.id), key=found.key, what=found.what)
-    return False
+    return None
 
 
 async def _is_verified(store: Store, step: StepId) -> bool:

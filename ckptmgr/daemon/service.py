@@ -61,10 +61,10 @@ class Service:
         self.settings = settings
         self.supervisor = supervisor or Supervisor()
         self.metrics = Metrics()
-        self.preemptions = Preemptions(self.metrics)
         self.keyring = load_keyring(os.environ)
         self.pool = BufferPool(settings.budget_bytes)
         self.intake = Intake(settings.runtime_dir, self.supervisor)
+        self.preemptions = Preemptions(self.metrics, self.intake)
         self._gauges = Gauges(self.metrics, self.intake)
         self._clock = Clock()
         self.reader = Reader(self.intake, settings.runtime_dir / FETCHED)
@@ -219,10 +219,11 @@ class Service:
     ) -> None:
         server.close()
         workers = [held.worker for held in self.intake.held.values() if held.worker]
-        tasks = [*self._connections, *workers, *self._draining.values(), *self.preemptions.tasks]
+        tasks = [*self._connections, *workers, *self._draining.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.preemptions.aclose()
         await self._accounts.aclose()
         watch.close()
         if web is not None:

@@ -15,8 +15,10 @@ def job_state(
     job: Job, drainer: Drainer | None, buffers: Iterable[Held], writing: dict[str, Any]
 ) -> dict[str, Any]:
     """One job: its commits, what was measured while writing, spool, mirror and host buffers."""
+    key = job.catalog.keyring.encrypting
     return {
         "url": job.url,
+        "key": key.id if key is not None else None,
         "last_commit": str(job.last_commit) if job.last_commit else None,
         "single_decider": job.store.exclusive is False,
         "writing": writing,

@@ -1,8 +1,9 @@
-"""What a rank does when it is told that it will be ended; a thread of its own, and no lock of step.
+"""What a rank does when it is told that it will be ended; threads of its own, and no lock of step.
 
 The training thread is asked for one more snapshot. It may be hung, in a loader or a collective, and
 never come to its next step: what it sealed last is committed by the daemon in any case, and as the
-time ends that is what the sources are told of.
+time ends that is what the sources are told of: by words in host memory, so that a daemon that is
+slow to answer, or is being started again, costs them nothing of their time.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _LEAVE_SECONDS = 2.0
 
 
 class Preempting:
-    """The sources of one block, and the thread that serves what they tell.
+    """The sources of one block, the thread that serves what they tell, and one that hands it on.
 
     A notice that comes while another one is served is of the same preemption. Without a source
     there is no thread.
@@ -48,6 +49,7 @@ class Preempting:
         self._ended = threading.Event()
         self._committed = -1
         self._thread = threading.Thread(target=self._run, name="ckptmgr preemption", daemon=True)
+        self._telling: threading.Thread | None = None
         if not sources:
             return
         self._thread.start()
@@ -62,11 +64,12 @@ class Preempting:
         self._notices.put((source, notice))
 
     def close(self) -> None:
-        """End the sources and the thread; one that a source holds up is left behind."""
+        """End the sources and the threads; one that somebody holds up is left behind."""
         self._ended.set()
         self._notices.put(None)
-        if self._thread.is_alive():
-            self._thread.join(_LEAVE_SECONDS)
+        deadline = time.monotonic() + _LEAVE_SECONDS
+        _leave(self._thread, deadline)
+        _leave(self._telling, deadline)  # which that one may have started just now
         for source in self._sources:
             source.close()
 
@@ -87,7 +90,11 @@ class Preempting:
         deadline = time.monotonic() + left if notice.seconds else math.inf
         before = max((s.generation for s, _ in self._link.sealed_here()), default=-1)
         self._pace.preempt()
-        self._tell_daemon(Preempt(source.name, notice.why, notice.seconds))
+        request = Preempt(source.name, notice.why, notice.seconds)
+        self._telling = threading.Thread(
+            target=self._tell_daemon, args=(request,), name="ckptmgr preempted", daemon=True
+        )
+        self._telling.start()
         self._answer(before, deadline)
 
     def _answer(self, before: int, deadline: float) -> None:
@@ -128,3 +135,9 @@ class Preempting:
                 RuntimeWarning,
                 stacklevel=1,
             )
+
+
+def _leave(thread: threading.Thread | None, deadline: float) -> None:
+    """Wait for a thread that was started to end."""
+    if thread is not None and thread.is_alive():
+        thread.join(max(deadline - time.monotonic(), 0))

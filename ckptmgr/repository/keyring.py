@@ -125,7 +125,10 @@ def _path_of(environment: Mapping[str, str], name: str) -> Path | None:
         return Path(text)
     directory = environment.get("CREDENTIALS_DIRECTORY")
     path = Path(directory) / CREDENTIALS[name] if directory else None
-    return path if path is not None and path.exists() else None
+    try:
+        return path if path is not None and path.exists() else None
+    except PermissionError as error:  # one may be there: nothing is written in clear by mistake
+        raise UsageError(f"can not be read: {error.strerror}", subject=str(path)) from error
 
 
 def parse_keys(text: bytes, *, subject: str) -> tuple[Key, ...]:

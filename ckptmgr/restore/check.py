@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from ckptmgr.repository import keys
 from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.catalog import Catalog, is_retired
 from ckptmgr.repository.commit import Decision
+from ckptmgr.repository.envelope import Envelope
 from ckptmgr.repository.hold import held_step
 from ckptmgr.repository.manifest import Manifest
 from ckptmgr.restore.adopted import is_adopted, write_adopted
@@ -34,7 +35,8 @@ async def verify_store(
     The records of the attempts are always checked; what is wrong with them comes in a report
     without step. With `every`, so are the records of steps that are retired, aborted or undecided.
     A step that is newer than every commit and has manifests, but no register, is reported as not
-    committed: its save was cut short, or its commit record is gone.
+    committed: its save was cut short, or its commit record is gone. What could not be looked into,
+    because its key is not given, or was not, because it is `quick`, is told for each step.
     """
     store, pool = catalog.store, BufferPool(BUDGET_BYTES)
     found = await list_objects(store)
@@ -44,12 +46,14 @@ async def verify_store(
     damage: list[Damage] = []
     commits: list[StepId] = []
     parents: list[StepId] = []
+    looks: dict[StepId | None, dict[str, Any]] = {}
     for one in await candidates(catalog, step):
         try:
             decision = await catalog.decision(one)
             if not decision.committed:
                 continue
             parents.append(StepId(*decision.parent))
+            looks[one] = _look(catalog, decision, quick=quick)
             of_step = await verify_step(catalog, decision, pool, quick=quick, progress=progress)
         except DamageError as error:
             of_step = [Damage(error.subject, 0, error.message)]
@@ -66,16 +70,29 @@ async def verify_store(
     damage += await verify_records(store, rest)
     damage += await verify_presence(store, found, parents)
     undecided = [] if step else not_committed(found)
-    return _reports(commits, undecided, damage)
+    return _reports(commits, undecided, damage, looks)
+
+
+def _look(catalog: Catalog, decision: Decision, *, quick: bool) -> dict[str, Any]:
+    """With which key a step is encrypted, and what `verify` does not check in it."""
+    sealed = decision.sealed_tags
+    key = sealed.key if isinstance(sealed, Envelope) else None
+    not_checked = ["hashes"] if quick else []
+    if key is not None and (quick or not catalog.keyring.known):
+        not_checked.append("authentic")
+    if not_checked:
+        not_checked.append("decoded")
+    return {"key": key, "not_checked": not_checked}
 
 
 NO_STEP = {"id": None, "attempt": None, "step": None}
+NO_LOOK: dict[str, Any] = {"key": None, "not_checked": []}
 
 
 def damaged_store(error: DamageError) -> dict[str, Any]:
     """The one report on a store whose mark does not hold, so that nothing in it is looked at."""
     damage = {"key": error.subject, "offset": 0, "what": error.message}
-    return {**NO_STEP, "committed": False, "damage": [damage]}
+    return {**NO_STEP, "committed": False, **NO_LOOK, "damage": [damage]}
 
 
 def not_committed(found: Iterable[str]) -> list[StepId]:
@@ -90,7 +107,10 @@ def not_committed(found: Iterable[str]) -> list[StepId]:
 
 
 def _reports(
-    commits: list[StepId], undecided: list[StepId], damage: list[Damage]
+    commits: list[StepId],
+    undecided: list[StepId],
+    damage: list[Damage],
+    looks: Mapping[StepId | None, dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """Everything that was looked at, newest first; what belongs to no step at the end."""
     places: dict[StepId | None, dict[tuple[str, int], Damage]] = {
@@ -103,6 +123,7 @@ def _reports(
         {
             **(step.document() if step else NO_STEP),
             "committed": step in commits,
+            **looks.get(step, NO_LOOK),
             "damage": [
                 {"key": one.key, "offset": one.offset, "what": one.what}
                 for one in places[step].values()

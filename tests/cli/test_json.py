@@ -120,11 +120,14 @@ def daemon_side(runtime: Path, place: Path, note: Any) -> None:
 
 
 def spool_side(runtime: Path, place: Path, note: Any) -> None:
-    """An outage of the store, while the daemon has a spool and a mirror."""
+    """An outage of the store, while the daemon has a spool, a mirror and a key."""
     (place / "spooled").mkdir()
     rig = Rig(place / "spooled")
+    key = place / "key"
+    key.touch(0o600)
+    key.write_text(secrets.token_hex(32))
     given = ["--spool", place / "spool", "--spool-max-gib=1", "--mirror", place / "mirror"]
-    environment = rig.environment(CKPTMGR_SPOOL_SECONDS="0.3")
+    environment = rig.environment(CKPTMGR_SPOOL_SECONDS="0.3", CKPTMGR_KEY_FILE=str(key))
     with (
         Daemon(runtime, *map(str, given), environment=environment),
         Rank(runtime, rig.url) as rank,
@@ -136,6 +139,7 @@ def spool_side(runtime: Path, place: Path, note: Any) -> None:
         until(lambda: note("status")["jobs"][-1]["spool"]["parts"], "it is spooled")
         rig.obey()
         assert rank.wait(2).outcome == Outcome.COMMITTED
+    note("verify", rig.file_url, "--all")
 
 
 def ranks_side(runtime: Path, place: Path, note: Any) -> None:

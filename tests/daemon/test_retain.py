@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 
 from ckptmgr.config import BUDGET_BYTES
 from ckptmgr.daemon import retain
+from ckptmgr.daemon.readback import ReadBack
 from ckptmgr.daemon.resume import claim_attempt
 from ckptmgr.daemon.retain import NEWER_MIN, collect, garbage, mark_verified, victims
 from ckptmgr.errors import DamageError, StoreUnreachableError
+from ckptmgr.metrics import Metrics
 from ckptmgr.repository import keys
 from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.catalog import Catalog, Listing, Verified, list_steps
@@ -408,5 +410,26 @@ def test_a_collection_that_fails_anywhere_is_finished_by_the_next() -> None:
             await gather(store)
             assert await data_of(store) == expected
             assert await damage_in(store) == []
+
+    run(main())
+
+
+def test_a_collection_tells_what_it_leaves_in_bytes() -> None:
+    async def main() -> None:
+        store, metrics = memory_store({}), Metrics()
+        saved = await save_steps(store, (10, 20, 30, 40))
+        await put_hold(store, saved[0].id, "person", "")
+        done = await gather(store, readback=ReadBack("ab", metrics))
+        assert done == [("1.20", "retire")]
+
+        def told(name: str, **labels: str) -> float | None:
+            return metrics.registry.get_sample_value(f"ckptmgr_{name}", {"job": "ab", **labels})
+
+        held, _, older, newest = (one.decision.stored_bytes for one in saved)
+        assert told("store_bytes", state="verified") == newest, "it stands in for the retired one"
+        assert told("store_bytes", state="committed") == held + older
+        assert told("pinned_bytes") == held
+        metrics.close_job("ab")
+        assert told("store_bytes", state="verified") is None
 
     run(main())

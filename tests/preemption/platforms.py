@@ -301,6 +301,9 @@ def by_kubelet(job: Job, chance: random.Random) -> None:
             owed = job.settle()
             assert stopping.wait(60) == 0
         assert sidecar.end() == 0
+    told = len(job.events("preempted"))
+    assert len(job.events("preemption_saved")) == told, "a daemon that ends has judged them all"
+    job.facts["told and saved"] += told
     assert job.latest() >= owed, "the sidecar has drained before it ended"
     forget_memory(job)
 

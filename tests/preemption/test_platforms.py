@@ -45,10 +45,22 @@ def preempted(job: Job, end: Callable[..., None], *more: Any) -> None:
             assert job.facts[f"hung: {kind}"] > 0
 
 
+def await_judged(job: Job) -> tuple[int, int, int]:
+    """Preemptions that the daemons were told of, saved and not, once there is a verdict on each."""
+
+    def judged() -> tuple[int, int, int] | None:
+        names = "preempted", "preemption_saved", "preemption_unsaved"
+        told, saved, lost = (len(job.events(name)) for name in names)
+        return (told, saved, lost) if told == saved + lost else None
+
+    found: tuple[int, int, int] = until(judged, "a verdict on every preemption")
+    print(f"preemptions told of, saved, lost: {found}")
+    return found
+
+
 def test_torchrun(job: Job) -> None:
     preempted(job, by_torchrun)
-    told = len(job.events("preempted"))
-    until(lambda: len(job.events("preemption_saved")) == told, f"all {told} are counted as saved")
+    assert await_judged(job)[2] == 0
 
 
 def test_slurm(job: Job, tmp_path: Path) -> None:
@@ -98,3 +110,4 @@ def test_hai(pods: tuple[Job, Flag]) -> None:
 
     job.start = start_on_nodes  # type: ignore[method-assign]
     preempted(job, by_hai, flag)
+    await_judged(job)  # lost is what the other rank had not sealed yet

@@ -82,19 +82,25 @@ def program(path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rank", "number", "asked"),
-    [(0, signal.SIGUSR1, "requeue 12"), (1, signal.SIGUSR1, ""), (0, signal.SIGTERM, "")],
+    ("rank", "numbers", "asked"),
+    [
+        (0, [signal.SIGUSR1], "requeue 12"),
+        (1, [signal.SIGUSR1], ""),
+        (0, [signal.SIGTERM], ""),
+        (0, [signal.SIGUSR1, signal.SIGTERM], "requeue 12"),  # committed only after the limit
+    ],
 )
-def test_only_rank_0_queues_again_and_only_before_the_limit(
-    programs: Path, tmp_path: Path, rank: int, number: int, asked: str
+def test_only_rank_0_queues_again_and_only_when_warned_of_the_limit(
+    programs: Path, tmp_path: Path, rank: int, numbers: list[signal.Signals], asked: str
 ) -> None:
     program(programs / "scontrol", f'echo "$@" >> {tmp_path}/asked')
-    heard = threading.Event()
+    heard: list[str] = []
     source = JobSource(requeue=True, environment={"SLURM_JOB_ID": "12"})
-    source.listen(lambda _: heard.set(), rank)
+    source.listen(lambda notice: heard.append(notice.why), rank)
     try:
-        os.kill(os.getpid(), number)
-        assert heard.wait(PATIENCE_SECONDS)
+        for number in numbers:
+            os.kill(os.getpid(), number)
+            until(lambda name=number.name: name in heard, f"{number.name} is heard")
         source.committed(700)
     finally:
         source.close()

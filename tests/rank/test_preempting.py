@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ from training import committed
 import ckptmgr
 from ckptmgr.errors import UsageError
 from ckptmgr.preemption import Announced
-from ckptmgr.staging.control import Done, Preempt, Stated, Status
+from ckptmgr.staging.control import Stated, Status
 from ckptmgr.staging.launch import connect
-from driven import PATIENCE_SECONDS, Daemon, Rank, events_of, until
-from rigged import Rig
+from driven import PATIENCE_SECONDS, Daemon, events_of, until
+from preemption.counted import counted
 
 
 class Heard(Announced):
@@ -33,20 +32,6 @@ class Heard(Announced):
     def committed(self, step: int) -> None:
         self.told.append(("committed", step))
         self.answered.set()
-
-
-def counted(runtime: Path) -> dict[str, float]:
-    """The counters of preemption, over all jobs."""
-    with connect(runtime) as client:
-        port = client.ask(Status(), Stated).state["metrics_port"]
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as reply:
-        lines = reply.read().decode().splitlines()
-    found = {"signals": 0.0, "saves": 0.0}
-    for line in lines:
-        for name in found:
-            if line.startswith(f"ckptmgr_preemption_{name}_total{{"):
-                found[name] += float(line.rpartition(" ")[2])
-    return found
 
 
 def events(runtime: Path, name: str) -> list[dict[str, Any]]:
@@ -102,34 +87,17 @@ def test_a_loop_that_hangs_costs_only_what_came_after_the_last_snapshot(
     assert committed(store_url) == ["1.5"]
 
 
-def test_a_dead_trainers_last_snapshot_counts_when_it_is_committed(
-    runtime: Path, tmp_path: Path
-) -> None:
-    rig = Rig(tmp_path)
-    rig.obey(("put_new", "data/", "hold"))
-    with Daemon(runtime, environment=rig.environment()) as daemon:
-        with Rank(runtime, rig.url) as rank:
-            rank.save(3)
-            rank.link.ask(Preempt("test", "preempted", 1.0), Done)
-            until(lambda: rig.asked("put_new", "data/"), "it is being written")
-        daemon.await_event("preempted")
-        assert counted(runtime) == {"signals": 1, "saves": 0}
-        rig.obey()
-        until(lambda: counted(runtime) == {"signals": 1, "saves": 1}, "saved by the daemon")
-        assert daemon.await_event("preemption_saved")["step"] == "1.3"
-
-
-def test_a_trainer_that_had_sealed_nothing_saves_nothing(runtime: Path, store_url: str) -> None:
+def test_a_daemon_that_does_not_answer_holds_up_no_source(runtime: Path, store_url: str) -> None:
+    source = Heard()
+    state = {"x": torch.ones(3)}
     with Daemon(runtime) as daemon:
-        with Rank(runtime, store_url) as rank:
-            rank.link.ask(Preempt("test", "preempted", 0.0), Done)
-        with Rank(runtime, store_url) as rank:
-            rank.save(1)
-            rank.wait(1)
-            rank.link.ask(Preempt("test", "preempted", 0.0), Done)
+        with ckptmgr.Checkpointer(store_url, state, every=None, preemption=source) as ckpt:
+            ckpt.save(1).committed(PATIENCE_SECONDS)
+            with daemon.stopped():
+                source.announce("suspended", 1.0)
+                assert source.answered.wait(PATIENCE_SECONDS), "what is committed stands in memory"
+            assert source.told == [("sealed", 1), ("committed", 1)]
         daemon.await_event("preemption_saved")
-        until(lambda: counted(runtime) == {"signals": 2, "saves": 1}, "a mismatch is to be seen")
-        assert daemon.end() == 0
 
 
 def test_a_source_that_can_not_listen_leaves_nothing_behind(runtime: Path, store_url: str) -> None:

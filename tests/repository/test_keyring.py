@@ -55,6 +55,19 @@ def test_a_systemd_credential_is_a_key_file(tmp_path: Path) -> None:
     assert found.encrypting == Key.of(bytes.fromhex(SECRET))
 
 
+def test_credentials_that_can_not_be_looked_at_are_not_taken_for_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container where systemd can not hand them to the user of the unit."""
+
+    def denied(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", denied)
+    with pytest.raises(UsageError, match=r"ckptmgr\.key: can not be read: Permission denied"):
+        load_keyring({"CREDENTIALS_DIRECTORY": str(tmp_path)})
+
+
 def test_a_command_prints_what_a_key_file_holds(tmp_path: Path) -> None:
     script = tmp_path / "vault.py"
     script.write_text(f"print({SECRET!r})")

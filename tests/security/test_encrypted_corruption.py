@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from ckptmgr.repository.keyring import Keyring
+from ckptmgr.repository.catalog import Catalog
+from ckptmgr.repository.keyring import NO_KEYS, Keyring
+from ckptmgr.restore.check import verify_store
 from ckptmgr.types import PAGE_BYTES
 from crash.damaged import KINDS, Rig, make_cheap, run_at_once
 from scale import scaled
@@ -51,6 +53,29 @@ def test_the_store_is_whole_before_anything_is_damaged(rig: Rig) -> None:
     assert run_at_once(rig.verify()) == []
     assert run_at_once(rig.restore()) == str(rig.newest.id)
     assert isinstance(rig.keyring, Keyring)
+
+
+@pytest.mark.parametrize(
+    ("keyring", "quick", "not_checked"),
+    [
+        (BOTH, False, []),
+        (BOTH, True, ["hashes", "authentic", "decoded"]),
+        (NO_KEYS, False, ["authentic", "decoded"]),
+    ],
+)
+def test_verify_says_what_it_does_not_check(
+    rig: Rig, keyring: Keyring, quick: bool, not_checked: list[str]
+) -> None:
+    catalog = Catalog(rig.store, keyring)
+    reports = run_at_once(
+        verify_store(catalog, None, every=True, quick=quick, progress=lambda _: None)
+    )
+    steps = [report for report in reports if report["committed"]]
+    assert steps
+    for report in steps:
+        assert not report["damage"]
+        assert report["key"] == next(iter(RING.known))
+        assert report["not_checked"] == not_checked
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,6 +13,7 @@ import pytest
 from asking import load
 from called import call
 from ckptmgr.errors import WrongKeyError
+from ckptmgr.present import status_lines
 from ckptmgr.repository.keyring import KEY_FILE, SIGN_KEY_FILE, VERIFY_KEYS
 from ckptmgr.staging.control import Load
 from ckptmgr.staging.launch import connect
@@ -67,7 +68,11 @@ def test_save_mirror_retire_restore_load_and_the_commands(
     with Daemon(runtime) as daemon, Rank(runtime, store_url, keep=2) as rank:
         save(rank, 1, 2, 3)
         assert daemon.await_event("retired")["step"] == "1.1"
-        until((place / "commit/00000001/000000000003").exists, "the mirror follows")
+        for step in (2, 3):  # the newest goes first
+            until((place / f"commit/00000001/{step:012d}").exists, "the mirror follows")
+        state = daemon.status()
+    assert state["jobs"][0]["key"] == OURS.id
+    assert any(f"encrypted with key {OURS.id}" in line for line in status_lines(state))
     assert daemon.events("verified")
     packs = sorted(path.relative_to(store) for path in (store / "data").rglob("*.pack"))
     assert all((place / one).read_bytes() == (store / one).read_bytes() for one in packs)
@@ -80,7 +85,9 @@ def test_save_mirror_retire_restore_load_and_the_commands(
         with connect(runtime) as client:
             assert load(client, Load(store_url, step=2), PATIENCE_SECONDS).step == 2
     monkeypatch.delenv("CKPTMGR_MIRROR")
-    assert call("verify", store_url, "--all").status == 0
+    found = call("verify", store_url, "--all")
+    assert found.status == 0
+    assert "not checked" not in found.out
     assert call("ls", store_url, "--json").document[0]["tags"] == {"attempt": 1, "step": 3}
     assert call("restore", store_url, "--to", tmp_path / "out").status == 0
     assert blocks_in(tmp_path / "out") > 0
@@ -98,6 +105,10 @@ def without_a_key(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert refused.status == 2
     assert f"was encrypted with key {OURS.id}, given {OTHER.id}" in refused.err
     monkeypatch.delenv(KEY_FILE)
+    found = call("verify", url, "--all")
+    assert found.status == 0
+    assert found.out.count("not checked") == 1, "once for all steps"
+    assert f"not checked in what key {OURS.id} encrypts: that they were encrypted" in found.out
     assert call("ls", url, "--json").document[0]["tags"] == {}
     assert call("gc", url, "--keep", "2", "--json").status == 0
 

@@ -104,6 +104,11 @@ def test_a_job_that_goes_well(runtime: Path, rig: Rig) -> None:
         deleted = sum(event["bytes"] for event in daemon.events("retired"))
         seen.reaches(deleted, "gc_deleted_bytes_total")
         assert deleted > 2 << 20
+        left = sum(event["stored_bytes"] for event in daemon.events("committed")[-2:])
+        until(lambda: seen.of_job("store_bytes") == left, "the newest two are left")
+        assert seen.of_job("store_bytes", state="verified") > 1 << 20
+        assert seen.of_job("pinned_bytes") == 0
+        assert seen.of_job("d2h_bytes_total") == 4 << 20
         assert seen.of_job("last_verified_timestamp_seconds") > awaited
         puts = rig.asked("put_new", "")
         assert 0 < seen.of_job("store_op_seconds_count", op="put_new") <= puts
@@ -131,6 +136,7 @@ def test_a_store_that_fails_and_snapshots_that_wait(
             seen.reaches(2, "queue_snapshots")
             rank.save(4, waiting.slot)
             seen.reaches(1, "dropped_snapshots_total")
+            assert seen.of_job("d2h_bytes_total") == 4 << 20, "what was dropped had been copied"
             failed = {"op": "put_new", "class": "StoreUnreachableError"}
             until(lambda: seen.of_job("store_errors_total", **failed) >= 3, "it failed three times")
             until(
@@ -181,6 +187,7 @@ def test_a_daemon_that_was_killed_and_one_that_was_not(runtime: Path, rig: Rig) 
         assert second.await_event("killed_before")["code"] == "CKM1003"
         seen = Scraped(second)
         assert seen.value("started_after_kill") == 1
+        assert not seen.value("d2h_bytes_total"), "what it adopts was counted by the one before"
         assert seen.value("adopted_snapshots") == 1
         second.end()
     with Daemon(runtime) as third:

@@ -50,6 +50,8 @@ mkdir run/old
 pivot_root . run/old
 umount -l /run/old
 rmdir /run/old
+# As on every host: credentials are mounted by a child of PID 1 in a namespace of its own.
+mount --make-rshared /
 exec env -i container=unshare PATH=/usr/sbin:/usr/bin:/sbin:/bin \
     /lib/systemd/systemd --unit=test.target --log-target=console --log-level=notice --show-status=no
 ' boot "$@"

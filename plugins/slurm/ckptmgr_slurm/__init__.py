@@ -28,8 +28,9 @@ class JobSource(Signals):
     """SIGUSR1 before the time limit, SIGTERM at a preemption, a cancellation or the limit itself.
 
     SIGCONT, which Slurm sends before SIGTERM, needs no answer. After SIGUSR1 nobody queues the job
-    again: with `requeue`, rank 0 does so once the last step is committed. After SIGTERM Slurm does
-    it, if it was a preemption, or somebody has cancelled the job and does not want it back.
+    again: with `requeue`, rank 0 does so once the last step is committed, also if that is after the
+    SIGTERM of the limit. After SIGTERM alone Slurm does it, if it was a preemption, or somebody has
+    cancelled the job and does not want it back.
 
     Args:
         requeue: ask `scontrol requeue` after SIGUSR1; None is CKPTMGR_SLURM_REQUEUE=1.
@@ -46,14 +47,15 @@ class JobSource(Signals):
         wanted = self._environment.get(REQUEUE_VARIABLE) == "1"
         self._requeue = wanted if requeue is None else requeue
         self._leads = False
-        self._why = ""
+        self._warned = False
 
     def listen(self, told: Told, rank: int) -> None:
         """As promised by Source."""
         self._leads = rank == 0
 
         def heard(notice: Notice) -> None:
-            self._why = notice.why
+            # It stands though SIGTERM follows before the last commit: the job is at its limit.
+            self._warned |= notice.why == LIMIT_SIGNAL.name
             told(notice)
 
         super().listen(heard, rank)
@@ -68,7 +70,7 @@ class JobSource(Signals):
     def committed(self, step: int) -> None:  # noqa: ARG002
         """As promised by Source: the job may end now, and come back."""
         job = self._environment.get("SLURM_JOB_ID", "")
-        if self._requeue and self._leads and job and self._why == LIMIT_SIGNAL.name:
+        if self._requeue and self._leads and job and self._warned:
             subprocess.run(
                 ["scontrol", "requeue", job],  # noqa: S607 - where it is, the site knows
                 check=False,  # it says itself why not, to the job's output

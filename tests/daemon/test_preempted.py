@@ -1,0 +1,107 @@
+"""What the daemon makes of a preemption that it is told of: counted as saved, or told as not."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from ckptmgr.daemon.preempted import Verdict, verdict
+from ckptmgr.repository.commit import abort_step
+from ckptmgr.staging.control import Done, Preempt
+from ckptmgr.store.registry import open_store
+from ckptmgr.types import Outcome, StepId
+from driven import Daemon, Rank, until
+from preemption.counted import counted
+from rigged import Rig
+
+
+def test_a_dead_trainers_last_snapshot_counts_when_it_is_committed(
+    runtime: Path, tmp_path: Path
+) -> None:
+    rig = Rig(tmp_path)
+    rig.obey(("put_new", "data/", "hold"))
+    with Daemon(runtime, environment=rig.environment()) as daemon:
+        with Rank(runtime, rig.url) as rank:
+            rank.save(3)
+            rank.link.ask(Preempt("test", "preempted", 1.0), Done)
+            until(lambda: rig.asked("put_new", "data/"), "it is being written")
+        daemon.await_event("preempted")
+        assert counted(runtime) == {"signals": 1, "saves": 0}
+        rig.obey()
+        until(lambda: counted(runtime) == {"signals": 1, "saves": 1}, "saved by the daemon")
+        assert daemon.await_event("preemption_saved")["step"] == "1.3"
+
+
+def test_a_trainer_that_had_sealed_nothing_has_nothing_to_lose(
+    runtime: Path, store_url: str
+) -> None:
+    """It hangs before its first snapshot: whether it began from scratch or from an older step."""
+    with Daemon(runtime) as daemon:
+        with Rank(runtime, store_url) as rank:
+            rank.link.ask(Preempt("test", "preempted", 0.0), Done)
+            assert counted(runtime) == {"signals": 1, "saves": 0}, "it may still seal something"
+        assert daemon.await_event("preemption_saved")["step"] == ""
+        with Rank(runtime, store_url) as rank:
+            rank.save(1)
+            rank.wait(1)
+        with Rank(runtime, store_url) as rank:
+            rank.restore()
+            rank.link.ask(Preempt("test", "preempted", 0.0), Done)
+        until(lambda: counted(runtime) == {"signals": 2, "saves": 2}, "nothing is lost")
+        assert not daemon.events("preemption_unsaved")
+        assert daemon.end() == 0
+
+
+def test_a_dead_trainers_last_snapshot_that_is_given_up_is_told(
+    runtime: Path, tmp_path: Path
+) -> None:
+    rig = Rig(tmp_path)
+    rig.obey(("put_new", "data/", "hold"))
+    with Daemon(runtime, environment=rig.environment()) as daemon:
+        with Rank(runtime, rig.url) as rank:
+            rank.save(3)
+            rank.link.ask(Preempt("test", "preempted", 1.0), Done)
+            until(lambda: rig.asked("put_new", "data/"), "it is being written")
+            asyncio.run(abort_step(open_store(rig.file_url), StepId(1, 3), "by the test"))
+        rig.obey()
+        told = daemon.await_event("preemption_unsaved")
+        assert (told["step"], told["why"]) == ("1.3", "by the test")
+        assert counted(runtime) == {"signals": 1, "saves": 0}
+
+
+def test_a_daemon_that_ends_counts_what_it_has_just_finished(runtime: Path, store_url: str) -> None:
+    with Daemon(runtime) as daemon:
+        with Rank(runtime, store_url) as rank:
+            rank.save(1)
+            rank.wait(1)
+            rank.link.ask(Preempt("test", "preempted", 0.0), Done)
+        assert daemon.end() == 0
+        (saved,) = daemon.events("preemption_saved")
+        assert saved["step"] == "1.1"
+
+
+COMMITTED, ABORTED = (Outcome.COMMITTED, ""), (Outcome.ABORTED, "why")
+OPEN = (Outcome.UNDECIDED, "")
+
+
+@pytest.mark.parametrize(
+    ("sealed", "before", "gone", "expected"),
+    [
+        ({}, -1, False, None),
+        ({}, -1, True, Verdict(saved=True)),
+        ({5: COMMITTED}, 5, False, None),  # the loop may still come to a step
+        ({5: COMMITTED}, 5, True, Verdict(saved=True, step=5)),
+        ({5: COMMITTED, 7: COMMITTED}, 5, False, Verdict(saved=True, step=7)),
+        ({5: COMMITTED, 7: OPEN}, 5, True, None),
+        ({5: COMMITTED, 7: (Outcome.SPOOLED, "")}, 5, True, None),
+        ({5: ABORTED, 7: COMMITTED}, 5, True, Verdict(saved=True, step=7)),  # given up for it
+        ({5: COMMITTED, 7: ABORTED}, 5, False, None),
+        ({5: COMMITTED, 7: ABORTED}, 5, True, Verdict(saved=False, step=7, why="why")),
+    ],
+)
+def test_the_verdict_on_a_preemption(
+    sealed: dict[int, tuple[Outcome, str]], before: int, gone: bool, expected: Verdict | None
+) -> None:
+    assert verdict(sealed, before, gone=gone) == expected
