@@ -7,6 +7,7 @@ import secrets
 import shutil
 import subprocess
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,25 @@ from processes import end_processes_of
 # How long an example takes says how busy the machine is.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where tests are shared out to several processes, each begins with its part of the long ones:
+    at the end of the run only short ones are left to take over.
+    """
+    workers: int = getattr(config, "workerinput", {}).get("workercount", 1)
+    modules: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("reliability"):
+            modules.setdefault(item.path, []).append(item)
+    long = list(modules.values())
+    short = [item for item in items if not item.get_closest_marker("reliability")]
+    shared = []
+    for worker in range(workers):
+        share = slice(worker * len(short) // workers, (worker + 1) * len(short) // workers)
+        shared += [*chain.from_iterable(long[worker::workers]), *short[share]]
+    items[:] = shared if workers > 1 else items
 
 
 @pytest.fixture(autouse=True, scope="session")
