@@ -23,7 +23,6 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import compress
 from types import FrameType
 
 import torch
@@ -31,14 +30,17 @@ from torch import Tensor
 
 from ckptmgr.bucket import Bucket
 from ckptmgr.errors import CkptmgrError, TornSnapshotError
-from ckptmgr.rank.pieces import Pair, paced
+from ckptmgr.rank.pieces import Pair, paced, shares
 from ckptmgr.rank.tensors import carried
 
 LOOK_SECONDS_MIN, LOOK_SECONDS_MAX = 0.001, 0.05
 """Pause between two looks at the training thread: from a small operation to a long backward."""
 
-PARALLEL_BYTES_MIN = 64 << 20
-"""Leaves from this size on are worth torch's threads: 8 ms of copying against one wait for them."""
+SHARE_BYTES_MIN = 8 << 20
+"""What one more thread must have to copy: 1 ms, for one wait of 0.1 ms."""
+
+SHARES_MAX = 8
+"""Threads that copy; on more cores than that it is the memory that is waited for."""
 
 LEAVES_NAMED_MAX = 5
 
@@ -186,8 +188,7 @@ class Job:
             there = [pair for pair in pairs if pair[1].device == device]
             with torch.cuda.stream(stream):
                 start_copy([target for target, _ in there], [source for _, source in there])
-        here = [pair for pair in pairs if pair[1].device not in self.streams]
-        copy_tensors([target for target, _ in here], [source for _, source in here])
+        _copy_pairs([pair for pair in pairs if pair[1].device not in self.streams])
 
     def _wait_until_quiet(self, turn: Turn) -> None:
         """Wait until every write that may have met the copy has ended, and is counted."""
@@ -221,10 +222,10 @@ def _place(thread: int) -> tuple[FrameType, int] | None:
 
 @dataclass(slots=True)
 class Errand:
-    """Leaves that are copied while the training thread waits."""
+    """Leaves that are copied while the training thread waits, on the cores that it leaves alone."""
 
-    targets: list[Tensor]
-    sources: list[Tensor]
+    pairs: list[Pair]
+    cores: int = field(default_factory=torch.get_num_threads)
     failure: Exception | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -233,7 +234,9 @@ class Errand:
     def run(self, turn: Turn) -> None:
         """Copy; a failure is for the thread that waits."""
         try:
-            start_copy(self.targets, self.sources)
+            nbytes = sum(target.nbytes for target, _ in self.pairs)
+            count = min(self.cores, SHARES_MAX, nbytes // SHARE_BYTES_MIN)
+            turn.lane.copy(shares(self.pairs, count) if count > 1 else [self.pairs])
             self.failure = None
         except Exception as failure:  # noqa: BLE001 - raised in the thread that waits
             self.failure = failure
@@ -250,8 +253,10 @@ class Lane:
     that runs (Python 3.11). The thread itself says when it ends; a forked child has none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, torch_threads: int = 0) -> None:
         self.jobs: queue.SimpleQueue[tuple[Turn, Job | Errand] | None] = queue.SimpleQueue()
+        self._torch_threads = torch_threads
+        self._helpers: list[Lane] = []
         self._process = os.getpid()
         self._started = self._leaving = False
         self._ended = Latch()
@@ -289,9 +294,48 @@ class Lane:
         if self._started and self._process == os.getpid():
             self._thread.join(JOIN_SECONDS_MAX)
 
+    def copy(self, lists: list[list[Pair]]) -> None:
+        """Copy all lists, each in a thread of its own where there can be one; called by work that
+        this thread runs. Nothing is written to any more when it returns.
+        """
+        own, *others = lists
+        self._helpers = [helper for helper in self._helpers if helper.takes]
+        handed = []
+        for at, pairs in enumerate(others):
+            errand = Errand(pairs, cores=1)
+            turn = self._hand_to_helper(at, errand)
+            if turn is None:
+                own = own + pairs
+            else:
+                handed.append((turn, errand))
+        try:
+            _copy_pairs(own)
+        finally:
+            for turn, _ in handed:
+                while turn.at_work:
+                    turn.ended.wait(LOOK_SECONDS_MAX)
+        for _, errand in handed:
+            if errand.failure is not None:
+                raise errand.failure
+
+    def _hand_to_helper(self, at: int, errand: Errand) -> Turn | None:
+        """Hand it to the thread of this number; None if no thread can be started."""
+        if at >= len(self._helpers):
+            helper = Lane(self._torch_threads)
+            try:
+                helper.start()
+            except RuntimeError:
+                return None
+            self._helpers.append(helper)
+        turn = Turn(self._helpers[min(at, len(self._helpers) - 1)])
+        turn.lane.jobs.put((turn, errand))
+        turn.handed = True
+        return turn
+
     def _serve(self) -> None:
         try:
-            _use_one_core()
+            self._torch_threads = self._torch_threads or torch.get_num_threads()
+            _use_one_core(self._torch_threads)
             while (given := self.jobs.get()) is not None:
                 turn, work = given
                 turn.running = True
@@ -306,16 +350,20 @@ class Lane:
                     turn.judged.set()
                     turn.ended.set()
         finally:
+            for helper in self._helpers:
+                helper.leave()
+                helper.join()
             self._ended.set()
 
 
 class CopyThread:
-    """One thread that runs one job at a time, on one core; started with the first.
+    """One thread that runs one job at a time; started with the first.
 
     PyTorch splits a copy of more than 128 KiB over its threads and waits for the last of them. With
     more runnable threads than cores (data loaders) each wait costs a turn of the scheduler: 5,000
-    copies of 200 KiB took 3.1 s instead of 0.3 s, with four times more threads than cores. On one
-    core they take about 1.3 times as long as one memcpy of the same bytes.
+    copies of 200 KiB took 3.1 s instead of 0.3 s, with four times more threads than cores. So every
+    thread that copies does it on one core. While training goes on that is this one; while training
+    waits, the leaves are shared out to as many as it has cores, with one wait for all of them.
 
     A signal handler may raise between any two instructions of the training thread. Every method may
     be left like that; `settle`, `drain` and `close` work afterwards, and may be called again.
@@ -329,18 +377,19 @@ class CopyThread:
     def copy(self, targets: list[Tensor], sources: list[Tensor]) -> None:
         """Copy tensors and wait for it; what was handed over before must be drained.
 
-        Small ones in host memory go to the thread; this one copies the others meanwhile.
+        Those in host memory go to the thread; this one copies the others meanwhile.
 
         Raises:
             CkptmgrError: the copying thread could not run.
         """
-        errand, targets, sources = _divide(targets, sources)
-        if not errand.targets:
-            copy_tensors(targets, sources)
-            return
-        self._hand_over(errand)
-        copy_tensors(targets, sources)
+        pairs = list(zip(targets, sources, strict=True))
+        errand = Errand([pair for pair in pairs if pair[1].is_cpu])
+        if errand.pairs:
+            self._hand_over(errand)
+        _copy_pairs([pair for pair in pairs if not pair[1].is_cpu])
         self.drain()
+        if not errand.pairs:
+            return
         if errand.failure is not None:
             raise errand.failure
 
@@ -408,29 +457,17 @@ class CopyThread:
         self._lane = None
 
 
-def _divide(
-    targets: list[Tensor], sources: list[Tensor]
-) -> tuple[Errand, list[Tensor], list[Tensor]]:
-    """What the copying thread does, and targets and sources of what is left."""
-    small = [
-        source.is_cpu and target.nbytes < PARALLEL_BYTES_MIN
-        for target, source in zip(targets, sources, strict=True)
-    ]
-    if all(small):
-        return Errand(targets, sources), [], []
-    large = [not is_small for is_small in small]
-    errand = Errand(list(compress(targets, small)), list(compress(sources, small)))
-    return errand, list(compress(targets, large)), list(compress(sources, large))
+def _copy_pairs(pairs: list[Pair]) -> None:
+    copy_tensors([target for target, _ in pairs], [source for _, source in pairs])
 
 
-def _use_one_core() -> None:
+def _use_one_core(others: int) -> None:
     """Let torch copy in the calling thread alone, and leave all other threads as they are.
 
     The number is kept per thread, but setting it also sets what new threads begin with; a thread
-    that only lives for that puts it back.
+    that only lives for that puts it back to what it was for the `others`.
     """
-    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    restorer = threading.Thread(target=torch.set_num_threads, args=(before,))
+    restorer = threading.Thread(target=torch.set_num_threads, args=(others,))
     restorer.start()
     restorer.join()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Iterator
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import torch
@@ -50,6 +52,16 @@ def pieces(pairs: list[Pair]) -> Iterator[list[Pair]]:
             size += part[1].nbytes
     if piece:
         yield piece
+
+
+def shares(pairs: list[Pair], count: int) -> list[list[Pair]]:
+    """The same bytes in at most `count` lists of about as many each; large tensors are cut."""
+    parts: list[Pair] = []
+    for pair in pairs:
+        parts += [pair] if pair[0].nbytes <= PIECE_BYTES else _parts(pair)
+    ends = list(accumulate(target.nbytes for target, _ in parts))
+    cuts = [bisect_left(ends, ends[-1] * at // count) for at in range(count)] + [len(parts)]
+    return [parts[start:stop] for start, stop in pairwise(cuts) if start < stop]
 
 
 def _parts(pair: Pair) -> Iterator[Pair]:

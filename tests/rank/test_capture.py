@@ -6,7 +6,7 @@ import gc
 import os
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from ckptmgr.errors import TornSnapshotError, UnsupportedLeafError, UsageError
-from ckptmgr.rank import overlap
+from ckptmgr.errors import CkptmgrError, TornSnapshotError, UnsupportedLeafError, UsageError
+from ckptmgr.rank import overlap, pieces
 from ckptmgr.rank.capture import Capture, Copy, Prepared
 from ckptmgr.rank.place import Saved, rebuild
 from ckptmgr.types import PAGE_BYTES
@@ -232,18 +232,81 @@ def test_copying_on_one_core_leaves_the_threads_of_training_alone() -> None:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("limit", [0, 400, 1 << 40])
-def test_large_leaves_are_copied_beside_the_small_ones(
-    monkeypatch: pytest.MonkeyPatch, limit: int
+def copying_threads() -> int:
+    return sum(thread.name == "ckptmgr-copy" for thread in threading.enumerate())
+
+
+@pytest.fixture
+def three_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Leaves of some bytes are worth to be shared out to three threads, and to be cut."""
+    monkeypatch.setattr(overlap, "SHARE_BYTES_MIN", 200)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 300)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("three_cores")
+@pytest.mark.parametrize("shapes", [[(at * 7,) for at in range(30)], [(40, 9), (0,)], [(3,)]])
+def test_while_training_waits_leaves_are_shared_out_to_its_cores(
+    shapes: list[tuple[int, ...]],
 ) -> None:
-    monkeypatch.setattr(overlap, "PARALLEL_BYTES_MIN", limit)
+    state = {f"x{at}": torch.randn(shape) for at, shape in enumerate(shapes)}
+    state["turned"] = torch.randn(5, 6).t()
+    capture = Capture(state, rng=False)
+    prepared = capture.prepare()
+    nbytes = prepared.data_bytes
+    for _ in range(2):
+        data = memoryview(bytearray(nbytes))
+        assert copied(capture, prepared, data) == [None]
+        found = rebuild(Saved(prepared.layout, prepared.values, data))
+        assert difference(state, found) == ""
+    leaves = sum(leaf.nbytes for leaf in prepared.layout.leaves)
+    assert copying_threads() == max(1, min(3, leaves // 200))
+    assert torch.get_num_threads() == 3
+    capture.close()
+    assert copying_threads() == 0
+
+
+@pytest.mark.usefixtures("three_cores")
+def test_a_copy_that_gets_no_more_threads_is_made_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = overlap.Lane.start
+
+    def refuse(lane: overlap.Lane) -> None:
+        if threading.current_thread().name == "ckptmgr-copy":
+            raise RuntimeError("can't start new thread")
+        start(lane)
+
+    monkeypatch.setattr(overlap.Lane, "start", refuse)
     state = {f"x{at}": torch.randn(at * 7) for at in range(30)}
     capture = Capture(state, rng=False)
     prepared = capture.prepare()
     data = memoryview(bytearray(prepared.data_bytes))
     assert copied(capture, prepared, data) == [None]
-    found = rebuild(Saved(prepared.layout, prepared.values, data))
-    assert difference(state, found) == ""
+    assert difference(state, rebuild(Saved(prepared.layout, prepared.values, data))) == ""
+    assert copying_threads() == 1
+    capture.close()
+
+
+@pytest.mark.usefixtures("three_cores")
+def test_what_one_thread_can_not_copy_fails_the_whole_copy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    copy, threads = overlap.copy_tensors, []
+
+    def fail(*both: Any) -> None:
+        threads.append(threading.get_ident())
+        if len(threads) == 2:
+            raise CkptmgrError("no", subject="x")
+        copy(*both)
+
+    monkeypatch.setattr(overlap, "copy_tensors", fail)
+    capture = Capture({f"x{at}": torch.randn(100) for at in range(9)}, rng=False)
+    prepared = capture.prepare()
+    told: list[BaseException | None] = []
+    capture.copy(prepared, memoryview(bytearray(prepared.data_bytes)), told.append)
+    assert [str(error) for error in told] == ["x: no"]
     capture.close()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ckptmgr.bucket import Bucket
 from ckptmgr.rank import pieces as module
 from ckptmgr.rank.capture import Capture
-from ckptmgr.rank.pieces import paced, pieces
+from ckptmgr.rank.pieces import paced, pieces, shares
 
 SHAPES = [(), (1,), (5000,), (7, 911), (911, 7), (3, 5, 70), (1, 1, 4000), (0, 3), (64, 64)]
 
@@ -45,6 +45,25 @@ def test_pieces_are_small_and_are_the_same_bytes(
     assert total == sum(source.nbytes for _, source in pairs)
     assert all(torch.equal(target, source) for target, source in pairs)
     assert [source._version for _, source in pairs] == versions, "a piece counted as a write"
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_shares_are_alike_and_are_the_same_bytes(
+    monkeypatch: pytest.MonkeyPatch, seed: int, count: int
+) -> None:
+    monkeypatch.setattr(module, "PIECE_BYTES", 1000)
+    pairs = some_pairs(seed)
+    total = sum(source.nbytes for _, source in pairs)
+    found = shares(pairs, count)
+    sizes = [sum(source.nbytes for _, source in share) for share in found]
+    assert len(found) <= count
+    assert sum(sizes) == total
+    assert all(abs(size - total / count) <= 1000 for size in sizes)
+    with torch.no_grad():
+        for target, source in (pair for share in found for pair in share):
+            target.copy_(source)
+    assert all(torch.equal(target, source) for target, source in pairs)
 
 
 class Training:
