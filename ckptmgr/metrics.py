@@ -289,6 +289,11 @@ class Metrics:
             "Sealed snapshots that this daemon found when it started.",
             registry=r,
         )
+        self.fdstore_recovered = Counter(
+            "ckptmgr_fdstore_recovered",
+            "Host buffers without a name that systemd kept for this daemon.",
+            registry=r,
+        )
         self.after_kill = Gauge(
             "ckptmgr_started_after_kill",
             "1 if the daemon before this one was killed, and did not end by itself.",

@@ -77,6 +77,7 @@ class _Listener(logging.Handler):
                 metrics.corruption.labels(job, "memory").inc()
             case "adopted":
                 metrics.adopted.inc(fields["snapshots"])
+                metrics.fdstore_recovered.inc(fields["unnamed"])
             case "killed_before":
                 metrics.after_kill.set(1)
             case "clock_jumped":

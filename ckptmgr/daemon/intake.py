@@ -275,7 +275,8 @@ class Intake:
             return []
         held.writer_alive = held.buffer.has_live_writer()
         self.held[held.buffer.id] = held
-        event("adopted", buffer=held.buffer.id, snapshots=len(held.snapshots()))
+        unnamed = is_unnamed(held.buffer.path)  # from systemd's descriptor store
+        event("adopted", buffer=held.buffer.id, snapshots=len(held.snapshots()), unnamed=unnamed)
         return [held]
 
     def _keep(self, buffer: HostBuffer) -> bool:

@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -221,6 +222,15 @@ def small(runtime: Path) -> Iterator[Path]:
         end_processes_of(path)
 
 
+def counted(daemon: Daemon, name: str) -> float:
+    """A metric without labels."""
+    port = daemon.status()["metrics_port"]
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as reply:
+        lines = reply.read().decode().splitlines()
+    (value,) = [line.partition(" ")[2] for line in lines if line.startswith(f"{name} ")]
+    return float(value)
+
+
 @pytest.mark.root
 def test_kept_memory_is_the_same_for_the_trainer_and_is_given_back(
     small: Path, rig: Rig, manager: Manager
@@ -240,7 +250,9 @@ def test_kept_memory_is_the_same_for_the_trainer_and_is_given_back(
         ((name, memory),) = manager.kept.items()
         assert name == f"buffer-{rank.buffer.id}"
         with started(small, rig, fd, memory, names=f"control:{name}", more=more) as second:
-            assert second.await_event("adopted")["snapshots"] == 2
+            adopted = second.await_event("adopted")
+            assert (adopted["snapshots"], adopted["unnamed"]) == (2, True)
+            assert counted(second, "ckptmgr_fdstore_recovered_total") == 1
             until(lambda: rank.link.rejoined, "the trainer has attached again")
             rig.obey()
             for step in (1, 2):

@@ -189,6 +189,7 @@ def test_a_daemon_that_was_killed_and_one_that_was_not(runtime: Path, rig: Rig) 
         assert seen.value("started_after_kill") == 1
         assert not seen.value("d2h_bytes_total"), "what it adopts was counted by the one before"
         assert seen.value("adopted_snapshots") == 1
+        assert seen.value("fdstore_recovered_total") == 0, "it is in /dev/shm"
         second.end()
     with Daemon(runtime) as third:
         assert Scraped(third).value("started_after_kill") == 0
