@@ -69,16 +69,17 @@ class Preemptions:
 
     def told(self, held: Held, job: str, attempt: int, nonce: str, request: Preempt) -> None:
         """A rank will be ended: count it, and see to it that what it has sealed is committed."""
-        self._metrics.preemption_signals.labels(job).inc()
-        event(
-            "preempted",
-            job=job,
-            attempt=attempt,
-            rank=held.binding.rank,
-            source=request.source,
-            seconds=request.seconds,
-            why=request.why,
-        )
+        if not request.again:
+            self._metrics.preemption_signals.labels(job).inc()
+            event(
+                "preempted",
+                job=job,
+                attempt=attempt,
+                rank=held.binding.rank,
+                source=request.source,
+                seconds=request.seconds,
+                why=request.why,
+            )
         held.wake.set()
         before = max(self._sealed(held, nonce), default=-1)
         told = _Told(held, job, attempt, nonce, before, time.monotonic())

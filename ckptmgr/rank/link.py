@@ -72,6 +72,7 @@ class Link:
             raise
         self.lost = False
         self.rejoined = 0
+        self._lasting: Message | None = None
         self._stop_populating = threading.Event()
         self._populating = self._populate()
         try:
@@ -233,12 +234,18 @@ class Link:
                 self._reconnect()
                 return self._client.ask(request, expect, timeout_seconds)
 
+    def ask_later_daemons(self, request: Message) -> None:
+        """Ask it, too, of each daemon that has to be attached to instead of this one."""
+        self._lasting = request
+
     def _reconnect(self) -> None:
         """Attach the buffer we have to whichever daemon there is now."""
         self._client.close()
         self._client, attached = self._join()
         self.rejoined += 1
         self.lost = not self.buffer.follow(Path(attached.path))
+        if self._lasting is not None:
+            self._client.ask(self._lasting, Done)
 
     def sealed(self) -> None:
         """Wake the daemon.

@@ -16,6 +16,8 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 
+from msgspec import structs
+
 from ckptmgr.errors import CkptmgrError
 from ckptmgr.preemption import Notice, Source
 from ckptmgr.rank.link import Link
@@ -129,6 +131,7 @@ class Preempting:
     def _tell_daemon(self, request: Preempt) -> None:
         try:
             self._link.ask(request, Done)
+            self._link.ask_later_daemons(structs.replace(request, again=True))
         except CkptmgrError as error:
             warnings.warn(
                 f"ckptmgr: preempted, and the daemon can not be told: {error}",

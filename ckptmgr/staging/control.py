@@ -174,13 +174,14 @@ class Waited(Message, frozen=True):
 
 
 class Preempt(Message, frozen=True):
-    """The trainer will be ended, in about `seconds` (0: not known). It is counted, and what is
-    sealed goes on its way without a pause.
+    """The trainer will be ended, in about `seconds` (0: not known). It is counted, unless a daemon
+    before this one has, and what is sealed goes on its way without a pause.
     """
 
     source: str
     why: str
     seconds: float
+    again: bool = False
 
 
 class Detach(Message, frozen=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,33 @@ def test_a_daemon_that_does_not_answer_holds_up_no_source(runtime: Path, store_u
                 assert source.answered.wait(PATIENCE_SECONDS), "what is committed stands in memory"
             assert source.told == [("sealed", 1), ("committed", 1)]
         daemon.await_event("preemption_saved")
+
+
+def threads() -> set[str]:
+    return {thread.name for thread in threading.enumerate()}
+
+
+def test_a_daemon_that_takes_over_counts_the_save_and_not_the_signal_again(
+    runtime: Path, store_url: str
+) -> None:
+    source = Heard()
+    state = {"x": torch.ones(3)}
+    with (
+        Daemon(runtime) as daemon,
+        ckptmgr.Checkpointer(store_url, state, every=None, preemption=source) as ckpt,
+    ):
+        source.announce("maintenance", 600)
+        daemon.await_event("preempted")
+        until(lambda: "ckptmgr preempted" not in threads(), "it has answered")
+        daemon.end(signal.SIGKILL)
+        daemon.await_event("attached", 2)  # to the one that the trainer has started
+        ckpt.step(1)
+        assert ckpt.preempted
+        assert source.answered.wait(PATIENCE_SECONDS)
+        until(lambda: counted(runtime) == {"signals": 0, "saves": 1}, "it was told, too")
+    assert len(events(runtime, "preempted")) == 1
+    (saved,) = events(runtime, "preemption_saved")
+    assert saved["step"] == "1.1"
 
 
 def test_a_source_that_can_not_listen_leaves_nothing_behind(runtime: Path, store_url: str) -> None:
