@@ -27,10 +27,12 @@ from ckptmgr.config import open_private_dir
 from ckptmgr.repository.catalog import Catalog
 from ckptmgr.store.local import LocalStore
 from driven import PYTHON_PATH, Daemon, events_of, until
+from nursery import Forked
 from processes import end_processes_of
-from rank.zygote import Child, Zygote
+from ranks import start_warm
 
 HERE = Path(__file__).parent
+PROGRAM = HERE / "preempted_job.py"
 LIFE_SECONDS = 0.8
 """Instants are within this time of a trainer's start: before it enters, while it restores, amid a
 snapshot, between two."""
@@ -51,14 +53,13 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 class Job:
     """The attempts of one job, one after the other, and what is known of them."""
 
-    zygote: Zygote
     place: Path
     runtimes: list[Path]
     facts: Counter[str] = field(default_factory=Counter)
     source: str = "signals"
     key: int = 0
     environment: dict[str, str] = field(default_factory=dict)
-    children: list[Child] = field(default_factory=list)
+    children: list[Forked] = field(default_factory=list)
     statuses: list[int] = field(default_factory=list)
     owed: Id = (0, 0)
     """The step that the attempts so far have sealed; the next one resumes from it, or a later."""
@@ -100,7 +101,7 @@ class Job:
                 **self.environment,
             }
             log = self.place / f"trainer{rank}.log"
-            self.children.append(self.zygote.fork(environment, log, asked))
+            self.children.append(start_warm(log, environment, PROGRAM, json.dumps(asked)))
         until(lambda: all(self.heard(rank) for rank in range(self.world)), "all ranks begin")
 
     def said(self, rank: int) -> Path:
@@ -115,7 +116,7 @@ class Job:
         """Wait until all ranks have restored, and look at what they got."""
 
         def all_have() -> bool:
-            gone = [child for child in self.children if child.ended()]
+            gone = [child for child in self.children if child.poll() is not None]
             assert not gone, (self.place / "trainer0.log").read_text()[-3000:]
             return all(self.heard(rank, "resumed") for rank in range(self.world))
 
@@ -134,19 +135,22 @@ class Job:
     def signal(self, number: int) -> None:
         """Every rank that lives."""
         for child in self.children:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(child.handle, number)
+            child.send_signal(number)
 
     def ended(self, seconds: float) -> bool:
         """Whether all ranks end within this time."""
         deadline = time.monotonic() + seconds
-        return all(child.ended(max(deadline - time.monotonic(), 0)) for child in self.children)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            for child in self.children:
+                child.wait(max(deadline - time.monotonic(), 0))
+            return True
+        return False
 
     def kill(self) -> None:
         """SIGKILL whoever lives, and see what has become of all."""
         for child in self.children:
             child.kill()
-        self.statuses = [self.zygote.status(child) for child in self.children]
+        self.statuses = [child.wait() for child in self.children]
 
     # -- what is owed ---------------------------------------------------------------------------
 

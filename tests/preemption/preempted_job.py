@@ -1,4 +1,4 @@
-"""One rank of a training that is preempted; forked by a zygote, it says in a file what it does.
+"""One rank of a training that is preempted; it says in a file what it does.
 
 Its state is a tensor that is full of the number of its step. It may hang before a step: in a real
 DataLoader whose worker never answers, in a lock of C, or in one that holds the interpreter as well.
@@ -144,10 +144,6 @@ def run(asked: dict[str, Any]) -> None:
             timeout=timedelta(seconds=120),
         )
     train(asked["url"], made(asked["source"], asked["key"]), asked["hang"], asked["at"], mouth)
-
-
-def warm() -> None:
-    """Import what is imported only when it is used."""
 
 
 if __name__ == "__main__":

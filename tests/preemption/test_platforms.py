@@ -20,7 +20,6 @@ from preemption.platforms import (
     by_torchrun,
     seeded,
 )
-from rank.zygote import Zygote
 from scale import FULL, scaled
 
 INSTANTS = scaled(3, 100)
@@ -88,12 +87,12 @@ def test_kubernetes(job: Job) -> None:
 
 
 @pytest.fixture
-def pods(runtime: Path, tmp_path: Path, trainers: Zygote) -> Iterator[tuple[Job, Flag]]:
+def pods(runtime: Path, tmp_path: Path) -> Iterator[tuple[Job, Flag]]:
     """A job of two ranks on two nodes; only the first sees the flag."""
     nodes = [runtime / "n0", runtime / "n1"]
     for node in nodes:
         node.mkdir(mode=0o700)
-    job = Job(trainers, tmp_path, nodes, source="hai", key=secrets.randbits(30) | 1)
+    job = Job(tmp_path, nodes, source="hai", key=secrets.randbits(30) | 1)
     flag = Flag(job.key)
     yield job, flag
     flag.remove()
