@@ -29,7 +29,7 @@ KINDS = ["one rank", "all ranks", "one daemon", "all daemons", "everything"]
 PLANS = {
     "ddp": (Plan("ddp", 2, 100), 7, 70),
     "fsdp2": (Plan("fsdp2", 2, 60), 5, 70),
-    "tp_fsdp2": (Plan("tp_fsdp2", 4, 50), 1, 60),
+    "tp_fsdp2": (Plan("tp_fsdp2", 4, 30), 1, 60),
     "pipeline": (Plan("pipeline", 2, 100), 7, 70),
     "ddp_eight": (Plan("ddp", 8, 24), 0, 20),
     "fsdp2_eight": (Plan("fsdp2", 8, 24), 0, 20),
