@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ckptmgr.rank.parts import FlatRun, dtensor_type, local_part
+from ckptmgr.rank.parts import PLAIN_TYPES, FlatRun, dtensor_type, local_part
 from ckptmgr.staging.boxes import Box, whole
 
 View = tuple[Box, Tensor]
@@ -21,17 +21,18 @@ def is_tensor(item: Any) -> bool:
 
 def views(item: Any, memory: Tensor | None = None) -> list[View]:
     """What this process holds of a tensor; or of another one that `memory` is the local part of."""
-    part = local_part(item) if type(item) in (FlatRun, dtensor_type()) else None
-    if part is None:
+    if not is_spread(item):
         local = item if memory is None else memory
         return [(whole(local.shape), local.detach())]
+    part = local_part(item)
     local = (part.tensor if memory is None else memory).detach()
     return [(piece.box, piece.of(local)) for piece in part.pieces if piece.box.count]
 
 
 def is_spread(item: Any) -> bool:
     """Whether it is a tensor of which this process may hold only a part."""
-    return type(item) in (FlatRun, dtensor_type())
+    kind = type(item)
+    return kind not in PLAIN_TYPES and kind in (FlatRun, dtensor_type())
 
 
 def empty_like(pattern: Any, dtype: torch.dtype) -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import torch
 
 from ckptmgr.errors import RecordDamagedError
@@ -15,30 +15,23 @@ from ckptmgr.rank.tensors import dtype_of
 from ckptmgr.staging.values import External
 
 
-@dataclass(frozen=True, slots=True)
-class Outline:
+class Outline(msgspec.Struct, frozen=True):
     """Shape, layout and dtype of a whole tensor, over all processes."""
 
-    shape: torch.Size
+    shape: tuple[int, ...]
     layout: torch.layout
     dtype: torch.dtype
 
     def difference(self, item: Any) -> str:
         """How a live tensor differs, or an empty string."""
-        live = _of_live(item)
-        if self.shape != live.shape:
-            return f"has shape {list(live.shape)}, but {list(self.shape)} was saved"
+        live = item.tensor if type(item) is FlatRun else item
+        if self.shape != item.shape:
+            return f"has shape {list(item.shape)}, but {list(self.shape)} was saved"
         if self.layout != live.layout:
             return f"is {live.layout}, but {self.layout} was saved"
         if self.dtype != live.dtype:
             return f"is {live.dtype}, but {self.dtype} was saved"
         return ""
-
-
-def _of_live(live: Any) -> Outline:
-    if type(live) is FlatRun:
-        return Outline(torch.Size(live.shape), torch.strided, live.tensor.dtype)
-    return Outline(live.shape, live.layout, live.dtype)
 
 
 def outline_of_leaf(saved: SavedLeaf) -> Outline:

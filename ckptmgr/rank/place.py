@@ -65,7 +65,8 @@ class Placing:
     @cached_property
     def needs(self) -> dict[int, Ranges]:
         """Byte ranges (start, stop) of the data region of each saved rank that must be there."""
-        return self.wants.needs()
+        with collection_paused():
+            return self.wants.needs()
 
     def verify(self, data: Mapping[int, memoryview]) -> None:
         """Look at the bytes, and make all that is new; the live state is still unchanged.
@@ -79,13 +80,14 @@ class Placing:
         """
         regions = Regions(data)
         clones = Clones(regions)
-        self.wants.compare(regions)
-        if self.rng is not None:
-            self.rng = fresh(self.rng, clones)
-            self.wants.problems += check_generators(self.rng)
-        self.wants.refuse()
-        self.merging.build(clones)
-        self.merged = finished_all(self.merged, clones)
+        with collection_paused():
+            self.wants.compare(regions)
+            if self.rng is not None:
+                self.rng = fresh(self.rng, clones)
+                self.wants.problems += check_generators(self.rng)
+            self.wants.refuse()
+            self.merging.build(clones)
+            self.merged = finished_all(self.merged, clones)
         self._regions = regions
 
     def apply(self) -> None:

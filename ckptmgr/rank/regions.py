@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 
+import msgspec
 import torch
 from torch import Tensor
 
 from ckptmgr.errors import HostBufferDamagedError
 from ckptmgr.rank.sources import Origin, Whole, origins
 from ckptmgr.rank.tensors import IS_PARAMETER, REQUIRES_GRAD, carried, dtype_of
-from ckptmgr.staging.boxes import Box
+from ckptmgr.rank.views import contiguous_stride
+from ckptmgr.staging.boxes import Box, box_of
 from ckptmgr.types import Leaf
 
 Pair = tuple[Tensor, Tensor]
 """A live tensor, and a view of saved memory with its shape and dtype."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class SavedLeaf:
+class SavedLeaf(msgspec.Struct, frozen=True, eq=False):
     """A saved tensor in its place in a saved state; its flags are those of the tree."""
 
     whole: Whole
@@ -32,9 +32,9 @@ class SavedLeaf:
         return self.whole.dtype
 
     @property
-    def shape(self) -> torch.Size:
+    def shape(self) -> tuple[int, ...]:
         """Of the whole tensor, over all ranks."""
-        return torch.Size(self.whole.shape)
+        return self.whole.shape
 
 
 class Regions:
@@ -44,8 +44,8 @@ class Regions:
     """
 
     def __init__(self, regions: Mapping[int, memoryview]) -> None:
-        self._bases = {rank: _bytes_of(region) for rank, region in regions.items()}
-        self._views: dict[tuple[int, int], Tensor] = {}
+        self._bytes = {rank: _bytes_of(region) for rank, region in regions.items()}
+        self._bases: dict[tuple[int, str], Tensor] = {}
 
     def view(self, rank: int, leaf: Leaf) -> Tensor:
         """A leaf in its own dtype.
@@ -53,36 +53,37 @@ class Regions:
         Raises:
             HostBufferDamagedError: the data region is too short for it, or not there.
         """
-        key = rank, id(leaf)
-        if key not in self._views:
-            self._views[key] = self._made(rank, leaf)
-        return self._views[key]
-
-    def _made(self, rank: int, leaf: Leaf) -> Tensor:
-        base = self._bases.get(rank)
-        if base is None or leaf.offset + leaf.nbytes > base.numel():
+        base = self._bases.get((rank, leaf.dtype))
+        try:
+            if base is None:
+                base = self._bases[rank, leaf.dtype] = self._base(rank, dtype_of(leaf.dtype))
+            at = leaf.offset // base.element_size()
+            # Torch refuses what would lie outside of the region.
+            return base.as_strided(leaf.shape, contiguous_stride(leaf.shape), at)
+        except (KeyError, ValueError, RuntimeError) as error:
             raise HostBufferDamagedError(
                 f"lies outside of the data of rank {rank}", subject=leaf.path
-            )
-        try:
-            piece = base[leaf.offset : leaf.offset + leaf.nbytes]
-            return piece.view(dtype_of(leaf.dtype)).view(leaf.shape)
-        except (ValueError, RuntimeError) as error:
-            raise HostBufferDamagedError(str(error), subject=leaf.path) from error
+            ) from error
+
+    def _base(self, rank: int, dtype: torch.dtype) -> Tensor:
+        """All of a region in one dtype."""
+        found = self._bytes[rank]
+        return found[: found.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
 
     def pairs(self, live: Tensor, box: Box, taken: Iterable[Origin]) -> Iterator[Pair]:
         """What is to be copied so that `live`, which is `box` of the whole, has its saved bits."""
         for piece in taken:
-            view = self.view(piece.rank, piece.leaf)
-            inside, target = piece.inside, piece.box.within(box)
-            yield _cut(live, target), _cut(view, inside)
+            yield _cut(live, box, piece.box), self._part(piece)
+
+    def _part(self, piece: Origin) -> Tensor:
+        view = self.view(piece.rank, piece.leaf)
+        return view if piece.is_all else _cut(view, box_of(piece.leaf), piece.box)
 
     def gathered(self, found: Whole, box: Box) -> Tensor:
         """A new contiguous tensor with the bits of a part of a saved one."""
         taken, _ = origins(found, box)
         if len(taken) == 1:
-            view = _cut(self.view(taken[0].rank, taken[0].leaf), taken[0].inside)
-            return exact_clone(view)
+            return exact_clone(self._part(taken[0]))
         made = torch.empty(box.shape, dtype=found.dtype)
         for live, view in self.pairs(made, box, taken):
             carried(live).copy_(carried(view))
@@ -97,10 +98,12 @@ def _bytes_of(region: memoryview) -> Tensor:
         return torch.frombuffer(region, dtype=torch.uint8)
 
 
-def _cut(tensor: Tensor, box: Box) -> Tensor:
-    if tuple(tensor.shape) == box.shape:
+def _cut(tensor: Tensor, box: Box, part: Box) -> Tensor:
+    """A part of a tensor that is `box` of the whole one."""
+    if part.shape == box.shape:
         return tensor
-    for at, (start, length) in enumerate(zip(box.offset, box.shape, strict=True)):
+    inside = part.within(box)
+    for at, (start, length) in enumerate(zip(inside.offset, inside.shape, strict=True)):
         tensor = tensor.narrow(at, start, length)
     return tensor
 

@@ -6,8 +6,8 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
+import msgspec
 import torch
 
 from ckptmgr.errors import HostBufferDamagedError
@@ -36,8 +36,7 @@ class Table:
     values: bytes
 
 
-@dataclass(frozen=True, eq=False)
-class Whole:
+class Whole(msgspec.Struct, frozen=True, eq=False):
     """A saved tensor with all the leaves that hold parts of it, as (saved rank, leaf).
 
     There is one object for each saved tensor: tied tensors are recognised by it.
@@ -48,14 +47,13 @@ class Whole:
     shape: tuple[int, ...]
     leaves: tuple[tuple[int, Leaf], ...]
 
-    @cached_property
+    @property
     def box(self) -> Box:
         """All of it."""
         return whole(self.shape)
 
 
-@dataclass(frozen=True, slots=True)
-class Origin:
+class Origin(msgspec.Struct, frozen=True):
     """A part of a tensor, counted from the start of the whole, and the leaf to take it from."""
 
     rank: int
@@ -63,9 +61,9 @@ class Origin:
     box: Box
 
     @property
-    def inside(self) -> Box:
-        """The same part, counted from the start of the leaf."""
-        return self.box.within(box_of(self.leaf))
+    def is_all(self) -> bool:
+        """Whether it is all that the leaf holds."""
+        return self.box.shape == self.leaf.shape
 
 
 def own_rank(rank: int, saved_world: int) -> int:
@@ -169,6 +167,9 @@ def origins(found: Whole, wanted: Box) -> tuple[list[Origin], Box | None]:
             break
         if not leaf.nbytes:
             continue
+        if leaf.shape == found.shape:  # it has everything, as nearly every leaf has
+            made += [Origin(rank, leaf, part) for part in left]
+            return made, None
         box = box_of(leaf)
         rest: list[Box] = []
         for part in left:
@@ -201,6 +202,10 @@ def _ranges(wanted: Sequence[Origin], distance: int) -> dict[int, Ranges]:
 
 def _byte_spans(one: Origin, distance: int) -> Iterator[tuple[int, int]]:
     leaf = one.leaf
+    if one.is_all:
+        yield leaf.offset, leaf.offset + leaf.nbytes
+        return
     itemsize = dtype_of(leaf.dtype).itemsize
-    for start, stop in spans(one.inside, leaf.shape, distance // itemsize):
+    inside = one.box.within(box_of(leaf))
+    for start, stop in spans(inside, leaf.shape, distance // itemsize):
         yield leaf.offset + start * itemsize, leaf.offset + stop * itemsize

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -22,9 +23,8 @@ PROBLEMS_SHOWN_MAX = 20
 """Differences told in one error; the others are counted."""
 
 
-@dataclass(frozen=True, slots=True)
-class Write:
-    """A live local tensor that is to get its saved bits, as `box` of the whole one."""
+class Write(msgspec.Struct, frozen=True, eq=False):
+    """A live local tensor, detached, that is to get its saved bits, as `box` of the whole one."""
 
     path: str
     live: Tensor
@@ -59,7 +59,6 @@ class Wants:
     writes: list[Write] = field(default_factory=list)
     ties: list[Tie] = field(default_factory=list)
     origins: list[Origin] = field(default_factory=list)
-    _taken: set[tuple[Whole, Box]] = field(default_factory=set)
 
     def write(self, path: str, live: Any, saved: SavedLeaf) -> None:
         """Want the saved bits of `live`, which has the shape of the whole, in place."""
@@ -94,9 +93,7 @@ class Wants:
                 f"{path}: nobody saved {list(missing.shape)} at {list(missing.offset)} "
                 f"of {list(found.shape)}"
             )
-        if (found, box) not in self._taken:
-            self._taken.add((found, box))
-            self.origins += taken
+        self.origins += taken
         return taken
 
     def all_of(self, saved: Any) -> None:
@@ -155,8 +152,10 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def _is_expanded(live: Tensor) -> bool:
-    sides = zip(live.shape, live.stride(), strict=True)
-    return any(size > 1 and stride == 0 for size, stride in sides)
+    strides = live.stride()
+    if 0 not in strides:
+        return False
+    return any(n > 1 and stride == 0 for n, stride in zip(live.shape, strides, strict=True))
 
 
 def _spoils(write: Write, regions: Regions) -> bool:
@@ -190,22 +189,17 @@ def part_like(pattern: Any, saved: SavedLeaf, regions: Regions) -> Tensor:
 def write_all(writes: Iterable[Write], regions: Regions) -> None:
     """Write into plain tensors of host memory all at once, on one core; into others one by one."""
     plain: list[Pair] = []
-    for live, view in _pairs(writes, regions):
-        if live.is_cpu and live.is_contiguous() and not _is_special(live):
-            plain.append((carried(live.detach()), carried(view)))
-        else:
-            write_one(live, view)
+    for write in writes:
+        for live, view in regions.pairs(write.live, write.box, write.origins):
+            if live.is_cpu and live.is_contiguous() and not _is_special(live):
+                plain.append((carried(live), carried(view)))
+            else:
+                write_one(live, view)
     thread = CopyThread()
     try:
         thread.copy([live for live, _ in plain], [view for _, view in plain])
     finally:
         thread.close()
-
-
-def _pairs(writes: Iterable[Write], regions: Regions) -> Iterator[Pair]:
-    for write in writes:
-        with torch.no_grad():
-            yield from regions.pairs(write.live.detach(), write.box, write.origins)
 
 
 def _is_special(live: Tensor) -> bool:

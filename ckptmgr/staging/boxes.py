@@ -6,15 +6,15 @@ import itertools
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from ckptmgr.types import Leaf
 
 Ints = tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Box:
+class Box(msgspec.Struct, frozen=True):
     """A rectangular part of a tensor: where it starts and how long it is, in elements.
 
     A tensor without dimensions is one box with no numbers; a box with a length of 0 is empty.

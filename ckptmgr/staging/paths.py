@@ -31,6 +31,8 @@ def segment(key: Hashable) -> str:
 
 
 def _string_segment(key: str) -> str:
+    if key.replace(".", "").isidentifier():
+        return key  # nearly every one; nothing in it is escaped
     if not key or _INTEGER.fullmatch(key):
         return f"'{key}'"
     text = _escape(key)

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from ckptmgr.errors import HostBufferDamagedError
 from ckptmgr.rank import sources
 from ckptmgr.rank.regions import Regions
-from ckptmgr.rank.sources import Sources, Table, origins, own_rank, ranges_needed
+from ckptmgr.rank.sources import Origin, Sources, Table, origins, own_rank, ranges_needed
+from ckptmgr.rank.tensors import carried, dtype_of
 from ckptmgr.staging.boxes import Box, whole
 from ckptmgr.types import Layout, Leaf
 
@@ -136,6 +137,57 @@ def test_ranges_hold_little_more_than_the_wanted_bytes(data: Any, shape: Ints) -
         assert covered.sum() <= inside.sum() * 1.1
     else:
         assert covered.sum() <= inside.sum() + len(numbers) // length * 64
+
+
+DTYPES = ("float8_e4m3fn", "float16", "bfloat16", "float32", "complex32", "complex64", "complex128")
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data(), st.lists(st.integers(1, 5), max_size=3).map(tuple), st.sampled_from(DTYPES))
+def test_a_leaf_that_is_all_of_its_tensor_reads_as_its_parts_do(
+    data: Any, shape: Ints, dtype: str
+) -> None:
+    """The short way of a whole leaf, and the way over boxes, on the same bytes."""
+    size = dtype_of(dtype).itemsize
+    raw = data.draw(st.binary(min_size=size, max_size=size)) * math.prod(shape)
+    raw = bytes(at * 7 % 251 ^ byte for at, byte in enumerate(raw))
+    place = (shape, (0,) * len(shape)) if data.draw(st.booleans()) else (None, None)
+    one = Leaf("x", dtype, shape, 3 * size, len(raw), *place)
+    tiles = list(data.draw(st.permutations(data.draw(parts(whole(shape), 4)))))
+    elements = np.frombuffer(raw, f"V{size}").reshape(shape)
+    pieces = [np.ascontiguousarray(elements[slices(tile)]).tobytes() for tile in tiles]
+    starts = np.cumsum([0, *map(len, pieces)]).tolist()
+    cut = [
+        Leaf("x", dtype, tile.shape, start, len(piece), shape, tile.offset)
+        for tile, start, piece in zip(tiles, starts, pieces, strict=False)
+    ]
+    wanted = data.draw(st.one_of(st.just(whole(shape)), subboxes(shape)))
+    found = []
+    for leaves, region in (([one], bytes(3 * size) + raw), (cut, b"".join(pieces))):
+        table = Table(0, Layout(tuple(leaves), (), len(region), b""), b"")
+        tensor = Sources([table], 0).whole(table, 0)
+        taken, missing = origins(tensor, wanted)
+        assert missing is None
+        asked = ranges_needed(taken)
+        lent = bytearray(b"\xee" * len(region))
+        for start, stop in asked.get(0, ()):
+            lent[start:stop] = region[start:stop]
+        result = Regions({0: memoryview(lent)}).gathered(tensor, wanted)
+        assert (result.dtype, tuple(result.shape)) == (dtype_of(dtype), wanted.shape)
+        found.append(carried(result).contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        if leaves == [one] and wanted == whole(shape):
+            assert taken == [Origin(0, one, wanted)]
+            assert asked == {0: ((one.offset, one.offset + one.nbytes),)}
+    assert found[0] == found[1] == elements[slices(wanted)].tobytes()
+
+
+def test_a_leaf_outside_of_the_region_is_refused() -> None:
+    """Its region may be shorter than the layout says, or not there at all."""
+    for rank, nbytes in ((0, 4095), (0, 0), (1, 4096)):
+        leaf = Leaf("x", "float32", (512,), 2048, 2048)
+        regions = Regions({rank: memoryview(bytearray(nbytes))})
+        with pytest.raises(HostBufferDamagedError, match="outside of the data of rank 0"):
+            regions.view(0, leaf)
 
 
 def test_what_nobody_holds_is_told() -> None:
