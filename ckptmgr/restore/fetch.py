@@ -31,7 +31,7 @@ LANES = 3
 
 BATCH_READS_MAX = 8
 """Chunks of a batch: with LANES up to 96 MiB on their way, which is 1 GiB/s of a store that takes
-0.1 s to answer. A local store reads as many at a time as it has threads."""
+0.1 s to answer. A local store reads a batch in one thread."""
 
 _LANE_BYTES = LEASE_BYTES // LANES // PAGE_BYTES * PAGE_BYTES
 

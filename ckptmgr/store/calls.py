@@ -12,6 +12,7 @@ from ckptmgr.errors import StoreUnreachableError
 from ckptmgr.store.posix import store_error
 
 T = TypeVar("T")
+R = TypeVar("R")
 Work = Callable[["Call[Any]"], T]
 
 
@@ -62,13 +63,20 @@ class Call(Generic[T]):
             raise AbandonedError
 
     def deliver(self, source: memoryview, target: memoryview) -> None:
-        """Copy `source` into `target`, unless the caller has given up.
-
-        The lock is held meanwhile, so that `abandon` waits for this copy: keep it short.
-        """
+        """Copy `source` into `target`, unless the caller has given up; keep it short, too."""
         with self._lock:
             self.check()
             target[:] = source
+
+    def while_wanted(self, write: Callable[[], R]) -> R:
+        """Do what writes into memory of the caller, unless the caller has given up.
+
+        The lock is held meanwhile, so that `abandon` waits for it: it must be short, and must not
+        wait for anything.
+        """
+        with self._lock:
+            self.check()
+            return write()
 
 
 class Calls:

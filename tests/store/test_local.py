@@ -380,32 +380,6 @@ async def test_calls_that_hang_are_given_up_and_harm_nobody(
     assert await store.put_new("next", [memoryview(b"x")]) is PutResult.OK
 
 
-async def test_a_read_that_comes_back_late_writes_nowhere(
-    store: LocalStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    await store.put_new("key", [memoryview(b"x" * 100)])
-    wakes, entered, real = threading.Event(), threading.Event(), os.preadv
-    ended = threading.Event()
-
-    def hang(*args: object) -> int:
-        entered.set()
-        wakes.wait(60)
-        count = real(*args)
-        ended.set()
-        return count
-
-    monkeypatch.setattr(os, "preadv", hang)
-    into = bytearray(100)
-    call = asyncio.ensure_future(store.get("key", into=memoryview(into)))
-    assert await asyncio.to_thread(entered.wait, 60)
-    call.cancel()
-    await asyncio.wait({call})
-    wakes.set()
-    assert await asyncio.to_thread(ended.wait, 60)
-    assert bytes(await store.get("key")) == b"x" * 100
-    assert into == bytes(100)
-
-
 # ---- the root comes and goes ---------------------------------------------------
 
 
