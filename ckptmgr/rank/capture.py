@@ -21,9 +21,10 @@ from ckptmgr.bucket import Bucket, bytes_per_second
 from ckptmgr.errors import CkptmgrError, UnsupportedLeafError, UsageError
 from ckptmgr.rank.externals import externalize
 from ckptmgr.rank.frame import Frame, Sources, make_frame, sources_again, sources_of
+from ckptmgr.rank.latch import Latch
 from ckptmgr.rank.objects import Objects, find_objects
 from ckptmgr.rank.optimizers import by_name, held_state
-from ckptmgr.rank.overlap import LOOK_SECONDS_MAX, CopyThread, Job, Latch, Turn
+from ckptmgr.rank.overlap import LOOK_SECONDS_MAX, CopyThread, Job, Turn
 from ckptmgr.rank.parallel import Parallel, look_around, ranks_of_job
 from ckptmgr.rank.parts import PLAIN_TYPES, leaf_types, local_tensor
 from ckptmgr.rank.randomness import RNG_KEY, Generators

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from ckptmgr.config import CONTROL_TIMEOUT_SECONDS, START_SECONDS_MAX, STORE_TIMEOUT_SECONDS
 from ckptmgr.errors import CkptmgrError, DaemonUnreachableError, HostMemoryError
+from ckptmgr.rank.latch import Latch
 from ckptmgr.staging.control import Attach, Attached, Client, Detach, Done, Message
 from ckptmgr.staging.hostbuffer import HostBuffer
 from ckptmgr.staging.inbox import drop_ticket
@@ -25,6 +26,7 @@ ATTACH_SECONDS_MAX = 4 * STORE_TIMEOUT_SECONDS
 
 _RESPAWN_PAUSE_SECONDS = 1.0
 _REJOIN_PAUSE_SECONDS = 0.02
+_POPULATE_PAUSE_SECONDS = 0.1
 
 R = TypeVar("R", bound=Message)
 
@@ -73,6 +75,7 @@ class Link:
         self.lost = False
         self.rejoined = 0
         self._lasting: Message | None = None
+        self._restored = Latch()
         self._stop_populating = threading.Event()
         self._populating = self._populate()
         try:
@@ -85,14 +88,21 @@ class Link:
     # -- host memory --------------------------------------------------------------------------
 
     def _populate(self) -> threading.Thread:
-        """Fault the buffer in, slot after slot, so that the first snapshot is fast too."""
+        """Fault the buffer in, slot after slot, so that the first snapshot is fast too.
+
+        A buffer with snapshots in it has its pages already. A restore reads them, and maps 16 with
+        each fault: to make them all writable at the same time takes longer than the copy.
+        """
         self._populate_error: HostMemoryError | None = None
         buffer, stop = self.buffer, self._stop_populating
         self._populated = [threading.Event() for _ in range(buffer.capacity.slots)]
         done = self._populated
+        is_new = not buffer.snapshots()
 
         def populate() -> None:
             try:
+                while not (is_new or self._restored.is_set or stop.is_set()):
+                    self._restored.wait(_POPULATE_PAUSE_SECONDS)
                 for slot in range(buffer.capacity.slots):
                     buffer.populate(slot, stop)
                     done[slot].set()
@@ -106,12 +116,18 @@ class Link:
         thread.start()
         return thread
 
+    def populate_all(self) -> None:
+        """Say that a restore is over, or that none will come."""
+        if not self._restored.is_set:  # every step says so
+            self._restored.set()
+
     def wait_populated(self, slot: int) -> None:
         """Wait until every page of a slot is there.
 
         Raises:
             HostMemoryError: there is not enough shared memory.
         """
+        self.populate_all()
         self._populated[slot].wait()
         if self._populate_error is not None:
             raise self._populate_error

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ckptmgr.bucket import Bucket
 from ckptmgr.errors import CkptmgrError, TornSnapshotError
+from ckptmgr.rank.latch import Latch
 from ckptmgr.rank.pieces import Pair, paced, shares
 from ckptmgr.rank.tensors import carried
 
@@ -67,32 +68,6 @@ def start_copy(targets: list[Tensor], sources: list[Tensor]) -> None:
     with torch.no_grad():
         moved = [carried(source) for source in sources]
         torch._foreach_copy_(targets, moved, non_blocking=True)
-
-
-class Latch:
-    """What threading.Event is, for a thread that signals may interrupt at every instruction.
-
-    An Event takes its lock in Python code: an exception in the middle of that leaves the lock
-    taken, and the other thread waits for ever. Here a flag is the truth and the queue, which is C,
-    only wakes; a wake-up may get lost, so that every wait has a bound and is repeated.
-    """
-
-    def __init__(self) -> None:
-        self.is_set = False
-        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
-
-    def set(self) -> None:
-        """Let everyone who waits go on."""
-        self.is_set = True
-        self._bell.put(None)
-
-    def wait(self, timeout_seconds: float) -> bool:
-        """Wait; whether it was set. It may return early."""
-        if not self.is_set:
-            with contextlib.suppress(queue.Empty):
-                self._bell.get(timeout=timeout_seconds)
-                self._bell.put(None)  # for the next who waits
-        return self.is_set
 
 
 class Turn:

@@ -98,6 +98,7 @@ class Saving:
 
     def reached(self, step: int) -> None:
         """Tell whoever looks at host memory how far training has come."""
+        self._link.populate_all()
         reach(self._link.buffer.memory, self._link.attempt, step)
 
     def _check_superseded(self) -> None:
@@ -219,6 +220,7 @@ class Saving:
     def release(self) -> None:
         """Let the daemon have back what it lent."""
         self._fetching = False
+        self._link.populate_all()
         try:
             self._link.ask(Release(), Done)
         except DaemonUnreachableError as error:
