@@ -215,15 +215,24 @@ class Capture:
         Raises:
             UnsupportedLeafError: a leaf that can not be stored exactly, with its path.
         """
+        prepared = self.prepare()  # refuses now what could not be saved later
+        frame, values = self._frame, prepared.values
+        if self._optimizers:
+            with collection_paused():
+                frame, values = self._predicted()
+        assert frame is not None
+        table_bytes = table_bytes_needed(len(frame.layout_bytes), len(values) * 2 + PAGE_BYTES)
+        return table_bytes, frame.layout.data_bytes
+
+    def _predicted(self) -> tuple[Frame, bytes]:
+        """The frame and the values after the first step of the optimizers."""
         live = live_state(self._state, rng=self._rng)
         objects = find_objects(live)
         expand = partial(_predicted, objects)
         seams = replace(SEAMS, leaf_types=leaf_types(), expand=expand)
         flat = flatten(live, seams)
-        values = encode_flat_values(flat)
         frame = make_frame(flat, seams, self._look_around(objects), with_meta=True)
-        table_bytes = table_bytes_needed(len(frame.layout_bytes), len(values) * 2 + PAGE_BYTES)
-        return table_bytes, frame.layout.data_bytes
+        return frame, encode_flat_values(flat)
 
     # -- copy ---------------------------------------------------------------------------------
 

@@ -185,7 +185,6 @@ class Checkpointer:
         return f"{self._url} every={self._every} slots={self._slots} keep={self._keep}"
 
     def _joined(self, claimed: Claimed) -> Link:
-        self._capture.prepare()  # refuses now what could not be saved later
         table_bytes, data_bytes = self._capture.predict()
         wanted = Wanted(
             url=self._url,

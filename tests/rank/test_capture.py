@@ -457,6 +457,14 @@ def test_prediction_holds_the_first_step(
         assert data_bytes <= after.data_bytes + 2 * PAGE_BYTES
 
 
+def test_prediction_finds_hidden_optimizers_and_adds_nothing_where_there_is_none() -> None:
+    model = nn.Linear(100, 100)
+    plain = Capture({"model": model}, rng=False)
+    assert plain.predict()[1] == plain.prepare().data_bytes
+    hidden = {"model": model, "of": [{"it": torch.optim.AdamW(model.parameters())}]}
+    assert Capture(hidden, rng=False).predict()[1] >= 3 * sum(p.nbytes for p in model.parameters())
+
+
 def test_prediction_falls_back_for_an_optimizer_that_can_not_be_twinned() -> None:
     class Odd(torch.optim.SGD):
         def __init__(self, params: Any, *, secret: object) -> None:
