@@ -81,7 +81,7 @@ class LocalStore(Store):
         self._calls = Calls(THREADS)
         self._bounce = threading.local()
         self._direct = True
-        self._knows_nowait = True
+        self._knows_nowait = hasattr(os, "RWF_NOWAIT")  # not in a Python built for an old libc
         self._swept = False
 
     @property
