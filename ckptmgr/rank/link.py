@@ -90,18 +90,20 @@ class Link:
     def _populate(self) -> threading.Thread:
         """Fault the buffer in, slot after slot, so that the first snapshot is fast too.
 
-        A buffer with snapshots in it has its pages already. A restore reads them, and maps 16 with
-        each fault: to make them all writable at the same time takes longer than the copy.
+        A buffer with snapshots in it has its pages already. As long as a restore may read them they
+        are mapped for that only: to make them all writable meanwhile takes longer than the copy.
         """
         self._populate_error: HostMemoryError | None = None
         buffer, stop = self.buffer, self._stop_populating
         self._populated = [threading.Event() for _ in range(buffer.capacity.slots)]
         done = self._populated
-        is_new = not buffer.snapshots()
+        left = sorted(buffer.snapshots(), key=lambda one: one.generation, reverse=True)
 
         def populate() -> None:
             try:
-                while not (is_new or self._restored.is_set or stop.is_set()):
+                for snapshot in left:
+                    buffer.map_to_read(snapshot, stop)
+                while left and not (self._restored.is_set or stop.is_set()):
                     self._restored.wait(_POPULATE_PAUSE_SECONDS)
                 for slot in range(buffer.capacity.slots):
                     buffer.populate(slot, stop)

@@ -187,7 +187,7 @@ def part_like(pattern: Any, saved: SavedLeaf, regions: Regions) -> Tensor:
 
 
 def write_all(writes: Iterable[Write], regions: Regions) -> None:
-    """Write into plain tensors of host memory all at once, on one core; into others one by one."""
+    """Write into plain tensors of host memory all at once, into others one by one."""
     plain: list[Pair] = []
     for write in writes:
         for live, view in regions.pairs(write.live, write.box, write.origins):

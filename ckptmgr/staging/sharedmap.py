@@ -14,7 +14,7 @@ from ckptmgr.errors import HostMemoryError
 POPULATE_PIECE_BYTES = 32 << 20
 """Populated per call, so that a stop is heard within about 30 ms."""
 
-_MADV_POPULATE_WRITE = 23  # Linux 5.14
+_MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23  # Linux 5.14
 _MADV_HUGEPAGE = 14
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -49,15 +49,20 @@ class SharedMap:
         # Only advice: most systems do not allow huge pages on tmpfs.
         _libc.madvise(self._address, length, _MADV_HUGEPAGE)
 
-    def populate(self, start: int, end: int, stop: threading.Event | None = None) -> None:
+    def populate(
+        self, start: int, end: int, stop: threading.Event | None = None, *, to_read: bool = False
+    ) -> None:
         """Make the pages from `start` to `end` present and writable; ends early on `stop`.
+
+        With `to_read` those that exist are mapped, 16 at a time, and need not be writable.
 
         The call is made through ctypes because it releases the GIL and `mmap.madvise` does not.
         """
+        advice = _MADV_POPULATE_READ if to_read else _MADV_POPULATE_WRITE
         at = start
         while at < end and not (stop is not None and stop.is_set()):
             piece = min(POPULATE_PIECE_BYTES, end - at)
-            if _libc.madvise(self._address + at, piece, _MADV_POPULATE_WRITE) != 0:
+            if _libc.madvise(self._address + at, piece, advice) != 0:
                 self._populate_failed(ctypes.get_errno())
                 return
             at += piece

@@ -317,6 +317,22 @@ def test_populate_makes_pages_present_and_keeps_their_bytes(buffer: HostBuffer) 
     assert buffer.snapshot(0) == sealed
 
 
+def test_a_snapshot_that_is_mapped_to_read_is_what_it_was(buffer: HostBuffer) -> None:
+    sealed = seal(buffer, 1, 1)
+    with HostBuffer.open(buffer.path) as other:
+        before = _resident_bytes(buffer.path)
+        other.map_to_read(sealed)
+        assert _resident_bytes(buffer.path) - before >= sealed.data_bytes > 0
+        assert other.snapshot(1) == sealed
+
+
+def _resident_bytes(path: Path) -> int:
+    """Of a file, over all mappings of it in this process."""
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    starts = [at for at, line in enumerate(lines) if line.endswith(str(path))]
+    return 1024 * sum(int(lines[at + 4].removeprefix("Rss:").split()[0]) for at in starts)
+
+
 def test_data_is_the_slots_own(buffer: HostBuffer) -> None:
     """Slots do not overlap, nor does data with tables."""
     for slot in range(2):
