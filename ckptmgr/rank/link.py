@@ -12,14 +12,19 @@ from pathlib import Path
 from typing import TypeVar
 
 from ckptmgr.config import CONTROL_TIMEOUT_SECONDS, START_SECONDS_MAX, STORE_TIMEOUT_SECONDS
-from ckptmgr.errors import CkptmgrError, DaemonUnreachableError, HostMemoryError
+from ckptmgr.errors import (
+    CkptmgrError,
+    DaemonUnreachableError,
+    HostBufferDamagedError,
+    HostMemoryError,
+)
 from ckptmgr.rank.latch import Latch
 from ckptmgr.staging.control import Attach, Attached, Client, Detach, Done, Message
 from ckptmgr.staging.hostbuffer import HostBuffer
 from ckptmgr.staging.inbox import drop_ticket
 from ckptmgr.staging.launch import connect, connect_or_start
 from ckptmgr.staging.slots import Sealed
-from ckptmgr.types import Outcome
+from ckptmgr.types import Outcome, Snapshot
 
 ATTACH_SECONDS_MAX = 4 * STORE_TIMEOUT_SECONDS
 """Attaching claims an attempt in the store: a few operations, each with its own deadline."""
@@ -97,7 +102,7 @@ class Link:
         buffer, stop = self.buffer, self._stop_populating
         self._populated = [threading.Event() for _ in range(buffer.capacity.slots)]
         done = self._populated
-        left = sorted(buffer.snapshots(), key=lambda one: one.generation, reverse=True)
+        left = _left_in(buffer)
 
         def populate() -> None:
             try:
@@ -311,6 +316,16 @@ class Link:
         with contextlib.suppress(CkptmgrError), self._asking:
             self._client.ask(Detach(clean), Done)
         self._client.close()
+
+
+def _left_in(buffer: HostBuffer) -> list[Snapshot]:
+    """What a restore may read, newest first; of a damaged record the daemon tells."""
+    found = []
+    for slot in range(buffer.capacity.slots):
+        with contextlib.suppress(HostBufferDamagedError):
+            found.append(buffer.snapshot(slot))
+    sealed = [snapshot for snapshot in found if snapshot is not None]
+    return sorted(sealed, key=lambda one: one.generation, reverse=True)
 
 
 def _open_locked(attached: Attached) -> HostBuffer:

@@ -152,7 +152,7 @@ class Watch:
     def is_quiet(self) -> None:
         """Nothing fires, and something is scraped: else nothing could."""
         until(lambda: self.value("ckptmgr_build_info") == 1, "it is scraped", LOOK_SECONDS)
-        assert self.firing() == set()
+        assert self.firing() == set(), self.firing()
 
     def value(self, name: str, **labels: str) -> float:
         """The value of a metric of this daemon; NaN where there is none."""

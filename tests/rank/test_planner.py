@@ -382,7 +382,7 @@ def test_a_store_that_decides_nothing_holds_nobody_up_once_all_parts_are_spooled
     met = threading.Barrier(world)
 
     def train(number: int, rank: Rank) -> None:
-        for step in range(1, 301):
+        for step in range(1, 3001):
             time.sleep(0.002)
             if number == 2 and step == 150:
                 assert rank.taken == [5], "its only copy was in the way of nothing"
@@ -390,6 +390,10 @@ def test_a_store_that_decides_nothing_holds_nobody_up_once_all_parts_are_spooled
             rank.step(step)
             if step % 10 == 0:
                 met.wait(JOIN_SECONDS)
+                enough = step >= 300 and all(one.taken[-1] > 150 for one in ranks)
+                met.wait(JOIN_SECONDS)  # all have looked before anybody goes on
+                if enough:
+                    return
 
     run(ranks, train)
     assert all(rank.taken == ranks[0].taken for rank in ranks)
