@@ -20,23 +20,24 @@ def needs_root() -> None:
         pytest.skip("NEEDS ROOT: not checked in this run; run the suite as root to check it")
 
 
+def holds(pid: int, directory: Path) -> bool:
+    """Whether a process holds a file of `directory` open or mapped; False if it has ended."""
+    prefix, proc = f"{directory}/", Path(f"/proc/{pid}")
+    try:
+        links = [os.readlink(link) for link in (proc / "fd").iterdir()]
+        return (
+            any(link.startswith(prefix) for link in links) or prefix in (proc / "maps").read_text()
+        )
+    except OSError:
+        return False  # it ended while we looked, or it is not ours
+
+
 def owners_of(directory: Path) -> set[int]:
     """Pids of the processes that hold a file of `directory` open or mapped, without our own and
-    the spared.
+    the spared, whose maps of torch are long.
     """
-    found = set()
-    prefix = f"{directory}/"
-    for proc in Path("/proc").glob("[0-9]*"):
-        if int(proc.name) in SPARED | {os.getpid()}:  # the maps of torch are long
-            continue
-        try:
-            links = [os.readlink(link) for link in (proc / "fd").iterdir()]
-            maps = (proc / "maps").read_text()
-        except OSError:
-            continue  # it ended while we looked, or it is not ours
-        if prefix in maps or any(link.startswith(prefix) for link in links):
-            found.add(int(proc.name))
-    return found
+    pids = {int(proc.name) for proc in Path("/proc").glob("[0-9]*")} - SPARED - {os.getpid()}
+    return {pid for pid in pids if holds(pid, directory)}
 
 
 def end_processes_of(directory: Path) -> None:

@@ -35,6 +35,7 @@ from crash.content import fault_in, values_of
 from crash.peek import WRITING, data_of, newest_usable, slots_below
 from driven import PYTHON_PATH
 from nursery import Forked, nursery
+from processes import holds
 
 HERE = Path(__file__).parent
 EVENT_SECONDS_MAX = 120.0
@@ -168,11 +169,8 @@ class Storm:
     def daemon_pid(self) -> int:
         """The living daemon; 0 if there is none."""
         pids = [e["pid"] for e in self.daemon_events() if e["event"] == "started"]
-        pid = pids[-1] if pids else 0
-        with contextlib.suppress(OSError):
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-            return pid if pid and state != "Z" else 0
-        return 0
+        # The number of one that has ended may be another test's process by now.
+        return pids[-1] if pids and holds(pids[-1], self.runtime) else 0
 
     def await_event(self, *names: str, count: int = 1) -> None:
         """Read on until the trainer has told `count` more events of these names."""

@@ -28,7 +28,7 @@ from ckptmgr.repository.catalog import Catalog
 from ckptmgr.store.local import LocalStore
 from driven import PYTHON_PATH, Daemon, events_of, until
 from nursery import Forked
-from processes import end_processes_of
+from processes import end_processes_of, holds
 from ranks import start_warm
 
 HERE = Path(__file__).parent
@@ -202,13 +202,9 @@ class Job:
 
     def daemon_pids(self) -> list[int]:
         """The daemons that live, by the logs of the runtime directories."""
-        found = []
-        for pid in {event["pid"] for event in self.events("started")}:
-            with contextlib.suppress(OSError):
-                stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                if stat[0] != "Z" and b"ckptmgr" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    found.append(pid)
-        return found
+        pids = {event["pid"] for event in self.events("started")}
+        # The number of one that has ended may be another test's process by now.
+        return [pid for pid in pids if any(holds(pid, one) for one in self.runtimes)]
 
     def signal_daemons(self, number: int) -> None:
         for pid in self.daemon_pids():
