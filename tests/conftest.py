@@ -30,6 +30,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     at the end of the run only short ones are left to take over.
     """
     workers: int = getattr(config, "workerinput", {}).get("workercount", 1)
+    if workers == 1:
+        return
     modules: dict[Path, list[pytest.Item]] = {}
     for item in items:
         if item.get_closest_marker("reliability"):
@@ -40,7 +42,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for worker in range(workers):
         share = slice(worker * len(short) // workers, (worker + 1) * len(short) // workers)
         shared += [*chain.from_iterable(long[worker::workers]), *short[share]]
-    items[:] = shared if workers > 1 else items
+    items[:] = shared
 
 
 @pytest.fixture(autouse=True, scope="session")

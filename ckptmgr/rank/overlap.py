@@ -93,6 +93,16 @@ class Turn:
         """Whether the copying thread is at it or will be; False also when that thread has ended."""
         return (self.handed or self.running) and not self.ended.is_set and self.lane.runs
 
+    def hand_over(self, work: Job | Errand) -> None:
+        """Put the work into the queue of its lane."""
+        self.lane.jobs.put((self, work))
+        self.handed = True
+
+    def await_end(self) -> None:
+        """Wait until nothing of it reads a leaf or writes a slot any more."""
+        while self.at_work:
+            self.ended.wait(LOOK_SECONDS_MAX)
+
     def rest(self) -> None:
         """Said by `settle`: this thread is not writing as long as it is in there."""
         self._settler = threading.get_ident()
@@ -287,8 +297,7 @@ class Lane:
             _copy_pairs(own)
         finally:
             for turn, _ in handed:
-                while turn.at_work:
-                    turn.ended.wait(LOOK_SECONDS_MAX)
+                turn.await_end()
         for _, errand in handed:
             if errand.failure is not None:
                 raise errand.failure
@@ -303,8 +312,7 @@ class Lane:
                 return None
             self._helpers.append(helper)
         turn = Turn(self._helpers[min(at, len(self._helpers) - 1)])
-        turn.lane.jobs.put((turn, errand))
-        turn.handed = True
+        turn.hand_over(errand)
         return turn
 
     def _serve(self) -> None:
@@ -384,8 +392,7 @@ class CopyThread:
     def _hand_over(self, work: Job | Errand) -> Turn:
         turn = Turn(self._lane_that_takes())
         self._turn = turn
-        turn.lane.jobs.put((turn, work))
-        turn.handed = True
+        turn.hand_over(work)
         return turn
 
     def _lane_that_takes(self) -> Lane:
@@ -418,8 +425,8 @@ class CopyThread:
         """Wait until nothing in flight reads a leaf or writes a slot any more."""
         self.settle()
         turn = self._turn
-        while turn is not None and turn.at_work:
-            turn.ended.wait(LOOK_SECONDS_MAX)
+        if turn is not None:
+            turn.await_end()
         self._turn = None
 
     def close(self) -> None:

@@ -35,7 +35,7 @@ from crash.content import fault_in, values_of
 from crash.peek import WRITING, data_of, newest_usable, slots_below
 from driven import PYTHON_PATH
 from nursery import Forked, nursery
-from processes import holds
+from processes import end, holds
 
 HERE = Path(__file__).parent
 EVENT_SECONDS_MAX = 120.0
@@ -227,14 +227,8 @@ class Storm:
         return True
 
     def end(self, pid: int) -> None:
-        try:
-            handle = os.pidfd_open(pid)
-        except ProcessLookupError:
-            return
         with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(handle, signal.SIGKILL)
-        select.select([handle], [], [], EVENT_SECONDS_MAX)
-        os.close(handle)
+            end(pid)
         for process in self.daemons:
             process.poll()
 

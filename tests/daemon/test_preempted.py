@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,16 +19,24 @@ from preemption.counted import counted
 from rigged import Rig
 
 
+@contextmanager
+def preempted_amid_a_write(runtime: Path, rig: Rig) -> Iterator[None]:
+    """A trainer has sealed step 3 and told of its preemption; it ends with the block."""
+    rig.obey(("put_new", "data/", "hold"))
+    with Rank(runtime, rig.url) as rank:
+        rank.save(3)
+        rank.link.ask(Preempt("test", "preempted", 1.0), Done)
+        until(lambda: rig.asked("put_new", "data/"), "it is being written")
+        yield
+
+
 def test_a_dead_trainers_last_snapshot_counts_when_it_is_committed(
     runtime: Path, tmp_path: Path
 ) -> None:
     rig = Rig(tmp_path)
-    rig.obey(("put_new", "data/", "hold"))
     with Daemon(runtime, environment=rig.environment()) as daemon:
-        with Rank(runtime, rig.url) as rank:
-            rank.save(3)
-            rank.link.ask(Preempt("test", "preempted", 1.0), Done)
-            until(lambda: rig.asked("put_new", "data/"), "it is being written")
+        with preempted_amid_a_write(runtime, rig):
+            pass
         daemon.await_event("preempted")
         assert counted(runtime) == {"signals": 1, "saves": 0}
         rig.obey()
@@ -58,12 +68,8 @@ def test_a_dead_trainers_last_snapshot_that_is_given_up_is_told(
     runtime: Path, tmp_path: Path
 ) -> None:
     rig = Rig(tmp_path)
-    rig.obey(("put_new", "data/", "hold"))
     with Daemon(runtime, environment=rig.environment()) as daemon:
-        with Rank(runtime, rig.url) as rank:
-            rank.save(3)
-            rank.link.ask(Preempt("test", "preempted", 1.0), Done)
-            until(lambda: rig.asked("put_new", "data/"), "it is being written")
+        with preempted_amid_a_write(runtime, rig):
             asyncio.run(abort_step(open_store(rig.file_url), StepId(1, 3), "by the test"))
         rig.obey()
         told = daemon.await_event("preemption_unsaved")
