@@ -8,6 +8,8 @@ import json
 import sys
 from pathlib import Path
 
+from bench.beside.draw import pyplot, save
+
 MODE = "ckptmgr, overlapped"
 OURS = (
     ("stall_s", "stall", "#94a3b8"),
@@ -26,12 +28,7 @@ AXES = (("bytes", "mib", "MiB in 50 tensors"), ("tensors", "tensors", "tensors o
 
 def main() -> None:
     """Draw both series side by side, on logarithmic axes."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    mpl.rcParams["svg.hashsalt"] = "ckptmgr"  # the same figures give the same file
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     points = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
     figure, axes = plt.subplots(1, len(AXES), sharey=True, figsize=(13, 5))
     for axis, (series, name, label) in zip(axes, AXES, strict=True):
@@ -44,9 +41,7 @@ def main() -> None:
         axis.set(xscale="log", yscale="log", xlabel=label, ylabel="s")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize="small")
-    figure.tight_layout()
-    for kind, about in (("png", {}), ("svg", {"Date": None})):
-        figure.savefig(Path(sys.argv[2]) / f"scaling.{kind}", dpi=110, metadata=about)
+    save(figure, Path(sys.argv[2]), "scaling")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from bench.beside.figures import Row, limits_of, rows_of
 
@@ -23,14 +24,27 @@ def colour(row: Row) -> str:
     return OURS if row.peer.startswith("ckptmgr") else THEIRS
 
 
-def main() -> None:
-    """Draw all panels side by side."""
+def pyplot() -> Any:
+    """matplotlib, without a screen; the same figures give the same file."""
     import matplotlib as mpl
 
     mpl.use("Agg")
-    mpl.rcParams["svg.hashsalt"] = "ckptmgr"  # the same figures give the same file
+    mpl.rcParams["svg.hashsalt"] = "ckptmgr"
     from matplotlib import pyplot as plt
 
+    return plt
+
+
+def save(figure: Any, directory: Path, name: str) -> None:
+    """As PNG and SVG."""
+    figure.tight_layout()
+    for kind, about in (("png", {}), ("svg", {"Date": None})):
+        figure.savefig(directory / f"{name}.{kind}", dpi=110, metadata=about)
+
+
+def main() -> None:
+    """Draw all panels side by side."""
+    plt = pyplot()
     lines = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
     rows = [row for row in rows_of(lines) if not row.failure][::-1]
     bare = limits_of(lines)
@@ -42,9 +56,7 @@ def main() -> None:
         axis.axvline(bare[limit], color=BARE, linewidth=1, label=what)
         axis.set(title=title, xlabel="s")
         axis.legend(fontsize="small")
-    figure.tight_layout()
-    for kind, about in (("png", {}), ("svg", {"Date": None})):
-        figure.savefig(Path(sys.argv[2]) / f"peers.{kind}", dpi=110, metadata=about)
+    save(figure, Path(sys.argv[2]), "peers")
 
 
 if __name__ == "__main__":
