@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from ckptmgr.config import MIB, PACK_BYTES
 from ckptmgr.store.base import PutResult, Wanted
 from ckptmgr_objectstore.clients import open_store
-from ckptmgr_objectstore.store import STREAM_BYTES, ObjectStore
+from ckptmgr_objectstore.store import ObjectStore
 from servers.buckets import Bucket
 from servers.ceph import Ceph, start_or_skip
 
@@ -136,11 +136,9 @@ class Bench:
 
         async def lane() -> None:
             for number, at in left:
-                found = await obstore.get_async(
-                    self.client, self.key(number), options={"range": (at, at + CHUNK_BYTES)}
+                await obstore.get_range_async(
+                    self.client, self.key(number), start=at, length=CHUNK_BYTES
                 )
-                async for _ in found.stream(min_chunk_size=STREAM_BYTES):
-                    pass
 
         await asyncio.gather(*(lane() for _ in range(8)))
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import obstore
 from obstore.exceptions import AlreadyExistsError
 
-from ckptmgr.config import MIB
+from ckptmgr.config import CHUNK_BYTES, MIB
 from ckptmgr.errors import (
     ObjectNotFoundError,
     StoreUnreachableError,
@@ -27,6 +27,7 @@ from ckptmgr.store.base import (
 )
 from ckptmgr.store.finding import Finding, clock_finding
 from ckptmgr.store.lanes import in_lanes
+from ckptmgr.store.retry import BYTES_PER_SECOND_MIN
 from ckptmgr_objectstore.failures import RangeRefusedError, no_place, typed
 
 if TYPE_CHECKING:
@@ -44,12 +45,16 @@ PARTS_IN_FLIGHT = 4
 GETS_IN_FLIGHT = 8
 """Ranges that `get_many` reads at once, each over a connection of its own."""
 
+AT_ONCE_BYTES_MAX = 2 * CHUNK_BYTES
+"""Longest range that the client collects before we have a byte of it: a chunk, for speed; not an
+object, for memory (measured: docs/decisions/0011)."""
+
 STREAM_BYTES = 1 * MIB
-"""Pieces in which a body arrives: fewer cost a turn of the event loop each, more are joined by the
-client first (measured: docs/decisions/0011)."""
+"""Pieces in which a longer body arrives: each costs a turn of the event loop."""
 
 STALL_SECONDS = 60.0
-"""A body of which nothing has come for so long is given up; a slow one is not."""
+"""A body of which nothing has come for so long is given up; a slow one is not. One that is
+collected gets a second more for each BYTES_PER_SECOND_MIN."""
 
 RELEASE_SECONDS = 0.001
 """Between two looks whether the client still holds a buffer. After a cancelled put that takes
@@ -150,6 +155,14 @@ class ObjectStore(Store):
         wanted = len(into) if into is not None else length
         if offset < 0 or (wanted is not None and wanted < 0):
             raise UsageError("can not be read at a negative offset or length", subject=key)
+        if wanted and wanted <= AT_ONCE_BYTES_MAX:
+            body = await self._collected(key, offset, wanted)
+            if len(body) == wanted:
+                if into is None:
+                    return body
+                into[:] = body
+                return into
+        # What is wrong with the range, the head of an answer tells.
         try:
             found = await self._open(key, offset, wanted) if wanted != 0 else None
         except RangeRefusedError:
@@ -164,6 +177,19 @@ class ObjectStore(Store):
         room = into if into is not None else memoryview(bytearray(count))
         await self._fill(key, found, room)
         return room
+
+    async def _collected(self, key: str, offset: int, wanted: int) -> memoryview:
+        """A range in memory of the client; what is short of it is not there or was cut."""
+        try:
+            with typed(key):
+                async with self._patience(key, wanted / BYTES_PER_SECOND_MIN):
+                    return memoryview(
+                        await obstore.get_range_async(
+                            self._client, key, start=offset, length=wanted
+                        )
+                    )
+        except RangeRefusedError:
+            return memoryview(b"")
 
     async def _open(self, key: str, offset: int, wanted: int | None) -> GetResult:
         """The answer to a GET, its body still to be read: always of a range, because the answer
@@ -200,14 +226,14 @@ class ObjectStore(Store):
                     return None
 
     @asynccontextmanager
-    async def _patience(self, key: str) -> AsyncIterator[None]:
+    async def _patience(self, key: str, more_seconds: float = 0.0) -> AsyncIterator[None]:
+        seconds = self._stall_seconds + more_seconds
         try:
-            async with asyncio.timeout(self._stall_seconds):
+            async with asyncio.timeout(seconds):
                 yield
         except TimeoutError:
-            raise StoreUnreachableError(
-                f"nothing came for {self._stall_seconds:g} s", subject=key
-            ) from None
+            what = "it has not all come after" if more_seconds else "nothing came for"
+            raise StoreUnreachableError(f"{what} {seconds:g} s", subject=key) from None
 
     async def get_many(self, wanted: Sequence[Wanted]) -> None:
         """As `Store.get_many`: GETS_IN_FLIGHT at once."""
