@@ -97,18 +97,20 @@ class Link:
 
         A buffer with snapshots in it has its pages already. As long as a restore may read them they
         are mapped for that only: to make them all writable meanwhile takes longer than the copy.
+        And a later attempt has something to restore, for which the daemon needs the cores.
         """
         self._populate_error: HostMemoryError | None = None
         buffer, stop = self.buffer, self._stop_populating
         self._populated = [threading.Event() for _ in range(buffer.capacity.slots)]
         done = self._populated
         left = _left_in(buffer)
+        resumes = bool(left) or self.attempt > 1
 
         def populate() -> None:
             try:
                 for snapshot in left:
                     buffer.map_to_read(snapshot, stop)
-                while left and not (self._restored.is_set or stop.is_set()):
+                while resumes and not (self._restored.is_set or stop.is_set()):
                     self._restored.wait(_POPULATE_PAUSE_SECONDS)
                 for slot in range(buffer.capacity.slots):
                     buffer.populate(slot, stop)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-import ckptmgr
 from bench.beside.disk import files
 from bench.beside.peer import Peer
+from ckptmgr import Checkpointer
 
 
 class Ours(Peer):
@@ -22,7 +22,7 @@ class Ours(Peer):
         return self.directory / "store"
 
     def open(self) -> None:
-        block = ckptmgr.Checkpointer(
+        block = Checkpointer(
             str(self.store), self.contents(), every=None, rng=False, overlap=self.overlap
         )
         self.block = block.__enter__()
