@@ -9,6 +9,8 @@ import torch
 from bench.beside.disk import files
 from bench.beside.peer import Peer
 from ckptmgr import Checkpointer
+from ckptmgr.config import runtime_dir
+from ckptmgr.staging.launch import connect_or_start
 
 
 class Ours(Peer):
@@ -51,6 +53,13 @@ class Ours(Peer):
         assert found == step, f"restored step {found}, not {step}"
         assert self.block.restored is not None
         self.source = self.block.restored.source
+
+
+class Served(Ours):
+    """The daemon is there before the trainer, as under systemd."""
+
+    def load(self) -> None:
+        connect_or_start(runtime_dir()).close()
 
 
 class Overlapped(Ours):

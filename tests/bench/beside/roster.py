@@ -31,7 +31,20 @@ ENTRIES = (
         remark="not a library: one copy into memory that is present, and a process that writes it "
         "and syncs it, with or without O_DIRECT, as is faster; no checks",
     ),
-    Entry("ckptmgr", "bench.beside.ours:Ours", "ckptmgr", memory=True, remark="overlap=False"),
+    Entry(
+        "ckptmgr",
+        "bench.beside.ours:Ours",
+        "ckptmgr",
+        memory=True,
+        remark="overlap=False; each restore starts a daemon",
+    ),
+    Entry(
+        "ckptmgr, daemon running",
+        "bench.beside.ours:Served",
+        "ckptmgr",
+        memory=True,
+        remark="overlap=False; the daemon was there before, as under systemd",
+    ),
     Entry(
         "ckptmgr, overlapped",
         "bench.beside.ours:Overlapped",
