@@ -308,6 +308,20 @@ def restored(document: dict[str, Any]) -> None:
     )
 
 
+def prefetching(document: dict[str, Any]) -> None:
+    """The line of `prefetch`."""
+    if document["step"] is None:
+        _print("nothing to prefetch: the job has no committed step")
+    elif not document["ranks"]:
+        _print("nothing to prefetch: this host's memory holds snapshots of these ranks")
+    else:
+        ranks = shown_ranks(document["ranks"])
+        _print(
+            f"step {document['step']} of ranks {ranks} ({size(document['bytes'])}) "
+            "is on its way into host memory"
+        )
+
+
 def collected(done: list[dict[str, Any]], *, dry_run: bool) -> None:
     """The lines of `gc`."""
     for one in done:

@@ -9,10 +9,17 @@ from typing import Annotated, Any
 import typer
 
 from ckptmgr import present
-from ckptmgr.commands.app import Json, command, out
+from ckptmgr.commands.app import Json, Url, command, out
 from ckptmgr.commands.live import watch_status
-from ckptmgr.config import DRAIN_SECONDS, GIB, DaemonSettings, checked_limit, runtime_dir
-from ckptmgr.errors import CkptmgrError, SupersededError
+from ckptmgr.config import (
+    DRAIN_SECONDS,
+    GIB,
+    STORE_TIMEOUT_SECONDS,
+    DaemonSettings,
+    checked_limit,
+    runtime_dir,
+)
+from ckptmgr.errors import CkptmgrError, SupersededError, UsageError
 
 
 @command
@@ -95,6 +102,43 @@ def status(
         return
     state = ask()
     out(state, as_json, lambda: present.status(state))
+
+
+@command
+def prefetch(
+    url: Url,
+    ranks: Annotated[
+        str, typer.Option(help="Those of this host, as in 0-7 or 8,9; all if left out.")
+    ] = "",
+    as_json: Json = False,
+) -> None:
+    """Bring the newest step into this host's memory, for a trainer that is about to start.
+
+    It returns at once; the daemon, which is started if none runs, does the rest while the trainer
+    imports its libraries and builds its state. The memory goes back when the trainer has restored,
+    or after a quarter of an hour.
+    """
+    from ckptmgr.staging.control import Prefetch, Prefetching
+    from ckptmgr.staging.launch import connect_or_start
+    from ckptmgr.store.registry import normalise_url
+
+    request = Prefetch(normalise_url(url), _ranks_of(ranks))
+    with connect_or_start(runtime_dir()) as client:
+        found = client.ask(request, Prefetching, 2 * STORE_TIMEOUT_SECONDS)
+    step = f"{found.attempt}.{found.step}" if found.attempt else None
+    document = {"step": step, "ranks": list(found.ranks), "bytes": found.nbytes}
+    out(document, as_json, lambda: present.prefetching(document))
+
+
+def _ranks_of(text: str) -> tuple[int, ...]:
+    """Ranks as numbers: 0, 1, 2 and 7 of "0-2,7"."""
+    found: list[int] = []
+    for part in filter(None, text.split(",")):
+        first, dash, last = part.partition("-")
+        if not (first.isdecimal() and (last.isdecimal() or not dash)):
+            raise UsageError(f"{text!r} names no ranks", hint="Write them as in 0-7 or 8,9.")
+        found += range(int(first), int(last or first) + 1)
+    return tuple(dict.fromkeys(found))
 
 
 @command

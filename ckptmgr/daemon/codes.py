@@ -69,6 +69,7 @@ CODES: dict[str, tuple[str, str]] = {
     "restore_skipped": ("CKM1704", "warning"),
     "restart_counted": ("CKM1705", "info"),
     "goodput_unknown": ("CKM1706", "info"),
+    "prefetch_expired": ("CKM1707", "info"),
     "verified": ("CKM1801", "info"),
     "damaged": ("CKM1802", "warning"),
     "retired": ("CKM1803", "info"),

@@ -75,12 +75,19 @@ class Requests:
                 return await self._restore(request)
             case control.Load():
                 return await self._load(request)
+            case control.Prefetch():
+                _check_protocol(request.protocol)
+                return await self._service.ahead.begin(
+                    self._job(normalise_url(request.url)), request.ranks
+                )
             case control.Describe():
                 return control.Described(str(await self._work(self._reader.describe)))
             case control.Fetch():
                 return await self._fetch(request)
             case control.Release():
                 await self._released()
+                if self._session is not None and self._session.attempt:
+                    await self._service.ahead.taken(self._session.job.url)
                 return control.Done()
             case control.Wait():
                 return await self._wait(request)

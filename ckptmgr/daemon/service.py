@@ -18,6 +18,7 @@ from ckptmgr import __version__
 from ckptmgr.bucket import Bucket, bytes_per_second
 from ckptmgr.config import DRAIN_SECONDS, DaemonSettings
 from ckptmgr.daemon.accounting import Accounts
+from ckptmgr.daemon.ahead import Ahead
 from ckptmgr.daemon.alone import only_one
 from ckptmgr.daemon.counts import counted
 from ckptmgr.daemon.drain import Drainer
@@ -68,6 +69,7 @@ class Service:
         self._gauges = Gauges(self.metrics, self.intake)
         self._clock = Clock()
         self.reader = Reader(self.intake, settings.runtime_dir / FETCHED)
+        self.ahead = Ahead(self.reader, self.intake, settings.runtime_dir / FETCHED)
         self.jobs: dict[str, Job] = {}
         self.metrics_port = -1
         self.host = ""
@@ -165,6 +167,7 @@ class Service:
             self._clock.look()
             self._count()
             self._look_after_orphans()
+            await self.ahead.expire()
             self._accounts.look(self.jobs, self.intake)
             await self._close_unused()
             if self._idle_for() > self.settings.idle_seconds > 0:
@@ -186,7 +189,7 @@ class Service:
             await asyncio.wait_for(self._ending.wait(), pause)
 
     def _idle_for(self) -> float:
-        if self._connections or self.intake.busy() or self._spooled():
+        if self._connections or self.intake.busy() or self._spooled() or self.ahead.urls:
             self._last_activity = time.monotonic()
         return time.monotonic() - self._last_activity
 
@@ -204,7 +207,7 @@ class Service:
     async def _close_unused(self) -> None:
         """Close the stores of jobs that have neither a buffer nor a connection any more."""
         used = {held.binding.url for held in self.intake.held.values()}
-        used = used.union(*(requests.urls for requests in self._serving))
+        used = used.union(self.ahead.urls, *(requests.urls for requests in self._serving))
         used |= {spool.url for spool in self.spools.unfinished()} if self.spools else set()
         for url in self.jobs.keys() - used:
             if not self.jobs[url].collecting:
@@ -223,6 +226,7 @@ class Service:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.ahead.aclose()
         await self.preemptions.aclose()
         await self._accounts.aclose()
         watch.close()

@@ -99,6 +99,27 @@ class Load(Message, frozen=True):
     protocol: int = PROTOCOL
 
 
+class Prefetch(Message, frozen=True):
+    """Bring the newest commit of a job into this host's memory for trainers that are to come: the
+    parts of `ranks`, or of all that wrote it.
+    """
+
+    url: str
+    ranks: tuple[int, ...] = ()
+    protocol: int = PROTOCOL
+
+
+class Prefetching(Message, frozen=True):
+    """The step that is on its way, for which ranks, and its `nbytes` in memory; `attempt` 0 means
+    that the job has no step yet. Ranks of which the memory holds a snapshot are left out.
+    """
+
+    attempt: int
+    step: int
+    ranks: tuple[int, ...] = ()
+    nbytes: int = 0
+
+
 class Restored(Message, frozen=True):
     """The step that was decided on; `attempt` 0 means that the job has no step yet.
 
@@ -229,6 +250,7 @@ Request = (
     Attach
     | Restore
     | Load
+    | Prefetch
     | Describe
     | Fetch
     | Release
@@ -239,7 +261,7 @@ Request = (
     | Status
     | Stop
 )
-Reply = Attached | Restored | Described | Fetched | Waited | Done | Stated | Failed
+Reply = Attached | Prefetching | Restored | Described | Fetched | Waited | Done | Stated | Failed
 
 _encode = msgspec.msgpack.Encoder().encode
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)

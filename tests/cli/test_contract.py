@@ -46,6 +46,7 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
     "hold": (["/nothing", "first"], 4, "is not a ckptmgr store"),
     "install-units": (["--user", "--run-as=train"], 2, "are for the system's units"),
     "ls": (["s3://key:word@bucket"], 2, "carries credentials"),
+    "prefetch": (["/nothing", "--ranks=0-x"], 2, "'0-x' names no ranks"),
     "release": (["/nothing", "1", "nonsense"], 4, "is not a ckptmgr store"),
     "report": (["/nothing"], 4, "is not a ckptmgr store"),
     "restore": (["/nothing", "--format=pickle"], 2, "'pickle' is not a format"),

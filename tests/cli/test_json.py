@@ -80,7 +80,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, li
         daemon_side(runtime, place, note)
         spool_side(runtime, place, note)
         ranks_side(runtime, place, note)
-        store_side(make_store(place, runtime), place, note)
+        store_side(make_store(place, runtime), runtime, place, note)
         watched_side(place, note)
         yield found
     finally:
@@ -159,9 +159,12 @@ def ranks_side(runtime: Path, place: Path, note: Any) -> None:
         note("status")
 
 
-def store_side(store: Path, place: Path, note: Any) -> None:
+def store_side(store: Path, runtime: Path, place: Path, note: Any) -> None:
     note("ls", store)
     note("doctor", store, "--probe-mib=1")
+    with Daemon(runtime):
+        note("prefetch", store, "--ranks=0")
+        note("prefetch", place / "empty")
     note("doctor", "--state-gib=100000", status=1)
     note("advise", store)
     note("advise", place / "nothing", "--state-gib=1")

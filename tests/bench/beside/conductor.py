@@ -144,6 +144,10 @@ class Visit:
         port = free_port()
         jobs = [self._job(phase, rank) for rank in range(ranks)]
         started = [self._start(job, port, log) for job in jobs]
+        if phase == "restore" and self.entry is not None and self.entry.before_restore:
+            given = [one.format(directory=self.directory) for one in self.entry.before_restore]
+            environment = self._environment(jobs[0], port)
+            started.append(self._run([sys.executable, *given], log, environment))
         deadline = time.monotonic() + self.plan.timeout_seconds
         try:
             for process in started:
@@ -177,10 +181,16 @@ class Visit:
         )
 
     def _start(self, job: Job, port: int, log: Any) -> subprocess.Popen[bytes]:
+        outside = self.entry is not None and self.entry.requires
+        python = str(self.plan.others) if outside else sys.executable
+        command = [python, "-m", "bench.beside.trainer", job.line]
+        return self._run(command, log, self._environment(job, port))
+
+    def _environment(self, job: Job, port: int) -> dict[str, str]:
         path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
         places = {"RANK": str(job.rank), "WORLD_SIZE": str(job.world)}
         places |= {"LOCAL_RANK": str(job.rank), "LOCAL_WORLD_SIZE": str(job.world)}
-        environment = {
+        return {
             **os.environ,
             **places,
             TOKEN: self.token,
@@ -190,14 +200,11 @@ class Visit:
             "PYTHONPATH": path,
             "PYTHONWARNINGS": "ignore",
         }
-        outside = self.entry is not None and self.entry.requires
-        python = str(self.plan.others) if outside else sys.executable
+
+    @staticmethod
+    def _run(command: list[str], log: Any, environment: dict[str, str]) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            [python, "-m", "bench.beside.trainer", job.line],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
         )
 
     def _answer(self, job: Job) -> Line:

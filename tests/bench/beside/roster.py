@@ -19,6 +19,8 @@ class Entry:
     ranks_max: int = 2
     memory: bool = False
     remark: str = ""
+    before_restore: tuple[str, ...] = ()
+    """Arguments of an interpreter that is started with each process that restores."""
 
 
 FLOOR = "floor"
@@ -44,6 +46,15 @@ ENTRIES = (
         "ckptmgr",
         memory=True,
         remark="overlap=False; the daemon was there before, as under systemd",
+    ),
+    Entry(
+        "ckptmgr, prefetched",
+        "bench.beside.ours:Served",
+        "ckptmgr",
+        memory=True,
+        remark="as the row above, and `ckptmgr prefetch` was called when the process that restores "
+        "was started, before it imported torch",
+        before_restore=("-m", "ckptmgr.cli", "prefetch", "{directory}/store"),
     ),
     Entry(
         "ckptmgr, overlapped",

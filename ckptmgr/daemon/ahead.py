@@ -1,0 +1,126 @@
+"""Steps that are brought into host memory before their trainer is there: `ckptmgr prefetch`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckptmgr.config import DEFAULT_SLOTS
+from ckptmgr.daemon.intake import Intake
+from ckptmgr.daemon.job import Job
+from ckptmgr.daemon.log import event
+from ckptmgr.daemon.reader import Reader, Session
+from ckptmgr.errors import DamageError, HostMemoryError, ObjectNotFoundError, UsageError
+from ckptmgr.repository.catalog import standing_steps
+from ckptmgr.repository.commit import Decision
+from ckptmgr.restore.slot import capacity_for
+from ckptmgr.staging.control import Prefetching
+
+KEEP_SECONDS = 900.0
+"""How long the memory waits for a trainer: containers are pulled and process groups built in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """One rank's part, and until when it is kept."""
+
+    session: Session
+    until: float
+
+
+class Ahead:
+    """What is kept for trainers that are to come. It is lent to them as any fetched part is, and
+    goes when the first rank of the job has restored or saved, or nobody comes.
+    """
+
+    def __init__(self, reader: Reader, intake: Intake, directory: Path) -> None:
+        self._reader = reader
+        self._intake = intake
+        self._directory = directory
+        self._kept: dict[tuple[str, int], _Kept] = {}
+
+    @property
+    def urls(self) -> set[str]:
+        """The jobs that are waited for."""
+        return {url for url, _ in self._kept}
+
+    async def begin(self, job: Job, ranks: Sequence[int]) -> Prefetching:
+        """Start to fetch the newest commit that can be read, for `ranks`, or for all of its ranks.
+
+        A rank of which this host's memory holds a snapshot has nothing to gain.
+
+        Raises:
+            UsageError: the step has no such rank.
+            HostMemoryError: there is no room for it beside the trainers' slots.
+            StoreUnreachableError: the store can not be read now.
+        """
+        decision = await self._newest(job)
+        if decision is None:
+            return Prefetching(0, 0)
+        wrong = [rank for rank in ranks if not 0 <= rank < decision.world]
+        if wrong:
+            raise UsageError(
+                f"has {decision.world} ranks, and no {wrong[0]}", subject=f"step {decision.id}"
+            )
+        wanted = [
+            rank
+            for rank in ranks or range(decision.world)
+            if not any(held.snapshots() for held in self._intake.of_rank(job.url, rank))
+        ]
+        nbytes = await self._checked_room(job, decision, wanted)
+        for rank in wanted:
+            await self._drop((job.url, rank))
+            session = Session(job, rank)
+            self._reader.start_prefetch(session)
+            self._kept[job.url, rank] = _Kept(session, time.monotonic() + KEEP_SECONDS)
+        return Prefetching(decision.id.attempt, decision.id.step, tuple(wanted), nbytes)
+
+    async def _newest(self, job: Job) -> Decision | None:
+        for step in await standing_steps(job.reading.store):
+            try:
+                decision = await job.reading.decision(step)
+            except (DamageError, ObjectNotFoundError) as error:
+                event("prefetch_failed", why=str(error))
+                continue
+            if decision.committed:
+                return decision
+        return None
+
+    async def _checked_room(self, job: Job, decision: Decision, ranks: Sequence[int]) -> int:
+        """Bytes of the parts; a trainer that finds no room for its slots would not start."""
+        parts = [(await job.reading.manifest(decision, rank)).manifest for rank in ranks]
+        nbytes = sum(capacity_for(part).slot_bytes for part in parts)
+        found = os.statvfs(self._directory)
+        free = found.f_bavail * found.f_frsize
+        if free < nbytes * (1 + DEFAULT_SLOTS):
+            raise HostMemoryError(
+                f"{free} bytes are free, and {nbytes} wanted beside {DEFAULT_SLOTS} slots as large",
+                subject=str(self._directory),
+                hint="Start the trainer without a prefetch, or give shared memory more room.",
+            )
+        return nbytes
+
+    async def taken(self, url: str) -> None:
+        """A trainer of the job has what it resumes from, or begins anew."""
+        for key in [key for key in self._kept if key[0] == url]:
+            await self._drop(key)
+
+    async def expire(self) -> None:
+        """Free what nobody has come for."""
+        now = time.monotonic()
+        for key in [key for key, kept in self._kept.items() if kept.until <= now]:
+            event("prefetch_expired", rank=key[1], seconds=KEEP_SECONDS)
+            await self._drop(key)
+
+    async def _drop(self, key: tuple[str, int]) -> None:
+        kept = self._kept.pop(key, None)
+        if kept is not None:
+            await kept.session.release()
+
+    async def aclose(self) -> None:
+        """Free everything."""
+        await asyncio.gather(*(self._drop(key) for key in list(self._kept)))
