@@ -181,12 +181,17 @@ class Pipeline:
 
         Raises:
             TornSnapshotError: the slot was reused meanwhile; what was put is garbage.
-            RegisterConflictError: another incarnation holds this manifest's key.
+            RegisterConflictError: this manifest's key is held by another incarnation, or for
+                another snapshot of the step.
             StoreError: the store failed for longer than its deadline.
         """
         snapshot = source.snapshot
         adopted = await adopt_manifest(source.store, snapshot.id, snapshot.rank, snapshot.nonce)
         if adopted is not None:
+            if adopted.manifest.sealed_at != snapshot.sealed_at:
+                raise RegisterConflictError(
+                    "is of another snapshot of this step", subject=adopted.key
+                )
             return adopted
         table = await in_thread(source.table)
         layout = decode_layout(table.layout, subject=source.subject)

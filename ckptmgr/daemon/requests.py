@@ -141,13 +141,15 @@ class Requests:
         binding = Binding(url, request.rank, request.world, request.codec, request.keep)
         capacity = Capacity(request.slots, request.table_bytes, request.data_bytes)
         session = Session(job, request.rank, request.world, attempt, nonce)
-        if not request.buffer and attempt not in job.published:
+        if (request.begins or not request.buffer) and attempt not in job.published:
             await self._drained(job)
             await self._publish(job, attempt)
         held, new_buffer = self._service.intake.place_for(binding, capacity, request.buffer)
         if new_buffer:
             self._service.employ(held)
         old, self._session = self._session, session
+        if old is not None and old.attempt != attempt:
+            job.resumed_from.pop(old.attempt, None)
         await self._take(session, held, request.max_d2h_gbps)
         if old is not None:
             await self._leave(old, held)

@@ -70,8 +70,9 @@ class Checkpointer:
             plugin's name, a `ckptmgr.preemption.Source`, or several; None is CKPTMGR_PREEMPTION or
             none (docs/preemption.md).
 
-    Entering claims a new attempt of the job. With many ranks, all of them enter, and all call
-    `step`, `save` and `restore` with the same steps; every rank is told the same error.
+    Entering claims a new attempt of the job, and so does a restore amid training. With many ranks,
+    all of them enter, and all call `step`, `save` and `restore` with the same steps; every rank is
+    told the same error.
 
     Raises (on entering):
         UsageError: a wrong argument, or one that differs from rank 0's.
@@ -130,6 +131,7 @@ class Checkpointer:
         self._link: Link | None = None
         self._saving: Saving | None = None
         self._last_step = -1
+        self._stepped = False
         self._used = False
 
     # -- the block ----------------------------------------------------------------------------
@@ -140,17 +142,46 @@ class Checkpointer:
         self._used = True
         link = self._attach()
         pace = self._pace(link)
-        self._saving = Saving(self._capture, link, pace, self._ranks, self.stats, self._url)
-        self._resuming = Resuming(
-            link, self._ranks, self.state, self._saving.release, rng=self._rng, url=self._url
-        )
+        saving = self._follow(link, pace)
         try:
             self._preempting = Preempting(self._sources, self._ranks.rank, link, pace)
         except BaseException:
-            self._saving.close(clean=False)
+            saving.close(clean=False)
             raise
         self._link = link
         return self
+
+    def _follow(self, link: Link, pace: Pace) -> Saving:
+        """Save and restore under the attempt that `link` has."""
+        saving = Saving(self._capture, link, pace, self._ranks, self.stats, self._url)
+        self._resuming = Resuming(
+            link, self._ranks, self.state, saving.release, rng=self._rng, url=self._url
+        )
+        self._saving, self._stepped = saving, False
+        return saving
+
+    def _begin_anew(self, link: Link) -> None:
+        """Claim another attempt: of this one, steps with the numbers that come next may have been
+        saved already. What it has sealed is decided as that of any attempt that has ended.
+        """
+        before = self._entered()
+        before.finish_copy()
+        before.tell_handles()  # of this attempt the daemon is not asked again
+
+        def claim() -> Claimed:
+            link.begin_attempt()
+            return Claimed(link.attempt, link.nonce, self._terms())
+
+        def join() -> None:
+            if claimed.attempt != link.attempt:
+                link.begin_attempt((claimed.attempt, claimed.nonce))
+
+        claimed = self._ranks.share(claim)
+        together(self._ranks, "attach again", AGREE_SECONDS_MAX, join)
+        pace = self._pace(link)
+        self._follow(link, pace)
+        before.end_pace()
+        self._preempting.follow(pace)
 
     def _attach(self) -> Link:
         """Claim on rank 0, then join on the others; it returns when every host takes part, so
@@ -304,6 +335,7 @@ class Checkpointer:
         if number <= self._last_step:
             raise StepOrderError(f"comes after step {self._last_step}", subject=f"step {number}")
         self._last_step = number
+        self._stepped = True
         saving.reached(number)
         return number
 
@@ -319,9 +351,10 @@ class Checkpointer:
         device had not shown yet. Where it holds for none that is the newest, so it may stay in a
         script (docs/keeping.md).
 
-        Returns its number, 0 if the job has none yet. Tensors are copied into the ones that
-        exist; either everything is put back or nothing. Where a newer step was damaged, the one
-        before is taken, a warning says so, and `restored.skipped` has the reasons.
+        Returns its number, 0 if the job has none yet. After a `step` or `save` it claims another
+        attempt first, so that steps of the same numbers may be saved again. Tensors are copied into
+        the ones that exist; either everything is put back or nothing. Where a newer step was
+        damaged, the one before is taken, a warning says so, and `restored.skipped` has the reasons.
 
         Raises:
             NothingToRestoreError: `step` is not there, or `required` and there is none.
@@ -330,6 +363,8 @@ class Checkpointer:
             StoreUnreachableError: the store does not answer.
         """
         self._entered()
+        if self._stepped and self._link is not None:
+            self._begin_anew(self._link)
         found = self._resuming.restore(step, required=required, before=before)
         if found is None:
             return 0

@@ -200,9 +200,17 @@ class Link:
 
     # -- requests -----------------------------------------------------------------------------
 
-    def _attach(self, client: Client, *, same_buffer: bool = True) -> Attached:
+    def _attach(
+        self,
+        client: Client,
+        *,
+        same_buffer: bool = True,
+        claimed: tuple[int, str] | None = None,
+    ) -> Attached:
+        """Attach under the attempt that we have, or begin to take part in one that is `claimed`."""
         wanted = self._wanted
         known = hasattr(self, "buffer")
+        attempt, nonce = claimed or (self.attempt, self.nonce)
         request = Attach(
             url=wanted.url,
             rank=wanted.rank,
@@ -212,13 +220,31 @@ class Link:
             data_bytes=wanted.data_bytes,
             codec=wanted.codec,
             keep=wanted.keep,
-            attempt=self.attempt,
-            nonce=self.nonce,
+            attempt=attempt,
+            nonce=nonce,
+            begins=claimed is not None or not known,
             buffer=self.buffer.id if known and same_buffer else "",
             run_id=wanted.run_id,
             max_d2h_gbps=wanted.max_d2h_gbps,
         )
         return client.ask(request, Attached, ATTACH_SECONDS_MAX)
+
+    def begin_attempt(self, claimed: tuple[int, str] = (0, "")) -> None:
+        """Claim another attempt, or take part in one that rank 0 has `claimed`. The buffer stays,
+        and what the attempt before has sealed in it is decided as ever. If it raises, so does the
+        attempt.
+
+        Raises:
+            DaemonUnreachableError: no daemon answers.
+            CkptmgrError: whatever the daemon answered with.
+        """
+        with self._asking:
+            try:
+                attached = self._attach(self._client, claimed=claimed)
+            except DaemonUnreachableError:
+                self._reconnect()
+                attached = self._attach(self._client, claimed=claimed)
+            self.attempt, self.nonce = attached.attempt, attached.nonce
 
     def _join(self) -> tuple[Client, Attached]:
         """Connect and attach; again if the daemon dies over it.

@@ -65,6 +65,12 @@ class Preempting:
     def _told(self, source: Source, notice: Notice) -> None:
         self._notices.put((source, notice))
 
+    def follow(self, pace: Pace) -> None:
+        """Ask this pace from now on, at once if a preemption is under way."""
+        self._pace = pace
+        if self._telling is not None:
+            pace.preempt()
+
     def close(self) -> None:
         """End the sources and the threads; one that somebody holds up is left behind."""
         self._ended.set()

@@ -57,7 +57,7 @@ class Saving:
         self._check_superseded()
         if not self._pace.due(step, self._look):
             return None
-        self._finish_copy()
+        self.finish_copy()
         slot = self._pace.slot(step, self._look_to_write)
         if slot is None:
             self._stats.delayed += 1
@@ -73,7 +73,7 @@ class Saving:
     def save(self, step: int, tags: Mapping[str, Any] | None) -> SaveHandle:
         """Snapshot now."""
         self._check_superseded()
-        self._finish_copy()
+        self.finish_copy()
         slot = self._pace.slot_soon(step, self._look_to_write, self._wait_for)
         handle = self._snapshot(step, tags, slot)
         self._pace.taken()
@@ -173,7 +173,7 @@ class Saving:
             stall_seconds=stall_seconds,
         )
 
-    def _finish_copy(self) -> None:
+    def finish_copy(self) -> None:
         """The copy before must be sealed before its sources or its slot are looked at again."""
         if self._handle is not None and self._handle.copy is not None:
             self._handle.copy.wait()
@@ -267,6 +267,10 @@ class Saving:
             handle.last_word = Outcome.UNDECIDED, "the block was left before it was decided"
             with contextlib.suppress(CkptmgrError):
                 handle.last_word = self.outcome_of(handle, 0.0)
+
+    def end_pace(self) -> None:
+        """Another attempt has a pace of its own."""
+        self._pace.close()
 
     def close(self, *, clean: bool) -> None:
         """Leave the job."""

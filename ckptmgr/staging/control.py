@@ -41,8 +41,9 @@ class Attach(Message, frozen=True):
     """Take part in a job: claim an attempt (rank 0) and get a host buffer.
 
     `attempt` and `nonce` are given when the attempt was claimed before: by rank 0, or by the
-    same trainer through a daemon that died meanwhile, which then also names its `buffer`. When it
-    is answered, what this host's memory holds of the job is published for the attempt.
+    same trainer through a daemon that died meanwhile, which then also names its `buffer`, as does
+    one that `begins` another attempt. When it is answered, what this host's memory holds of the job
+    is published for the attempt.
     `max_d2h_gbps` is only shown to people.
     """
 
@@ -56,6 +57,7 @@ class Attach(Message, frozen=True):
     keep: int | str
     attempt: int = 0
     nonce: str = ""
+    begins: bool = False
     buffer: str = ""
     run_id: str = ""
     max_d2h_gbps: float = 0.0

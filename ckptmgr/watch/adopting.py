@@ -66,7 +66,7 @@ class Adopter:
     """Brings candidates of one directory into the store of one job.
 
     It claims an attempt with its first candidate, and another one where a step would not be greater
-    than the last: a training run went back.
+    than the last: a training run went back; or where a step failed after its manifest was put.
     """
 
     def __init__(self, root: Path, job: Job, pipeline: Pipeline, codec: str) -> None:
@@ -125,8 +125,10 @@ class Adopter:
         try:
             decision = await self._commit(candidate, step)
         except CkptmgrError:
+            attempt, self._attempt = self._attempt, 0
             with contextlib.suppress(StoreError):  # else collection deletes it
-                await self._discard(step)
+                if await self._discarded(step):
+                    self._attempt = attempt
             raise
         self.known.add(decision)
         self._job.committed(decision)
@@ -151,12 +153,17 @@ class Adopter:
             await put_witness(store, decision)
         return decision
 
-    async def _discard(self, step: StepId) -> None:
-        """Delete packs that no manifest names: of this process alone, for it has the nonce."""
+    async def _discarded(self, step: StepId) -> bool:
+        """Delete packs that no manifest names: of this process alone, for it has the nonce. Whether
+        the step may be tried again: its manifest is for these bytes alone, and the files may have
+        others by then.
+        """
         store = self._job.store
-        if not await exists(store, keys.manifest(step, 0)):
-            for key in await store.list(keys.packs(step)):
-                await store.delete(key)
+        if await exists(store, keys.manifest(step, 0)):
+            return False
+        for key in await store.list(keys.packs(step)):
+            await store.delete(key)
+        return True
 
 
 def _superseded(newest: int, url: str) -> SupersededError:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -160,6 +162,21 @@ def test_the_manifest_of_another_incarnation_is_left_alone() -> None:
             snapshot = sealed_in(buffer, nonce="cd" * 16)
             with pytest.raises(RegisterConflictError):
                 await write(store, buffer, snapshot, "none")
+        assert bytes(shelf_of(store)[keys.manifest(STEP, 0)]) == first.record
+
+    asyncio.run(main())
+
+
+def test_the_manifest_of_another_snapshot_of_the_step_is_not_adopted() -> None:
+    """One number, one nonce, other bytes: whoever asks for its commit must not be told of these."""
+
+    async def main() -> None:
+        store = memory_store({})
+        with host_buffer(store.url, len(ENCODED.data)) as buffer:
+            first = await write(store, buffer, sealed_in(buffer), "none")
+            again = replace(sealed_in(buffer), sealed_at=time.time())
+            with pytest.raises(RegisterConflictError, match="another snapshot of this step"):
+                await write(store, buffer, again, "none")
         assert bytes(shelf_of(store)[keys.manifest(STEP, 0)]) == first.record
 
     asyncio.run(main())

@@ -15,8 +15,10 @@ import typer
 from called import call
 from ckptmgr.cli import app
 from ckptmgr.commands.watching import _watch
-from ckptmgr.errors import SupersededError, UsageError
+from ckptmgr.errors import StorePermissionError, SupersededError, UsageError
 from ckptmgr.keep import Keep
+from ckptmgr.store.base import Buffers, PutResult
+from ckptmgr.store.local import LocalStore
 from ckptmgr.types import StepId
 from small_step import made_in_memory, write_tree
 from watch.test_whole import dcp, trainer, write
@@ -164,3 +166,38 @@ def test_of_two_that_watch_for_one_store_the_older_ends(root: Path, store: Path)
             await first
 
     asyncio.run(main())
+
+
+def test_files_that_are_replaced_after_their_manifest_was_put_are_adopted_as_they_are(
+    root: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The commit fails, and before the next try the writer has written the same name again."""
+    monkeypatch.setenv("CKPTMGR_STORE_TIMEOUT_SECONDS", "0.05")
+    put_new, refused = LocalStore.put_new, 0
+
+    async def refuse_once(self: LocalStore, key: str, buffers: Buffers) -> PutResult:
+        nonlocal refused
+        if key.startswith("commit/") and not refused:
+            refused += 1
+            replace(b"second")
+            raise StorePermissionError("no", subject=key)
+        return await put_new(self, key, buffers)
+
+    def replace(content: bytes) -> None:
+        (tmp_path / "new").write_bytes(saved_by_safetensors(content))
+        (tmp_path / "new").rename(root / "model-7.safetensors")
+
+    async def watched() -> None:
+        given = root, str(store), Keep.of("3"), [], 0.1, "auto"
+        watch = asyncio.create_task(_watch(*given, once=False))
+        while not any((store / "commit").rglob("*7")):
+            await asyncio.sleep(0.05)
+        watch.cancel()
+        await asyncio.gather(watch, return_exceptions=True)
+
+    monkeypatch.setattr(LocalStore, "put_new", refuse_once)
+    replace(b"first")
+    asyncio.run(watched())
+    assert refused == 1
+    (found,) = commits_of(store)
+    assert restored(store, found.id) == tree_of(root)
