@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import mmap
 import os
 import shutil
@@ -224,7 +225,10 @@ def _check_header(path: Path, joined: Joined) -> None:
 
 def readable_values(manifest: Manifest, joined: Joined) -> Any:
     """The saved containers of a rank as JSON, with tensors as their names in the file and odd
-    values as their repr.
+    values, as numbers that are not finite, as their repr.
+
+    Raises:
+        UnsupportedLeafError: a mapping has keys that are one and the same as text.
     """
     layout = manifest.read_layout()
 
@@ -232,17 +236,24 @@ def readable_values(manifest: Manifest, joined: Joined) -> Any:
         path = layout.leaves[index].path
         return {"tensor": joined.names.get((manifest.rank, path), path)}
 
-    return _as_json(decode_tree(layout.tree, decode_values(manifest.values), named))
+    return _as_json(decode_tree(layout.tree, decode_values(manifest.values), named), "state")
 
 
-def _as_json(item: Any) -> Any:
+def _as_json(item: Any, path: str) -> Any:
     if isinstance(item, dict):
-        return {str(key): _as_json(value) for key, value in item.items()}
+        found = {str(key): _as_json(value, f"{path}/{key}") for key, value in item.items()}
+        if len(found) < len(item):
+            raise UnsupportedLeafError(
+                "has keys that JSON can not tell apart, as 1 and '1'",
+                subject=path,
+                hint="Use --format torch.",
+            )
+        return found
     if isinstance(item, (list, tuple)):
-        return [_as_json(value) for value in item]
-    if item is None or isinstance(item, (bool, int, float, str)):
+        return [_as_json(value, f"{path}/{at}") for at, value in enumerate(item)]
+    if item is None or isinstance(item, (bool, int, str)):
         return item
-    return repr(item)
+    return item if isinstance(item, float) and math.isfinite(item) else repr(item)
 
 
 async def write_hostbuffer(

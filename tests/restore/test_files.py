@@ -9,6 +9,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,31 @@ def write(store: Store, manifest: Manifest, directory: Path) -> list[Path]:
     return asyncio.run(
         write_safetensors(store, [manifest], directory, BufferPool(1), lambda _: None)
     )
+
+
+def written(state: dict[Any, Any], directory: Path) -> Any:
+    """The values of a state, as a JSON parser without extensions reads them."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    saved, objects = made_in_memory(partial(save_steps, steps=(1,), state=lambda _: state))
+    store = memory_store(objects)
+    manifest = asyncio.run(Catalog(store).manifest(saved[-1].decision, 0)).manifest
+    _, values = write(store, manifest, directory)
+    return json.loads(values.read_text(), parse_constant=refuse)
+
+
+def test_numbers_that_json_has_not_are_text(tmp_path: Path) -> None:
+    lr = [float("nan"), float("-inf"), 0.5]
+    assert written({"lr": lr}, tmp_path)["lr"] == ["nan", "-inf", 0.5]
+
+
+def test_keys_that_are_one_as_text_are_refused_with_the_path(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedLeafError, match="can not tell apart") as caught:
+        written({"of": {"each": {1: "number", "1": "text"}}}, tmp_path)
+    assert caught.value.subject == "state/of/each"
+    assert caught.value.hint == "Use --format torch."
 
 
 def test_the_library_reads_what_was_saved(tmp_path: Path) -> None:
