@@ -16,8 +16,12 @@ from pathlib import Path
 
 import pytest
 
+from scale import scaled
+
 PROGRAMS = ("ceph-mon", "ceph-osd", "radosgw", "ceph", "radosgw-admin", "monmaptool", "setpriv")
-MEMORY_BYTES_MAX = 1 << 30
+MEMORY_BYTES_MAX = scaled(1, 6) << 30
+"""Of objects. A cluster that is full takes no more: it answers nothing, and says nothing."""
+
 START_SECONDS_MAX = 60.0
 KEY, SECRET = "TESTKEY", "testsecret"
 
