@@ -217,7 +217,7 @@ class KilledJob:
         deadline = time.monotonic() + SECONDS_MAX
         while True:
             dead = [rank for rank, child in enumerate(self.children) if child.poll() is not None]
-            self.judge.read()
+            self.hear()
             if holds() or self.ended():
                 return
             lost = [rank for rank in dead if not self.judge.heard[rank].ended]
@@ -252,7 +252,15 @@ class KilledJob:
         for child in self.children:
             child.wait()
         self.children = []
-        self.judge.read()
+        self.hear()
+
+    def hear(self) -> None:
+        """Judge what was said since; a broken promise is told with the logs, which do not stay."""
+        try:
+            self.judge.read()
+        except BrokenPromiseError as error:
+            error.add_note(self.logs([]))
+            raise
 
     def finish(self) -> None:
         """Start it once more, to a few steps on, and wait for a clean end of all ranks."""
@@ -273,7 +281,7 @@ class KilledJob:
 
     def place_of_kill(self) -> str:
         """What the job was in the middle of, as far as can be told from outside."""
-        self.judge.read()
+        self.hear()
         last = [one.last for one in self.judge.heard]
         if any(slot.state == WRITING for host in self.hosts for slot in slots_below(host.runtime)):
             return "mid-restore" if "restoring" in last else "mid-copy"
