@@ -100,14 +100,17 @@ def test_all_snapshots_of_an_outage_arrive_in_order(
 
 
 def test_two_hosts_bring_all_snapshots_of_an_outage_in_order(
-    runtime: Path, rig: Rig, tmp_path: Path
+    runtime: Path, rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each has a spool of its own; both daemons are killed and both lose their memory. Each brings
-    its parts in order; of neighbours that are whole at the same time either may be decided first.
+    """Each has a spool of its own. The daemon of one is killed amid the outage and its rank goes on
+    with the next; then both are killed and both lose their memory. Each brings its parts in order;
+    of neighbours that are whole at the same time either may be decided first.
     """
     last = 1 + scaled(8, 50)
     steps = [f"1.{step}" for step in range(1, last + 1)]
     places, spools = [runtime / "h0", runtime / "h1"], [tmp_path / "spool0", tmp_path / "spool1"]
+    # Of the daemons that ranks start here there are only those of the host that loses its own.
+    monkeypatch.setenv("CKPTMGR_SPOOL", str(spools[1]))
     for place in places:
         place.mkdir(mode=0o700)
     with ExitStack() as stack:
@@ -119,10 +122,12 @@ def test_two_hosts_bring_all_snapshots_of_an_outage_in_order(
                 if step == 1:
                     assert [rank.wait(1).outcome for rank in job] == [Outcome.COMMITTED] * 2
                     rig.obey(("*", "", "dead"))
+                if step == last // 2:
+                    assert daemons[1].end(signal.SIGKILL) == -signal.SIGKILL
             until(lambda: [parts_in(one) for one in spools] == [last - 1] * 2, "all are spooled")
-        for daemon in daemons:
-            daemon.end(signal.SIGKILL)
+        assert [len(daemon.events("started")) for daemon in daemons] == [1, 2]
     for place in places:
+        end_processes_of(place)
         for path in (place / "buffers").iterdir():
             path.unlink()
     rig.obey()
