@@ -87,7 +87,9 @@ def truth_of(plan: Plan, place: Path) -> list[list[dict[str, Any]]]:
 
 @dataclass(slots=True)
 class Heard:
-    """What one rank has said so far; `last` is its last event, `step` where it is."""
+    """What one rank has said so far; `last` is its last event, `step` where it is; `leaving` when
+    it is about to give its memory back.
+    """
 
     read: int = 0
     last: str = ""
@@ -95,6 +97,7 @@ class Heard:
     pid: int = 0
     resumed: int = 0
     ended: bool = False
+    leaving: bool = False
     counts: Counter[str] = field(default_factory=Counter)
 
 
@@ -120,6 +123,12 @@ class Judge:
     def __post_init__(self) -> None:
         self.heard = [Heard() for _ in self.truth]
 
+    def hold(self, whole: set[Id]) -> None:
+        """What memory holds before the next incarnation: it must come from there, unless a rank has
+        given its memory back, which is freed in time.
+        """
+        self.held = set() if any(one.leaving for one in self.heard) else whole
+
     def read(self) -> None:
         """Take in and judge everything that was said since."""
         for rank, one in enumerate(self.heard):
@@ -138,7 +147,9 @@ class Judge:
         one.last = said["event"]
         one.counts[one.last] += 1
         if one.last == "begun":
-            one.pid, one.ended = said["pid"], False
+            one.pid, one.ended, one.leaving = said["pid"], False, False
+        elif one.last == "leaving":
+            one.leaving = True
         elif one.last == "acked":
             self.acked.add((said["id"][0], said["id"][1]))
         elif one.last == "resumed":
@@ -194,7 +205,7 @@ class KilledJob:
         committed = self.hosts[0].store_latest() or (0, 0)
         self.judge.floor = max([self.judge.floor, committed, *whole])
         # What a mesh or DDP shares out is also read from other hosts, which is by the store.
-        self.judge.held = whole if self.plan.layout != "ddp" or self.plan.hosts == 1 else set()
+        self.judge.hold(whole if self.plan.layout != "ddp" or self.plan.hosts == 1 else set())
         self.judge.before = self.judge.furthest
         steps = self.until or self.plan.steps
         arguments = [self.plan.layout, self.hosts[0].url, steps, self.place]

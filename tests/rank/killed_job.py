@@ -239,6 +239,7 @@ def checkpointed(training: Training, url: str, steps: int, mouth: Mouth) -> None
                 mouth.say("taken", id=[attempt, step])
                 pending.append(handle)
             acknowledge(0.0)
+        mouth.say("leaving")
     acknowledge(0.0)
 
 

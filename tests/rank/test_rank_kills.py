@@ -9,7 +9,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -221,4 +221,23 @@ def test_the_oracle_has_teeth(tmp_path: Path, fault: list[dict[str, Any]], told:
     lines = [*begun, *fault]
     (tmp_path / "1.said").write_text("".join(json.dumps(one) + "\n" for one in lines))
     with pytest.raises(BrokenPromiseError, match=told):
+        judge.read()
+
+
+@pytest.mark.parametrize("leaving", [False, True])
+def test_what_ranks_that_leave_have_held_may_come_from_the_store(
+    tmp_path: Path, leaving: bool
+) -> None:
+    """They give their memory back, and the last of them may be killed before all have ended."""
+    begun = {"event": "begun", "pid": 1}
+    judge = Judge([[{"event": "resumed", "digest": "none"}, STEP]], tmp_path, Counter())
+    lines = [begun, {**FRESH, "digest": "none"}, STEP, *[{"event": "leaving"}] * leaving]
+    lines += [{"event": "acked", "id": [1, 1]}]
+    said = tmp_path / "0.said"
+    said.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    judge.read()
+    judge.hold({(1, 1)})
+    with said.open("a") as file:
+        file.writelines(json.dumps(one) + "\n" for one in [begun, {**AGAIN, "digest": "one"}])
+    with nullcontext() if leaving else pytest.raises(BrokenPromiseError, match="memory holds"):
         judge.read()
