@@ -294,12 +294,13 @@ class Writer:
         newest = await put_active(
             self._job.store, snapshot.attempt, snapshot.nonce, self._job.active
         )
-        if newest > snapshot.attempt:
+        # The snapshot of a dead trainer is finished all the same, though another has its buffer by
+        # now: it can do no harm, since every commit of the newer attempt comes before it in the
+        # order of steps, and the newer attempt may have resumed from it.
+        if newest > snapshot.attempt >= self._held.buffer.taken_by:
             self._supersede(snapshot, newest)
             if self._held.writer_alive:
                 raise SupersededError(f"attempt {newest} is active", subject=str(snapshot.id))
-            # The snapshot of a dead trainer is finished all the same: it can do no harm, since
-            # every commit of the newer attempt comes before it in the order of steps.
 
     async def _settle(self, snapshot: Snapshot, decision: Decision) -> None:
         if decision.committed:

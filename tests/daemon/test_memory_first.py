@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
+from ckptmgr.daemon.resume import claim_attempt, put_active
+from ckptmgr.store.registry import open_store
 from ckptmgr.types import Outcome
 from crash.peek import slots_below
 from driven import Daemon, Rank, Trainer, until
@@ -34,6 +37,35 @@ def test_daemon_commits_the_last_snapshot_of_a_killed_trainer(runtime: Path, rig
         rig.obey()
         until(lambda: committed(rig, 2), "the daemon commits without a trainer")
         until(lambda: not any(s.undecided for s in slots_below(runtime)), "it is settled")
+
+
+def test_a_dead_trainers_snapshot_is_finished_though_another_has_its_buffer(
+    runtime: Path, rig: Rig
+) -> None:
+    """Attempt 2 became active on another host and died, perhaps after it had resumed from there:
+    attempt 3 would lose that step. Only a trainer that still runs is stopped by a newer one.
+    """
+    active = "attempts/00000001/active"
+    rig.obey(("put_new", active, "hold"))
+
+    async def second_is_active() -> None:
+        store = open_store(rig.file_url)
+        attempt, nonce = await claim_attempt(store, 1, "")
+        assert await put_active(store, attempt, nonce) == attempt == 2
+        await store.aclose()
+
+    with Daemon(runtime, environment=rig.environment()) as daemon:
+        with Rank(runtime, rig.url) as first:
+            first.save(1)
+            until(lambda: rig.asked("put_new", active), "the write began")
+        asyncio.run(second_is_active())
+        with Rank(runtime, rig.url) as third:
+            assert third.attempt == 3
+            rig.obey()
+            until(lambda: not any(s.undecided for s in slots_below(runtime)), "it is settled")
+            assert committed(rig, 1)
+            assert third.restore().step == 1
+        assert not daemon.events("given_up")
 
 
 def test_restart_resumes_from_host_memory_though_the_store_refuses_reads(
