@@ -45,6 +45,18 @@ def test_a_daemon_is_started_once_and_then_used(runtime: Path) -> None:
     assert os.readlink(f"/proc/{pid}/cwd") == "/"  # it keeps no directory of the job busy
 
 
+def test_training_comes_first_where_cores_are_short(runtime: Path) -> None:
+    """By the process, and by its session where the kernel weighs those against each other."""
+    ours = os.getpriority(os.PRIO_PROCESS, 0)
+    with connect_or_start(runtime) as client:
+        pid = client.ask(Status(), Stated).state["pid"]
+    # Of the thread that starts all others that work; a library may have started one before.
+    assert os.getpriority(os.PRIO_PROCESS, pid) == min(ours + 5, 19)
+    session = Path(f"/proc/{pid}/autogroup")
+    if session.exists():
+        assert session.read_text().split("nice")[-1].strip() in ("", "5")
+
+
 def test_an_auto_started_daemon_ends_when_idle(
     runtime: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
