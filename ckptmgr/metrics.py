@@ -304,6 +304,11 @@ class Metrics:
             "1 if the daemon before this one was killed, and did not end by itself.",
             registry=r,
         )
+        self.daemon_restarts = Counter(
+            "ckptmgr_daemon_restarts",
+            "Daemons on this runtime directory before this one, for as long as its memory lasts.",
+            registry=r,
+        )
         self.clock_jumps = Counter(
             "ckptmgr_clock_jumps", "Jumps of this host's clock by a second or more.", registry=r
         )

@@ -102,7 +102,7 @@ class Service:
         """
         runtime = self.settings.runtime_dir
         prepare(runtime)
-        with counted(self.metrics), only_one(runtime / LOCK) as killed:
+        with counted(self.metrics), only_one(runtime / LOCK) as before:
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self._ending.set)
@@ -118,7 +118,8 @@ class Service:
             server = await control.listen(runtime / SOCKET, self._connected, given)
             event("started", pid=os.getpid(), runtime=str(runtime), metrics_port=self.metrics_port)
             self.metrics.build.labels(__version__).set(1)
-            if killed:
+            self.metrics.daemon_restarts.inc(before.count)
+            if before.killed:
                 warning("killed_before")
             try:
                 for held in self.intake.adopt():

@@ -202,17 +202,20 @@ def test_a_rank_that_does_not_come(
 def test_a_daemon_that_was_killed_and_one_that_was_not(runtime: Path, rig: Rig) -> None:
     with Daemon(runtime) as first, Rank(runtime, rig.url) as rank:
         assert Scraped(first).value("started_after_kill") == 0
+        assert Scraped(first).value("daemon_restarts_total") == 0
         commit(rank, 1)
     with Daemon(runtime) as second:
         assert second.await_event("killed_before")["code"] == "CKM1003"
         seen = Scraped(second)
         assert seen.value("started_after_kill") == 1
+        assert seen.value("daemon_restarts_total") == 1
         assert not seen.value("d2h_bytes_total"), "what it adopts was counted by the one before"
         assert seen.value("adopted_snapshots") == 1
         assert seen.value("fdstore_recovered_total") == 0, "it is in /dev/shm"
         second.end()
     with Daemon(runtime) as third:
         assert Scraped(third).value("started_after_kill") == 0
+        assert Scraped(third).value("daemon_restarts_total") == 2
         assert len(third.events("killed_before")) == 1
 
 
