@@ -45,6 +45,7 @@ from ckptmgr.staging.inbox import LOCK, SOCKET, InboxWatch, prepare, take_ticket
 from ckptmgr.store.mirrored import place_of
 
 FETCHED = "fetched"
+PREEMPTED = "preempted"
 HOST = "host"
 _SIGTERM_DRAIN_SECONDS = 60.0
 
@@ -65,7 +66,7 @@ class Service:
         self.keyring = load_keyring(os.environ)
         self.pool = BufferPool(settings.budget_bytes)
         self.intake = Intake(settings.runtime_dir, self.supervisor)
-        self.preemptions = Preemptions(self.metrics, self.intake)
+        self.preemptions = Preemptions(self.metrics, self.intake, settings.runtime_dir / PREEMPTED)
         self._gauges = Gauges(self.metrics, self.intake)
         self._clock = Clock()
         self.reader = Reader(self.intake, settings.runtime_dir / FETCHED)
@@ -124,6 +125,7 @@ class Service:
             try:
                 for held in self.intake.adopt():
                     self._employ(held)
+                self.preemptions.adopt()
                 self.adopted = True
                 async with self.supervisor.told(self._in_words, watch.is_alive):
                     await self._until_ended()
