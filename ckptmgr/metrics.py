@@ -20,6 +20,10 @@ REASONS = (
 )
 """Why a step is given up, as `ckptmgr_aborts_total` says it."""
 
+DROPPED = ("waiting", "writing", "damaged")
+"""How a snapshot was lost, as `ckptmgr_dropped_snapshots_total` says it: a newer one took its slot
+while it waited to be written, or while it was; or what its slot held did not hold."""
+
 STORE_OPERATIONS = ("put_new", "get", "get_many", "list", "delete", "make_durable")
 STORE_ERRORS = (
     *("StoreUnreachableError", "StoreFullError", "StorePermissionError", "MediumError"),
@@ -107,12 +111,13 @@ class Metrics:
     def open_job(self, label: str) -> None:
         """Start the counters of a job at 0: what appears at 1 has not grown, for Prometheus."""
         for counter in (
-            *(self.commits, self.fallbacks, self.superseded_attempts, self.dropped),
+            *(self.commits, self.fallbacks, self.superseded_attempts),
             *(self.preemption_signals, self.preemption_saves, self.copied_bytes),
         ):
             counter.labels(label)
         for counter, values in (
             (self.aborts, REASONS),
+            (self.dropped, DROPPED),
             (self.corruption, TIERS),
             (self.restores, SOURCES),
             (self.store_retries, STORE_OPERATIONS),
@@ -179,8 +184,8 @@ class Metrics:
         )
         self.dropped = Counter(
             "ckptmgr_dropped_snapshots",
-            "Snapshots that a trainer gave up for newer ones before they were decided.",
-            job,
+            "Snapshots that were lost before they were stored, by reason.",
+            [*job, "reason"],
             registry=r,
         )
         self.superseded_attempts = Counter(
@@ -297,6 +302,11 @@ class Metrics:
         self.after_kill = Gauge(
             "ckptmgr_started_after_kill",
             "1 if the daemon before this one was killed, and did not end by itself.",
+            registry=r,
+        )
+        self.daemon_restarts = Counter(
+            "ckptmgr_daemon_restarts",
+            "Daemons on this runtime directory before this one, for as long as its memory lasts.",
             registry=r,
         )
         self.clock_jumps = Counter(

@@ -5,28 +5,54 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from ckptmgr.errors import DaemonError
 from ckptmgr.staging.inbox import LOCK, prepare
 
+_RUNS, _ENDED = "runs", "ended"
+"""What the file says, before the number of daemons that have held it: whoever is killed leaves the
+former. It is a line, so that a shorter one may stand before what is left of a longer one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Before:
+    """The daemons before this one: how many there were since the memory of this host was made, and
+    whether the last of them was killed.
+    """
+
+    count: int
+    killed: bool
+
 
 @contextlib.contextmanager
-def only_one(path: Path) -> Iterator[bool]:
-    """Hold the lock of a runtime directory; the kernel drops it when this process dies. Gives
-    whether whoever had it before was killed, and so did not empty the file.
+def only_one(path: Path) -> Iterator[Before]:
+    """Hold the lock of a runtime directory; the kernel drops it when this process dies.
 
     Raises:
         DaemonError: another daemon has it.
     """
     with _locked(path) as fd:
-        killed = bool(os.pread(fd, 1, 0))
-        os.pwrite(fd, b"1", 0)
+        before = _before(os.pread(fd, 64, 0))
+        _note(fd, _RUNS, before.count + 1)
         try:
-            yield killed
+            yield before
         finally:
-            os.ftruncate(fd, 0)
+            _note(fd, _ENDED, before.count + 1)
+
+
+def _before(content: bytes) -> Before:
+    found = re.match(rb"(\w+) (\d{1,18})\n", content)
+    if found is None:  # nobody, or a daemon of a version that did not count
+        return Before(0, killed=bool(content))
+    return Before(int(found[2]), killed=found[1].decode() != _ENDED)
+
+
+def _note(fd: int, word: str, count: int) -> None:
+    os.pwrite(fd, f"{word} {count}\n".encode(), 0)
 
 
 @contextlib.contextmanager

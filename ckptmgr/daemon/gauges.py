@@ -99,7 +99,9 @@ class Gauges:
             gone = before[generation]
             spooled = job.spool is not None and job.spool.holds(gone)
             if (gone.nonce, gone.step) not in held.results and not spooled:
-                self._metrics.dropped.labels(job.label).inc()
+                reason = held.how_lost(gone)
+                if reason is not None:
+                    self._metrics.dropped.labels(job.label, reason).inc()
         return [s for s in found.values() if job.spool is None or not job.spool.holds(s)]
 
     def _tell_pace(self, label: str, held: Held) -> None:

@@ -61,12 +61,13 @@ def pick(
 class Held:
     """One host buffer in the daemon's care.
 
-    `owner` is the session that it was given to; None when that is over, though its trainer may
-    live on without a connection. `worker` writes its snapshots. `results` are by nonce and step:
+    `owner` is the session that it was given to; None when that is over, though its trainer may live
+    on without a connection. `worker` writes its snapshots. `results` are by nonce and step:
     attempts are numbered anew in a store that was emptied. `busy` are the snapshots on their way,
-    by generation: being written, or waiting for the other ranks. `spool` is where they go when the
-    store does not take them. `retry_at` is when a write that failed is tried again, in Unix
-    seconds, for people.
+    by generation: being written, or waiting for the other ranks; `writing` is the generation of the
+    one that is written now, or could not be written whole: its slot was taken. `spool` is where
+    they go when the store does not take them. `retry_at` is when a write that failed is tried
+    again, in Unix seconds, for people.
     """
 
     buffer: HostBuffer
@@ -83,6 +84,7 @@ class Held:
     last_failure: str = ""
     retry_at: float = 0.0
     busy: dict[int, Snapshot] = field(default_factory=dict)
+    writing: int = 0
     spool: Spool | None = None
     _freed: bool = False
     _faulted: int = 0
@@ -128,6 +130,16 @@ class Held:
             self._damaged.add(found)
             job, why = label_of(self.binding.url), error.message
             warning("slot_damaged", job=job, buffer=self.buffer.id, slot=slot, why=why)
+
+    def how_lost(self, gone: Snapshot) -> str | None:
+        """How a snapshot was lost that is undecided and not in its slot any more, in a word of
+        `metrics.DROPPED`; None if it was not: its part is stored, and its step may be committed.
+        """
+        if gone.generation in self.busy and gone.generation != self.writing:
+            return None
+        if (gone.slot, gone.generation) in self._damaged:
+            return "damaged"
+        return "writing" if gone.generation == self.writing else "waiting"
 
     def let_go(self) -> None:
         """The trainer is gone: what it sealed is finished now, and its memory is freed in time."""

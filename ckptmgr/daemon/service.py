@@ -45,6 +45,7 @@ from ckptmgr.staging.inbox import LOCK, SOCKET, InboxWatch, prepare, take_ticket
 from ckptmgr.store.mirrored import place_of
 
 FETCHED = "fetched"
+PREEMPTED = "preempted"
 HOST = "host"
 _SIGTERM_DRAIN_SECONDS = 60.0
 
@@ -65,7 +66,7 @@ class Service:
         self.keyring = load_keyring(os.environ)
         self.pool = BufferPool(settings.budget_bytes)
         self.intake = Intake(settings.runtime_dir, self.supervisor)
-        self.preemptions = Preemptions(self.metrics, self.intake)
+        self.preemptions = Preemptions(self.metrics, self.intake, settings.runtime_dir / PREEMPTED)
         self._gauges = Gauges(self.metrics, self.intake)
         self._clock = Clock()
         self.reader = Reader(self.intake, settings.runtime_dir / FETCHED)
@@ -102,7 +103,7 @@ class Service:
         """
         runtime = self.settings.runtime_dir
         prepare(runtime)
-        with counted(self.metrics), only_one(runtime / LOCK) as killed:
+        with counted(self.metrics), only_one(runtime / LOCK) as before:
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self._ending.set)
@@ -118,11 +119,13 @@ class Service:
             server = await control.listen(runtime / SOCKET, self._connected, given)
             event("started", pid=os.getpid(), runtime=str(runtime), metrics_port=self.metrics_port)
             self.metrics.build.labels(__version__).set(1)
-            if killed:
+            self.metrics.daemon_restarts.inc(before.count)
+            if before.killed:
                 warning("killed_before")
             try:
                 for held in self.intake.adopt():
                     self._employ(held)
+                self.preemptions.adopt()
                 self.adopted = True
                 async with self.supervisor.told(self._in_words, watch.is_alive):
                     await self._until_ended()

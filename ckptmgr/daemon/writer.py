@@ -94,11 +94,13 @@ class Writer:
     async def _write(self, snapshot: Snapshot, deciding: asyncio.TaskGroup) -> None:
         """Active, packs, manifest; the rest goes on beside the next snapshot."""
         self._held.busy[snapshot.generation] = snapshot
+        self._held.writing = snapshot.generation
         start = time.monotonic()
         handed_over = False
         try:
             with self._job.readback.saving():
                 manifest = await self._bring(snapshot)
+            self._held.writing = 0
             if manifest is not None:
                 deciding.create_task(self._decide(snapshot, manifest, start))
                 handed_over = True
@@ -107,6 +109,7 @@ class Writer:
             self._job.history.given_up(snapshot.id, "superseded by a newer snapshot")
             await self._give_up(snapshot.id, "superseded by a newer snapshot")
         except StoreError:
+            self._held.writing = 0  # it waits to be tried again
             raise
         except CkptmgrError as error:
             await self._refuse(snapshot, error)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from called import call
 from ckptmgr.daemon.preempted import Verdict, verdict
+from ckptmgr.daemon.service import PREEMPTED
 from ckptmgr.repository.commit import abort_step
 from ckptmgr.staging.control import Done, Preempt
 from ckptmgr.store.registry import open_store
@@ -20,14 +23,14 @@ from rigged import Rig
 
 
 @contextmanager
-def preempted_amid_a_write(runtime: Path, rig: Rig) -> Iterator[None]:
+def preempted_amid_a_write(runtime: Path, rig: Rig) -> Iterator[Rank]:
     """A trainer has sealed step 3 and told of its preemption; it ends with the block."""
     rig.obey(("put_new", "data/", "hold"))
     with Rank(runtime, rig.url) as rank:
         rank.save(3)
         rank.link.ask(Preempt("test", "preempted", 1.0), Done)
         until(lambda: rig.asked("put_new", "data/"), "it is being written")
-        yield
+        yield rank
 
 
 def test_a_dead_trainers_last_snapshot_counts_when_it_is_committed(
@@ -42,6 +45,42 @@ def test_a_dead_trainers_last_snapshot_counts_when_it_is_committed(
         rig.obey()
         until(lambda: counted(runtime) == {"signals": 1, "saves": 1}, "saved by the daemon")
         assert daemon.await_event("preemption_saved")["step"] == "1.3"
+
+
+def test_a_daemon_that_is_killed_after_its_trainer_has_died_leaves_the_rest_to_the_next(
+    runtime: Path, tmp_path: Path
+) -> None:
+    rig = Rig(tmp_path)
+    with Daemon(runtime, environment=rig.environment()) as first:
+        with preempted_amid_a_write(runtime, rig):
+            pass
+        until(lambda: first.status()["trainers"] == 0, "its trainer is gone")
+        first.end(signal.SIGKILL)
+    (note,) = (runtime / PREEMPTED).iterdir()
+    note.with_name("cut short").write_bytes(note.read_bytes()[:20])
+    with Daemon(runtime, environment=rig.environment()) as second:
+        assert counted(runtime) == {"signals": 0, "saves": 0}, "the first has counted the signal"
+        rig.obey()
+        assert second.await_event("preemption_saved")["step"] == "1.3"
+        assert counted(runtime) == {"signals": 0, "saves": 1}
+        until(lambda: not list((runtime / PREEMPTED).iterdir()), "it is over")
+        assert second.end() == 0
+
+
+def test_a_trainer_that_outlives_the_daemon_is_not_counted_twice(
+    runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = Rig(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", rig.python_path)
+    with Daemon(runtime) as daemon:
+        with preempted_amid_a_write(runtime, rig) as rank:
+            rank.link.ask_later_daemons(Preempt("test", "preempted", 1.0, again=True))
+            daemon.end(signal.SIGKILL)
+            rig.obey()
+            assert rank.wait(3).outcome == Outcome.COMMITTED  # by a daemon that the rank started
+        until(lambda: counted(runtime) == {"signals": 0, "saves": 1}, "saved")
+        assert call("drain", "--stop", runtime=runtime).status == 0
+        assert len(daemon.events("preemption_saved")) == 1
 
 
 def test_a_trainer_that_had_sealed_nothing_has_nothing_to_lose(

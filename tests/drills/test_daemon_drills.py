@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import subprocess
@@ -74,9 +73,9 @@ def test_a_clock_that_is_set(tmp_path: Path, runtime: Path, rig: Rig, watch: Wat
     source = Path(__file__).with_name("clock.c")
     subprocess.run(["cc", "-shared", "-fPIC", "-o", shim, source, "-ldl"], check=True)
     clock.write_text("0")
-    environment = {**os.environ, "LD_PRELOAD": str(shim), "CLOCK_FILE": str(clock)}
+    preloaded = ("env", f"LD_PRELOAD={shim}", f"CLOCK_FILE={clock}")  # which no fork would be
     with (
-        Daemon(runtime, environment=environment) as daemon,
+        Daemon(runtime, prefix=preloaded) as daemon,
         Rank(runtime, rig.url) as rank,
         watch(daemon) as alerts,
     ):

@@ -155,9 +155,9 @@ class Watch:
         assert self.firing() == set(), self.firing()
 
     def value(self, name: str, **labels: str) -> float:
-        """The value of a metric of this daemon; NaN where there is none."""
+        """The value of a metric of this daemon, over all labels not named; NaN without any."""
         chosen = "".join(f',{label}="{value}"' for label, value in labels.items())
-        found = self._prometheus.query(f'{name}{{instance="{self.instance}"{chosen}}}')
+        found = self._prometheus.query(f'sum({name}{{instance="{self.instance}"{chosen}}})')
         return float(found[0]["value"][1]) if found else float("nan")
 
     def state(self) -> str:

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from called import spoil
+import called
 from ckptmgr import __version__
 from ckptmgr.daemon.counts import reason_of
 from ckptmgr.daemon.log import label_of
 from ckptmgr.metrics import REASONS, Metrics
 from ckptmgr.types import Outcome
+from daemon.test_writing import spoil
 from driven import Daemon, Rank, ranks, until
 from rigged import Rig
 from seeing.tables import METRICS, found_table, metrics_table, registered
@@ -135,15 +136,19 @@ def test_a_store_that_fails_and_snapshots_that_wait(
             seen.reaches(waiting.sealed_at, "oldest_undecided_timestamp_seconds")
             seen.reaches(2, "queue_snapshots")
             rank.save(4, waiting.slot)
-            seen.reaches(1, "dropped_snapshots_total")
-            assert seen.of_job("d2h_bytes_total") == 4 << 20, "what was dropped had been copied"
+            seen.reaches(1, "dropped_snapshots_total", reason="writing")
+            seen.reaches(2, "queue_snapshots")
+            rank.save(5, 1 - waiting.slot)
+            seen.reaches(1, "dropped_snapshots_total", reason="waiting")
+            assert seen.of_job("dropped_snapshots_total") == 2
+            assert seen.of_job("d2h_bytes_total") == 5 << 20, "what was dropped had been copied"
             failed = {"op": "put_new", "class": "StoreUnreachableError"}
             until(lambda: seen.of_job("store_errors_total", **failed) >= 3, "it failed three times")
             until(
                 lambda: seen.of_job("store_retries_total", op="put_new") >= 2, "it was tried again"
             )
             rig.obey()
-            assert rank.wait(4).outcome == Outcome.COMMITTED
+            assert rank.wait(5).outcome == Outcome.COMMITTED
             seen.reaches(0, "upload_backlog_bytes")
             seen.reaches(1, "aborts_total", reason="newer_snapshot")
         until(lambda: math.isnan(seen.of_job("attached_ranks")), "gauges of a closed job are gone")
@@ -154,7 +159,7 @@ def test_damage_in_memory_and_in_the_store(runtime: Path, rig: Rig) -> None:
     with Daemon(runtime), Rank(runtime, rig.url) as rank:
         commit(rank, 1, 2)
     shutil.rmtree(runtime / "buffers")
-    spoil(rig.path, 1, 2)
+    called.spoil(rig.path, 1, 2)
     with Daemon(runtime) as daemon, Rank(runtime, rig.url) as rank:
         seen = Scraped(daemon, rig.url)
         assert seen.of_job("corruption_detected_total") == 0
@@ -164,6 +169,21 @@ def test_damage_in_memory_and_in_the_store(runtime: Path, rig: Rig) -> None:
         assert seen.of_job("restore_fallbacks_total") == 1
         assert seen.of_job("restores_total", source="store") == 1
         assert seen.of_job("restore_seconds_count", source="store") == 1
+
+
+def test_a_snapshot_that_no_longer_holds_when_its_turn_comes(runtime: Path, rig: Rig) -> None:
+    rig.obey(("put_new", "data/", "hold"))
+    with Daemon(runtime) as daemon, Rank(runtime, rig.url) as rank:
+        seen = Scraped(daemon, rig.url)
+        rank.save(1)
+        rank.save(2)
+        seen.reaches(2, "queue_snapshots")
+        spoil(runtime, 2, 100)
+        seen.reaches(1, "dropped_snapshots_total", reason="damaged")
+        assert seen.of_job("corruption_detected_total", tier="memory") == 1
+        rig.obey()
+        assert rank.wait(1).outcome == Outcome.COMMITTED
+        assert seen.of_job("dropped_snapshots_total") == 1
 
 
 def test_a_rank_that_does_not_come(
@@ -182,17 +202,20 @@ def test_a_rank_that_does_not_come(
 def test_a_daemon_that_was_killed_and_one_that_was_not(runtime: Path, rig: Rig) -> None:
     with Daemon(runtime) as first, Rank(runtime, rig.url) as rank:
         assert Scraped(first).value("started_after_kill") == 0
+        assert Scraped(first).value("daemon_restarts_total") == 0
         commit(rank, 1)
     with Daemon(runtime) as second:
         assert second.await_event("killed_before")["code"] == "CKM1003"
         seen = Scraped(second)
         assert seen.value("started_after_kill") == 1
+        assert seen.value("daemon_restarts_total") == 1
         assert not seen.value("d2h_bytes_total"), "what it adopts was counted by the one before"
         assert seen.value("adopted_snapshots") == 1
         assert seen.value("fdstore_recovered_total") == 0, "it is in /dev/shm"
         second.end()
     with Daemon(runtime) as third:
         assert Scraped(third).value("started_after_kill") == 0
+        assert Scraped(third).value("daemon_restarts_total") == 2
         assert len(third.events("killed_before")) == 1
 
 
