@@ -187,6 +187,8 @@ class Capture:
             return None
         try:
             sources, values = sources_again(self._frame, live, self._seams)
+            # Only now: what FSDP gathers for a forward, each state_dict has put back in its place.
+            self._objects.check(live)
             places = zip(values, self._frame.value_trails, strict=True)
             return sources, encode_values(list(places), externalize)
         except (StructureChangedError, LeafInValueError, UnsupportedLeafError):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ckptmgr.rank.flat import Original, flat_state, is_flat, originals
+from ckptmgr.rank.members import Members
 from ckptmgr.rank.names import bare_names, parameter_names
 from ckptmgr.rank.optimizers import Cut, Names, by_name, parameters_of, state_dict_of
 from ckptmgr.staging.paths import Trail, render
@@ -23,13 +24,14 @@ Home = tuple[str, str, Cut | None]
 
 @dataclass(slots=True)
 class Objects:
-    """What was found in a state; it stays right as long as the objects hold the same parameters."""
+    """What was found in a state; it stays right as long as `check` finds nothing changed."""
 
     modules: list[tuple[Trail, nn.Module]] = field(default_factory=list)
     optimizers: list[tuple[Trail, Optimizer]] = field(default_factory=list)
     _is_flat: dict[int, bool] = field(default_factory=dict)
     _homes: dict[int, list[Home]] = field(default_factory=dict)
     _named: dict[int, tuple[list[Tensor], Names]] = field(default_factory=dict)
+    _members: Members = field(default_factory=lambda: Members(()))
 
     def add_module(self, trail: Trail, module: nn.Module) -> None:
         """Note a module, and the names of those parameters that no earlier one has."""
@@ -52,6 +54,25 @@ class Objects:
         self.optimizers.append((trail, optimizer))
         params = parameters_of(optimizer)
         self._named[id(optimizer)] = params, self._names_of(params)
+
+    def note_members(self) -> None:
+        """Note what the names in the modules mean; all were added before."""
+        self._members = Members(module for _, module in self.modules)
+
+    def check(self, state: Any) -> None:
+        """Look whether the objects have their places, and the names in them their meaning, still.
+
+        Args:
+            state: as it was when the objects were found, but for what is checked here.
+
+        Raises:
+            StructureChangedError: they have not.
+        """
+        places = [*self.modules, *self.optimizers]
+        if any(_at(state, trail) is not item for trail, item in places):
+            raise StructureChangedError
+        if not self._members.are_unchanged():
+            raise StructureChangedError
 
     def _names_of(self, params: list[Tensor]) -> Names:
         """The names, where torch counts a parameter that a group has twice as two positions."""
@@ -134,7 +155,13 @@ def find_objects(state: Any) -> Objects:
     for trail, item in places:
         if isinstance(item, Optimizer):
             found.add_optimizer(trail, item)
+    found.note_members()
     return found
+
+
+def _at(state: Any, trail: Trail) -> Any:
+    """What is at a place in the containers of a state."""
+    return state if trail is None else _at(state, trail[0])[trail[1]]
 
 
 def _objects_in(item: Any, trail: Trail, depth: int) -> Iterator[tuple[Trail, Any]]:

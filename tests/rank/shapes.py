@@ -27,6 +27,10 @@ as they are. Views that overlap in part are stored apart. A Python container tha
 two containers after `load()`. The order of elements in memory (Fortran, channels last) is that of
 the live tensor after `restore()`, row-major after `load()`.
 
+Names: an optimizer's state is saved under the names that its parameters have in the modules of
+`state`, as they are at that snapshot. Layers, parameters and groups may change places between
+snapshots. A parameter that no module in `state` has is called by its position (`#3`).
+
 With `overlap=True` (the default on a GPU) a write that PyTorch does not count is not seen while a
 copy goes on: through `.data`, by a CUDA graph, by a kernel outside PyTorch. Use `overlap=False`
 with code that makes such writes.
