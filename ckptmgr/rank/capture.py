@@ -59,7 +59,7 @@ class Prepared:
 class Copy:
     """A copy into a slot that was started; finished when `done` was called."""
 
-    def __init__(self, done: Done, settle: Callable[[], None]) -> None:
+    def __init__(self, done: Done, settle: Callable[[float | None], None]) -> None:
         self.turn: Turn | None = None
         self._done = done
         self._settle = settle
@@ -88,10 +88,13 @@ class Copy:
         Raises:
             Exception: what `done` raised.
         """
-        if threading.get_ident() == self._trainer:
-            self._settle()
         end = time.monotonic() + (math.inf if timeout_seconds is None else timeout_seconds)
+        trains = threading.get_ident() == self._trainer
+        if trains:
+            self._settle(timeout_seconds)
         while not self._finished.is_set and (left := end - time.monotonic()) > 0:
+            if self.turn is not None:
+                self.turn.awaited |= not trains
             if self.turn is not None and not self.turn.at_work:
                 self.finish(CkptmgrError("has ended before the copy", subject="copying thread"))
             else:

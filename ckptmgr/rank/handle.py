@@ -78,8 +78,10 @@ class SaveHandle:
         Raises:
             CkptmgrError: the step was given up; the message says why.
         """
-        self.sealed()
         deadline = math.inf if timeout is None else time.monotonic() + timeout
+        if self.copy is not None and not self.copy.wait(timeout):
+            return False
+        self.sealed()
         while True:
             left = deadline - time.monotonic()
             slice_seconds = max(0.0, min(left, _WAIT_SLICE_SECONDS))

@@ -8,7 +8,8 @@
 
 PyTorch counts a write when it is over. A counter that is read while a write is under way says
 nothing, so the second reading waits until the training thread was seen to leave the call that it
-was in when the copy ended.
+was in when the copy ended. Where another thread waits for the copy, the one that started it may be
+idle for good: there it is enough that the kernel has it in one sleep from one look to the next.
 
 Writes that PyTorch does not count (through `.data`, by CUDA graphs, by kernels outside PyTorch) are
 not found: overlap=False is for code that makes them. The parts for GPUs were not run on one yet.
@@ -17,12 +18,15 @@ not found: overlap=False is for code that makes them. The parts for GPUs were no
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import queue
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -79,11 +83,12 @@ class Turn:
     `running`: one of them sees the other.
 
     `judged` is set when the sources may be written again, `ended` when the slot may be, too.
+    `awaited` is said by a thread that waits for the copy and is not the one that trains.
     """
 
     def __init__(self, lane: Lane) -> None:
         self.lane = lane
-        self.handed = self.cancelled = self.running = False
+        self.handed = self.cancelled = self.running = self.awaited = False
         self.judged, self.ended = Latch(), Latch()
         self._settler: int | None = None
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -138,6 +143,7 @@ class Job:
     limit: Bucket | None = None
     versions: list[int] = field(init=False)
     trainer: int = field(default_factory=threading.get_ident)
+    task: int = field(default_factory=threading.get_native_id)
     streams: dict[torch.device, torch.cuda.Stream] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -179,7 +185,13 @@ class Job:
         """Wait until every write that may have met the copy has ended, and is counted."""
         seen = _place(self.trainer)
         pause = LOOK_SECONDS_MIN
+        sleep, since = _sleep(self.task), time.monotonic()
         while seen is not None and not turn.rests() and _place(self.trainer) == seen:
+            before, sleep = sleep, _sleep(self.task)
+            if sleep is None or sleep != before:
+                since = time.monotonic()
+            elif turn.awaited and time.monotonic() - since >= LOOK_SECONDS_MAX:
+                return
             turn.wait_for_rest(pause)
             pause = min(2 * pause, LOOK_SECONDS_MAX)
 
@@ -203,6 +215,17 @@ def _place(thread: int) -> tuple[FrameType, int] | None:
     """
     frame = sys._current_frames().get(thread)
     return None if frame is None else (frame, frame.f_lasti)
+
+
+def _sleep(thread: int) -> int | None:
+    """Which sleep a thread is in, by the kernel's count; None if it is awake, or ended."""
+    try:
+        told = Path(f"/proc/self/task/{thread}/status").read_text(errors="replace")
+    except OSError:
+        return None
+    facts = dict(line.split(":", 1) for line in told.splitlines() if ":" in line)
+    asleep = facts.get("State", "").split()[:1] == ["S"]
+    return int(facts["voluntary_ctxt_switches"]) if asleep else None
 
 
 @dataclass(slots=True)
@@ -405,8 +428,8 @@ class CopyThread:
         lane.start()
         return lane
 
-    def settle(self) -> None:
-        """Wait until the leaves in flight may be written again.
+    def settle(self, timeout_seconds: float | None = None) -> None:
+        """Wait until the leaves in flight may be written again, or the time is over.
 
         Call it in the thread that trains: that it is here shows that it is not writing.
         """
@@ -416,8 +439,10 @@ class CopyThread:
         if not turn.handed:
             turn.cancelled = True
         turn.rest()
+        end = time.monotonic() + (math.inf if timeout_seconds is None else timeout_seconds)
         while turn.at_work:
-            if turn.judged.wait(LOOK_SECONDS_MAX):
+            left = end - time.monotonic()
+            if left <= 0 or turn.judged.wait(min(left, LOOK_SECONDS_MAX)):
                 return
         self._turn = None
 

@@ -383,7 +383,7 @@ def test_a_failing_copy_is_told_to_done(behind: bool) -> None:
 
 
 def test_copy_returns_a_handle_that_times_out() -> None:
-    copy = Copy(lambda error: None, lambda: None)
+    copy = Copy(lambda error: None, lambda seconds: None)
     assert copy.wait(0.0) is False
     copy.finish(None)
     assert copy.wait(0.0) is True
