@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from msgspec import structs
@@ -110,12 +110,12 @@ class Preempting:
         if last is None:
             return
         for one in self._sources:
-            one.sealed(last.step)
+            _tell(one, one.sealed, last.step)
         last = self._await_last(before, deadline, committed=True)
         if last is not None:
             self._committed = last.step
             for one in self._sources:
-                one.committed(last.step)
+                _tell(one, one.committed, last.step)
 
     def _await_last(self, before: int, deadline: float, *, committed: bool) -> Snapshot | None:
         """The newest snapshot that was sealed since, or any at all once the time is over; as soon
@@ -144,6 +144,18 @@ class Preempting:
                 RuntimeWarning,
                 stacklevel=1,
             )
+
+
+def _tell(source: Source, tell: Callable[[int], None], step: int) -> None:
+    """Tell a source; what goes wrong in one keeps nobody from telling the others."""
+    try:
+        tell(step)
+    except Exception as error:  # noqa: BLE001 - anybody's code, and nobody waits for this thread
+        warnings.warn(
+            f"ckptmgr: preemption source {source.name!r} failed at step {step}: {error}",
+            RuntimeWarning,
+            stacklevel=1,
+        )
 
 
 def _leave(thread: threading.Thread | None, deadline: float) -> None:

@@ -63,8 +63,14 @@ def test_slurm_tells_the_time_that_is_left() -> None:
     assert JobSource(environment={}).seconds_left(signal.SIGUSR1) == 0
     given = JobSource(environment={"CKPTMGR_SLURM_GRACE_SECONDS": "300"})
     assert given.seconds_left(signal.SIGTERM) == 300
-    with pytest.raises(UsageError):
-        JobSource(environment={"SLURM_JOB_END_TIME": "soon"}).seconds_left(signal.SIGUSR1)
+
+
+@pytest.mark.parametrize("name", ["SLURM_JOB_END_TIME", "CKPTMGR_SLURM_GRACE_SECONDS"])
+@pytest.mark.parametrize("text", ["60s", "-1", "nan", "inf"])
+def test_slurm_refuses_at_once_what_is_no_number_of_seconds(name: str, text: str) -> None:
+    """As it is made, for who hears a signal has nobody to tell."""
+    with pytest.raises(UsageError, match=f"{name}: '{text}' is not a number of seconds"):
+        JobSource(environment={name: text})
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from training import committed
 
@@ -86,6 +87,33 @@ def test_a_loop_that_hangs_costs_only_what_came_after_the_last_snapshot(
         assert counted(runtime) == {"signals": 1, "saves": 0}, "the loop may still come to a step"
     until(lambda: counted(runtime) == {"signals": 1, "saves": 1}, "it has ended, nothing is lost")
     assert committed(store_url) == ["1.5"]
+
+
+class Failing(Heard):
+    """A source whose platform can not be told."""
+
+    def sealed(self, step: int) -> None:
+        super().sealed(step)
+        raise OSError("its platform does not answer")
+
+    def committed(self, step: int) -> None:
+        super().committed(step)
+        raise FileNotFoundError("scontrol")
+
+
+@pytest.mark.filterwarnings("always::RuntimeWarning")
+def test_a_source_that_fails_keeps_no_other_from_being_told(runtime: Path, store_url: str) -> None:
+    failing, source = Failing(), Heard()
+    state = {"x": torch.ones(3)}
+    both = [failing, source]
+    with (
+        pytest.warns(RuntimeWarning, match="source 'announced' failed at step 1: scontrol"),
+        ckptmgr.Checkpointer(store_url, state, every=None, preemption=both) as ckpt,
+    ):
+        ckpt.save(1).committed(PATIENCE_SECONDS)
+        failing.announce("suspended", 1.0)
+        assert source.answered.wait(PATIENCE_SECONDS)
+    assert source.told == failing.told == [("sealed", 1), ("committed", 1)]
 
 
 def test_a_daemon_that_does_not_answer_holds_up_no_source(runtime: Path, store_url: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -35,6 +36,9 @@ class JobSource(Signals):
     Args:
         requeue: ask `scontrol requeue` after SIGUSR1; None is CKPTMGR_SLURM_REQUEUE=1.
         environment: of the job.
+
+    Raises:
+        UsageError: a variable that has seconds in it has something else.
     """
 
     name = "slurm"
@@ -46,6 +50,9 @@ class JobSource(Signals):
         self._environment = os.environ if environment is None else environment
         wanted = self._environment.get(REQUEUE_VARIABLE) == "1"
         self._requeue = wanted if requeue is None else requeue
+        # Now, for the thread that hears a signal has nobody to tell that it is no number.
+        self._end = _number(self._environment, "SLURM_JOB_END_TIME", 0.0)
+        self._grace = _number(self._environment, GRACE_VARIABLE, KILL_WAIT_SECONDS)
         self._leads = False
         self._warned = False
 
@@ -63,9 +70,8 @@ class JobSource(Signals):
     def seconds_left(self, number: int) -> float:
         """As promised by Signals: by the end of the job that Slurm tells, or by KillWait."""
         if number == LIMIT_SIGNAL:
-            end = _number(self._environment, "SLURM_JOB_END_TIME", 0.0)
-            return max(end - time.time(), 0.0)
-        return _number(self._environment, GRACE_VARIABLE, KILL_WAIT_SECONDS)
+            return max(self._end - time.time(), 0.0)
+        return self._grace
 
     def committed(self, step: int) -> None:  # noqa: ARG002
         """As promised by Source: the job may end now, and come back."""
@@ -81,9 +87,12 @@ class JobSource(Signals):
 def _number(environment: Mapping[str, str], name: str, default: float) -> float:
     text = environment.get(name, "")
     try:
-        return float(text) if text else default
+        number = float(text) if text else default
     except ValueError:
-        raise UsageError(f"{text!r} is not a number", subject=name) from None
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise UsageError(f"{text!r} is not a number of seconds", subject=name)
+    return number
 
 
 _SCRIPT = Template("""\
