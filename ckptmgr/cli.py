@@ -27,6 +27,9 @@ __all__ = ["STATUS", "app", "main"]
 _PARSER_ERROR: type[Exception] = typer.BadParameter.mro()[1]
 """A usage error of the parser: its name is in click, or within typer, as typer's version goes."""
 
+_PRINTERS = {"click", "rich", "typer"}
+"""The packages that write to standard output."""
+
 
 @app.callback(invoke_without_command=True)
 def _top(
@@ -53,6 +56,21 @@ def main() -> None:
         for line in f"ckptmgr: {error}".splitlines():
             typer.echo(present.printable(line), err=True)
         foreground.end(error.exit_status)
+    except OSError as error:
+        if present.debug or not _is_of_output(error):
+            raise
+        typer.echo(f"ckptmgr: standard output: can not be written: {error.strerror}", err=True)
+        typer.echo("hint: Make room where it goes, or send it elsewhere.", err=True)
+        foreground.end(1)
+
+
+def _is_of_output(error: OSError) -> bool:
+    """Whether those who print met it; what goes wrong with any file elsewhere is not theirs."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__"))
+    return module.partition(".")[0] in _PRINTERS
 
 
 def _refuse(error: Any) -> NoReturn:

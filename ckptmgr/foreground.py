@@ -45,7 +45,7 @@ def run(main: Coroutine[Any, Any, T], leave_nothing: Callable[[], None]) -> T:
 
 def end(status: int) -> NoReturn:
     """End the process. Python would wait for threads first, and those may hang in the kernel."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed before we started
         try:
             stream.flush()
         except OSError:  # nobody reads it any more
@@ -120,7 +120,7 @@ class _Watch(threading.Thread):
         last = threading.Thread(target=self._leave_nothing, daemon=True)
         last.start()
         last.join(LAST_SECONDS)
-        if sys.stderr.isatty():
+        if sys.stderr is not None and sys.stderr.isatty():
             os.write(2, b"\x1b[?25h\n")  # the bar that was being drawn has hidden the cursor
         os._exit(128 + self.number)
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
@@ -22,6 +22,12 @@ if TYPE_CHECKING:  # `--help` needs no store
 debug = False
 """Whether errors show their traceback; set by --debug."""
 
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a person looks at it; None is what a stream is that was closed before we started."""
+    return stream is not None and stream.isatty()
+
+
 # Nothing that is shown is markup. Off a terminal nothing is cut or folded, so that a line of a
 # table stays a line for whoever reads it with grep.
 _console = Console(
@@ -29,7 +35,7 @@ _console = Console(
     highlight=False,
     emoji=False,
     soft_wrap=True,
-    width=None if sys.stdout.isatty() else 10_000,
+    width=None if is_terminal(sys.stdout) else 10_000,
 )
 
 
@@ -69,7 +75,7 @@ def read_mirror(key: str, why: str) -> None:
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[int], None]]:
     """A running count of bytes on a terminal; silent elsewhere."""
-    if not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         yield lambda _: None
         return
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
@@ -81,7 +87,7 @@ def progress(what: str) -> Iterator[Callable[[int], None]]:
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
     """A spinner on a terminal; silent elsewhere."""
-    if not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         yield
         return
     with Console(stderr=True).status(what):

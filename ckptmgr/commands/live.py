@@ -25,7 +25,7 @@ def watch_status(ask: Callable[[], State], *, as_json: bool) -> None:
         UsageError: nobody looks at a terminal.
         DaemonError: there is no daemon at the start.
     """
-    if as_json or not sys.stdout.isatty():
+    if as_json or not present.is_terminal(sys.stdout):
         raise UsageError(
             "needs a terminal, and no --json",
             subject="--watch",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -152,6 +153,8 @@ def drain(
     Exit status 6 says that a trainer still runs here though a newer attempt of its job has taken
     over: what it snapshots is given up, and nothing of it will be committed.
     """
+    if not 0 <= timeout < math.inf:
+        raise UsageError(f"{timeout} is not a number of seconds", subject="--timeout")
     from ckptmgr.staging.control import Done, Drain, Stated, Status, Stop
     from ckptmgr.staging.launch import connect
 

@@ -103,6 +103,12 @@ def _url_of_path(path: str) -> str:
             subject=repr(path.partition(":")[0] + ":..." if ":" in path else path),
             hint="Write file:///data/run7, s3://bucket/run7, or a path such as ./run7.",
         )
+    try:
+        path.encode()
+    except UnicodeEncodeError:  # Python's stand-ins for bytes that are no text
+        raise UsageError(
+            "is not UTF-8, which the URL of a store is", subject=repr(path), hint="Rename it."
+        ) from None
     # abspath keeps two leading slashes (POSIX lets them differ); on Linux they are one.
     absolute = "/" + os.path.abspath(os.path.expanduser(path)).lstrip("/")
     return "file://" + quote(absolute)

@@ -94,6 +94,10 @@ class Tree:
         except FileNotFoundError:
             if not make or self._is_unmounted():
                 raise
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise _too_long(self.root) from error
+            raise
         try:
             os.makedirs(self.root, mode=0o700, exist_ok=True)
         except OSError as error:
@@ -226,3 +230,11 @@ def _is_key(key: str) -> bool:
     except UsageError:
         return False
     return True
+
+
+def _too_long(root: str) -> UsageError:
+    return UsageError(
+        f"is no name that its file system can have: it has {len(os.fsencode(root))} bytes",
+        subject=root,
+        hint="Check the URL; a name may have 255 bytes on most file systems, a path 4,095.",
+    )

@@ -112,6 +112,11 @@ def test_1_not_drained(runtime: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         (["gc", "{store}", "--keep=last=2", "--keep-every=5", "--keep-daily=-1"], ["daily"]),
         (["gc", "{store}", "--keep=every=2", "--keep-every=5"], ["not both"]),
         (["release", "{store}", "2", "nonsense"], ["has no hold nonsense"]),
+        (["drain", "--timeout=nan"], ["--timeout: nan is not a number of seconds"]),
+        (["drain", "--timeout=inf"], ["--timeout: inf is not a number of seconds"]),
+        (["drain", "--timeout=-1"], ["--timeout: -1.0 is not a number of seconds"]),
+        (["ls", "/tmp/" + 300 * "x"], ["/tmp/" + 300 * "x", "305 bytes", "hint: Check the URL"]),
+        (["ls", "/tmp/\udcff\udcfe"], ["'/tmp/\\udcff\\udcfe': is not UTF-8", "hint: Rename it"]),
         (["ls", "nosuch://x"], ["no store is installed", "hint: "]),
         (["ls", "zz://bucket/run"], ["no store is installed for this scheme"]),
         (["ls", "file://host/x"], ["needs an absolute path"]),
@@ -402,6 +407,37 @@ def test_a_reader_that_closes_the_pipe_is_no_error(made: Path) -> None:
     )
     assert done.stdout.startswith("id ")
     assert "Traceback" not in done.stderr
+
+
+def with_output_to(redirection: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, "-m", "ckptmgr.cli", *map(str, arguments)]
+    return subprocess.run(
+        ["bash", "-c", f'"$@" {redirection}', "bash", *program],
+        env={**os.environ, "PYTHONPATH": PYTHON_PATH},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("how", [[], ["--json"]])
+def test_an_output_that_is_full_is_said(made: Path, how: list[str]) -> None:
+    done = with_output_to(">/dev/full", "ls", made, *how)
+    assert done.returncode == 1
+    first, second = done.stderr.splitlines()
+    assert first == "ckptmgr: standard output: can not be written: No space left on device"
+    assert second.startswith("hint: ")
+
+
+@pytest.mark.parametrize("how", [[], ["--json"]])
+def test_an_output_that_is_closed_gets_nothing(made: Path, how: list[str]) -> None:
+    done = with_output_to(">&-", "ls", made, *how)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_closed_error_output_leaves_the_status(tmp_path: Path) -> None:
+    done = with_output_to(">&- 2>&-", "ls", tmp_path / "nothing")
+    assert done.returncode == 4
 
 
 def test_a_store_of_a_newer_version_is_refused(store: Path) -> None:
