@@ -365,6 +365,7 @@ class Checkpointer:
         self._entered()
         if self._stepped and self._link is not None:
             self._begin_anew(self._link)
+        self._entered().fetching()
         found = self._resuming.restore(step, required=required, before=before)
         if found is None:
             return 0

@@ -58,8 +58,9 @@ class Link:
     A thread of its own hears the daemon's death at once, starts another daemon and attaches the
     same buffer to it: the snapshots in it are adopted, the trainer notices nothing. `lost` says
     that the daemon does not know our buffer, because somebody removed its file: the next snapshot
-    must `grow` into a new one. `rejoined` counts the daemons that had to be attached to again: such
-    a one knows nothing of what the one before was asked.
+    must `grow` into a new one. `rejoined` counts how often a daemon had to be attached to again,
+    because the one before died, or because an exception cut a question short: it knows nothing
+    then of what was asked before.
 
     Rank 0 claims the attempt; the others are given `claimed`, its number and nonce.
     """
@@ -163,16 +164,25 @@ class Link:
         with self._asking:
             old, self._wanted = self._wanted, wanted
             try:
-                attached = self._attach(self._client, same_buffer=False)
+                attached = self._attach_anew()
                 buffer = _open_locked(attached)
-            except CkptmgrError:
+            except BaseException:
                 self._wanted = old
+                self._client.close()  # the daemon may have changed: attach the old one
                 raise
             self._release_buffer()
             self.buffer = buffer
             self.lost = False
             self._stop_populating = threading.Event()
             self._populating = self._populate()
+
+    def _attach_anew(self) -> Attached:
+        """Attach another buffer; once more, if the connection is no more."""
+        try:
+            return self._attach(self._client, same_buffer=False)
+        except DaemonUnreachableError:
+            self._reconnect()
+            return self._attach(self._client, same_buffer=False)
 
     @property
     def progress_bytes(self) -> int:
@@ -272,7 +282,8 @@ class Link:
     def ask(
         self, request: Message, expect: type[R], timeout_seconds: float = CONTROL_TIMEOUT_SECONDS
     ) -> R:
-        """Ask the daemon; once more, of a new daemon, if it died over the question.
+        """Ask the daemon; once more, attached again, if it died over the question, or if an
+        exception has cut the one before short.
 
         Raises:
             DaemonUnreachableError: no daemon answers, or not in time.
@@ -292,11 +303,16 @@ class Link:
     def _reconnect(self) -> None:
         """Attach the buffer we have to whichever daemon there is now."""
         self._client.close()
-        self._client, attached = self._join()
-        self.rejoined += 1
-        self.lost = not self.buffer.follow(Path(attached.path))
-        if self._lasting is not None:
-            self._client.ask(self._lasting, Done)
+        client, attached = self._join()
+        try:
+            self.rejoined += 1
+            self.lost = not self.buffer.follow(Path(attached.path))
+            if self._lasting is not None:
+                client.ask(self._lasting, Done)
+        except BaseException:
+            client.close()
+            raise
+        self._client = client  # only now: whatever cuts this short is met by the next question
 
     def sealed(self) -> None:
         """Wake the daemon.

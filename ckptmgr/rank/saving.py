@@ -49,7 +49,7 @@ class Saving:
         self._url = url
         self._handle: SaveHandle | None = None
         self._handles: deque[SaveHandle] = deque(maxlen=HANDLES_MAX)
-        self._fetching = ranks.world == 1  # only then the daemon may be filling a slot
+        self._fetching = ranks.world == 1  # only then the daemon begins by filling a slot
         self.busy = False
 
     def step(self, step: int, tags: Mapping[str, Any] | None) -> SaveHandle | None:
@@ -217,14 +217,18 @@ class Saving:
         if self._fetching:
             self.release()
 
+    def fetching(self) -> None:
+        """Know that the daemon may fill a slot from now on, until `release` was answered."""
+        self._fetching = True
+
     def release(self) -> None:
         """Let the daemon have back what it lent."""
-        self._fetching = False
         self._link.populate_all()
         try:
             self._link.ask(Release(), Done)
         except DaemonUnreachableError as error:
             self.failed(str(error))  # a dead daemon fetches nothing and lends nothing
+        self._fetching = False
 
     # -- what became of it --------------------------------------------------------------------
 
