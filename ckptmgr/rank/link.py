@@ -198,11 +198,16 @@ class Link:
         return [snapshot.step for snapshot, outcome in sealed if outcome is Outcome.SPOOLED]
 
     def sealed_here(self) -> Sealed:
-        """What this attempt has sealed; any thread may ask while another grows."""
+        """What this attempt has sealed; any thread may ask while another grows.
+
+        A slot and a generation mean something in one buffer only: they begin anew in the next one.
+        Look a snapshot up here by all that it says of itself.
+        """
+        buffer = self.buffer
         try:
             return [
-                (snapshot, self.buffer.outcome(snapshot))
-                for snapshot in self.buffer.snapshots()
+                (snapshot, buffer.outcome(snapshot))
+                for snapshot in buffer.snapshots()
                 if snapshot.attempt == self.attempt
             ]
         except (ValueError, HostMemoryError):  # it is just being closed, or a slot is damaged

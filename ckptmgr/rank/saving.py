@@ -234,11 +234,8 @@ class Saving:
 
     def outcome_of(self, handle: SaveHandle, timeout_seconds: float) -> tuple[Outcome, str]:
         """What became of a snapshot, waiting at most `timeout_seconds` for a decision."""
-        buffer, snapshot = self._link.buffer, handle.snapshot
-        if snapshot is not None and buffer.unchanged(snapshot):
-            outcome = buffer.outcome(snapshot)
-            if outcome is Outcome.COMMITTED:
-                return outcome, ""
+        if (handle.snapshot, Outcome.COMMITTED) in self._link.sealed_here():
+            return Outcome.COMMITTED, ""
         return self._wait(handle.step, timeout_seconds)
 
     def _wait(self, step: int, timeout_seconds: float) -> tuple[Outcome, str]:
