@@ -128,26 +128,30 @@ class Saving:
         self._link.wait_populated(slot)
         handle = SaveHandle(self, step)
         writer = self._link.buffer.begin(slot)
+        to_seal = [prepared]
 
         def done(error: BaseException | None) -> None:
+            # The copy keeps this as long as somebody keeps the handle, and the tensors must not
+            # stay when training drops them.
+            copied = to_seal.pop()
             try:
                 if error is not None:
                     raise error
                 stall = self._stalled(start, handle)
-                handle.snapshot = self._seal(writer, step, prepared, plain, stall)
+                handle.snapshot = self._seal(writer, step, copied, plain, stall)
                 self._link.sealed()
             except CkptmgrError as failure:
-                handle.failure = failure
+                handle.failure = failure.with_traceback(None)
                 self.failed(str(failure))
 
         self._handle = handle
-        self._handles.append(handle)
         handle.copy = self._capture.copy(prepared, writer.data, done)
         self._stalled(start, handle)
         self._stats.snapshots += 1
         self._stats.stall_seconds += self._stats.last_stall_seconds
         if handle.failure is not None:
             raise handle.failure
+        self._handles.append(handle)
         return handle
 
     def _stalled(self, start: float, handle: SaveHandle) -> float:
