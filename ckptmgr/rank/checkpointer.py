@@ -131,7 +131,7 @@ class Checkpointer:
         self._link: Link | None = None
         self._saving: Saving | None = None
         self._last_step = -1
-        self._stepped = False
+        self._stepped = self._restoring = False
         self._used = False
 
     # -- the block ----------------------------------------------------------------------------
@@ -268,6 +268,13 @@ class Checkpointer:
             raise UsageError("is used outside its block", subject="Checkpointer", hint=hint)
         return self._saving
 
+    def _entered_alone(self, what: str) -> Saving:
+        saving = self._entered()
+        if saving.busy or self._restoring:
+            amid = "restore" if self._restoring else "snapshot"
+            raise UsageError(f"is called by a signal handler amid a {amid}", subject=what)
+        return saving
+
     @property
     def attempt(self) -> int:
         """The attempt this block has claimed."""
@@ -317,15 +324,14 @@ class Checkpointer:
 
         If no slot is free it waits for the store as long as bytes arrive there; then the oldest
         snapshot that is not committed is given up. Raises what `step` raises, and
-        `HostMemoryError` or `DaemonUnreachableError` where no snapshot can be taken.
+        `HostMemoryError` or `DaemonUnreachableError` where no snapshot can be taken. A signal
+        handler may call it, but for amid a snapshot or a restore (UsageError).
         """
         return self._entered().save(self._next_step(step), tags)
 
     def _next_step(self, step: int) -> int:
         """`step` as a plain int, remembered as the last one."""
-        saving = self._entered()
-        if saving.busy:
-            raise UsageError("is called by a signal handler amid a snapshot", subject="save")
+        saving = self._entered_alone("save")
         try:
             number = -1 if isinstance(step, bool) else operator.index(step)
         except TypeError:
@@ -357,16 +363,21 @@ class Checkpointer:
         damaged, the one before is taken, a warning says so, and `restored.skipped` has the reasons.
 
         Raises:
+            UsageError: a signal handler calls it amid a snapshot or another restore.
             NothingToRestoreError: `step` is not there, or `required` and there is none.
             StateMismatchError: the saved and the live state differ; names every leaf.
             DamageError: there are steps, but none that can be read.
             StoreUnreachableError: the store does not answer.
         """
-        self._entered()
-        if self._stepped and self._link is not None:
-            self._begin_anew(self._link)
-        self._entered().fetching()
-        found = self._resuming.restore(step, required=required, before=before)
+        self._entered_alone("restore")
+        self._restoring = True
+        try:
+            if self._stepped and self._link is not None:
+                self._begin_anew(self._link)
+            self._entered().fetching()
+            found = self._resuming.restore(step, required=required, before=before)
+        finally:
+            self._restoring = False
         if found is None:
             return 0
         self.restored = found

@@ -7,6 +7,7 @@ import select
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -17,6 +18,7 @@ from ckptmgr.errors import (
     DaemonUnreachableError,
     HostBufferDamagedError,
     HostMemoryError,
+    UsageError,
 )
 from ckptmgr.rank.latch import Latch
 from ckptmgr.staging.control import Attach, Attached, Client, Detach, Done, Message
@@ -34,6 +36,7 @@ _REJOIN_PAUSE_SECONDS = 0.02
 _POPULATE_PAUSE_SECONDS = 0.1
 
 R = TypeVar("R", bound=Message)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,8 @@ class Link:
         self._runtime = runtime
         self._wanted = wanted
         self.attempt, self.nonce = claimed
-        self._asking = threading.Lock()
+        self._asking = threading.RLock()
+        self._is_asked = False
         self._ended = threading.Event()
         self._client, attached = self._join()
         try:
@@ -161,28 +165,22 @@ class Link:
             table_bytes=max(table_bytes, self._wanted.table_bytes),
             data_bytes=max(data_bytes, self._wanted.data_bytes),
         )
-        with self._asking:
-            old, self._wanted = self._wanted, wanted
-            try:
-                attached = self._attach_anew()
-                buffer = _open_locked(attached)
-            except BaseException:
-                self._wanted = old
-                self._client.close()  # the daemon may have changed: attach the old one
-                raise
-            self._release_buffer()
-            self.buffer = buffer
-            self.lost = False
-            self._stop_populating = threading.Event()
-            self._populating = self._populate()
+        self._alone(lambda: self._change_buffers(wanted))
 
-    def _attach_anew(self) -> Attached:
-        """Attach another buffer; once more, if the connection is no more."""
+    def _change_buffers(self, wanted: Wanted) -> None:
+        old, self._wanted = self._wanted, wanted
         try:
-            return self._attach(self._client, same_buffer=False)
-        except DaemonUnreachableError:
-            self._reconnect()
-            return self._attach(self._client, same_buffer=False)
+            attached = self._again(lambda: self._attach(self._client, same_buffer=False))
+            buffer = _open_locked(attached)
+        except BaseException:
+            self._wanted = old
+            self._client.close()  # the daemon may have changed: attach the old one
+            raise
+        self._release_buffer()
+        self.buffer = buffer
+        self.lost = False
+        self._stop_populating = threading.Event()
+        self._populating = self._populate()
 
     @property
     def progress_bytes(self) -> int:
@@ -253,13 +251,15 @@ class Link:
             DaemonUnreachableError: no daemon answers.
             CkptmgrError: whatever the daemon answered with.
         """
-        with self._asking:
-            try:
-                attached = self._attach(self._client, claimed=claimed)
-            except DaemonUnreachableError:
-                self._reconnect()
-                attached = self._attach(self._client, claimed=claimed)
+        self._alone(lambda: self._take_part(claimed))
+
+    def _take_part(self, claimed: tuple[int, str]) -> None:
+        try:
+            attached = self._again(lambda: self._attach(self._client, claimed=claimed))
             self.attempt, self.nonce = attached.attempt, attached.nonce
+        except BaseException:
+            self._client.close()  # the daemon may have changed: attach what we are
+            raise
 
     def _join(self) -> tuple[Client, Attached]:
         """Connect and attach; again if the daemon dies over it.
@@ -292,14 +292,42 @@ class Link:
 
         Raises:
             DaemonUnreachableError: no daemon answers, or not in time.
+            UsageError: a signal handler asks amid a question of the thread that it interrupts.
             CkptmgrError: whatever the daemon answered with.
         """
-        with self._asking:
+
+        def asked() -> R:
+            return self._client.ask(request, expect, timeout_seconds)
+
+        return self._alone(lambda: self._again(asked))
+
+    def _again(self, ask: Callable[[], T]) -> T:
+        """Ask; once more, attached again, if the connection is no more."""
+        try:
+            return ask()
+        except DaemonUnreachableError:
+            self._reconnect()
+            return ask()
+
+    def _alone(self, do: Callable[[], T]) -> T:
+        """What uses the connection, one thread at a time, and none that is amid using it."""
+        with self._asking:  # of a thread that has it already this asks nothing
+            if self._is_asked:
+                raise UsageError(
+                    "is asked by a signal handler amid another question",
+                    subject="daemon",
+                    hint="Save in the handler; ask what became of it after the handler has ended.",
+                )
+            self._is_asked = True
             try:
-                return self._client.ask(request, expect, timeout_seconds)
-            except DaemonUnreachableError:
-                self._reconnect()
-                return self._client.ask(request, expect, timeout_seconds)
+                return do()
+            finally:
+                self._is_asked = False
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether some thread is amid a question: a signal handler can not ask one then."""
+        return self._is_asked
 
     def ask_later_daemons(self, request: Message) -> None:
         """Ask it, too, of each daemon that has to be attached to instead of this one."""
@@ -346,8 +374,7 @@ class Link:
     def _revive(self) -> Client:
         while True:
             try:
-                with self._asking:
-                    self._reconnect()
+                self._alone(self._reconnect)
                 return connect(self._runtime)
             except (CkptmgrError, OSError) as error:
                 warnings.warn(f"ckptmgr: no daemon yet: {error}", RuntimeWarning, stacklevel=1)
@@ -362,8 +389,8 @@ class Link:
         self._watch.join(timeout=CONTROL_TIMEOUT_SECONDS)
         self._liveness.close()
         self._release_buffer()
-        with contextlib.suppress(CkptmgrError), self._asking:
-            self._client.ask(Detach(clean), Done)
+        with contextlib.suppress(CkptmgrError):
+            self._alone(lambda: self._client.ask(Detach(clean), Done))
         self._client.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 import warnings
 from collections import deque
@@ -250,7 +251,9 @@ class Saving:
         return Outcome(waited.outcome), waited.why
 
     def _wait_for(self, snapshot: Snapshot) -> None:
-        if snapshot.attempt == self._link.attempt:
+        if self._link.is_asked:  # perhaps by what this signal handler interrupts
+            threading.Event().wait(_WAIT_SECONDS)
+        elif snapshot.attempt == self._link.attempt:
             self._wait(snapshot.step, _WAIT_SECONDS)
 
     def drain(self, timeout_seconds: float) -> None:
