@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from ckptmgr.config import (
+    CONTROL_TIMEOUT_SECONDS,
     DEFAULT_KEEP,
     DEFAULT_SLOTS,
     DRAIN_SECONDS,
@@ -58,7 +59,9 @@ class Checkpointer:
         overlap: copy parameters and optimizer state during the next forward and backward. None
             means yes on CUDA and no on CPU (docs/decisions/0003-overlap.md).
         rng: include the random states of torch, CUDA, Python and NumPy.
-        drain_timeout: longest wait for the last commit when the block is left, in seconds.
+        drain_timeout: longest wait for the last commit when the block is left, in seconds. A daemon
+            that does not answer is waited for CONTROL_TIMEOUT_SECONDS longer, 30, and only these
+            if an exception leaves the block.
         run_id: a launcher's name for this run, recorded in the claim.
         group: the process group whose ranks share the state; the default group if there is one.
         replicated: globs of paths in `state` that are equal on all ranks, beyond those that are
@@ -250,7 +253,9 @@ class Checkpointer:
         trace: TracebackType | None,
     ) -> None:
         saving = self._entered()
+        drain_seconds = self._drain_timeout if kind is None else 0.0
         try:
+            saving.leave_within(drain_seconds + CONTROL_TIMEOUT_SECONDS)
             if kind is None:
                 saving.drain(self._drain_timeout)
             saving.tell_handles()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import select
 import threading
 import time
@@ -74,6 +75,8 @@ class Link:
         self.attempt, self.nonce = claimed
         self._asking = threading.RLock()
         self._is_asked = False
+        self.leaving = False
+        self._leave_at = math.inf
         self._ended = threading.Event()
         self._client, attached = self._join()
         try:
@@ -240,7 +243,7 @@ class Link:
             run_id=wanted.run_id,
             max_d2h_gbps=wanted.max_d2h_gbps,
         )
-        return client.ask(request, Attached, ATTACH_SECONDS_MAX)
+        return client.ask(request, Attached, self._seconds(ATTACH_SECONDS_MAX))
 
     def begin_attempt(self, claimed: tuple[int, str] = (0, "")) -> None:
         """Claim another attempt, or take part in one that rank 0 has `claimed`. The buffer stays,
@@ -273,7 +276,7 @@ class Link:
         """
         deadline = time.monotonic() + START_SECONDS_MAX
         while True:
-            client = connect_or_start(self._runtime)
+            client = connect_or_start(self._runtime, self._seconds(START_SECONDS_MAX))
             try:
                 return client, self._attach(client)
             except DaemonUnreachableError:
@@ -297,9 +300,14 @@ class Link:
         """
 
         def asked() -> R:
-            return self._client.ask(request, expect, timeout_seconds)
+            return self._client.ask(request, expect, self._seconds(timeout_seconds))
 
-        return self._alone(lambda: self._again(asked))
+        try:
+            return self._alone(lambda: self._again(asked))
+        except DaemonUnreachableError:
+            if self.leaving:
+                self._leave_at = -math.inf
+            raise
 
     def _again(self, ask: Callable[[], T]) -> T:
         """Ask; once more, attached again, if the connection is no more."""
@@ -311,7 +319,8 @@ class Link:
 
     def _alone(self, do: Callable[[], T]) -> T:
         """What uses the connection, one thread at a time, and none that is amid using it."""
-        with self._asking:  # of a thread that has it already this asks nothing
+        self._seconds(math.inf)
+        with self._asking:  # reentrant: no signal handler waits for the thread that it interrupts
             if self._is_asked:
                 raise UsageError(
                     "is asked by a signal handler amid another question",
@@ -323,6 +332,35 @@ class Link:
                 return do()
             finally:
                 self._is_asked = False
+
+    def leave_within(self, seconds: float) -> None:
+        """Leave the job in that time at most: no question takes longer from now on, all of them
+        together, and after one that was not answered nobody is asked again.
+        """
+        self.leaving = True
+        self._leave_at = min(self._leave_at, time.monotonic() + seconds)
+        # Another thread may be amid a question that has more time than that.
+        left = min(self._left_seconds(), threading.TIMEOUT_MAX)
+        if self._asking.acquire(timeout=left):
+            self._asking.release()
+        else:
+            self._leave_at = -math.inf
+
+    def _left_seconds(self) -> float:
+        return max(0.0, self._leave_at - time.monotonic())
+
+    def _seconds(self, wanted: float) -> float:
+        """As many seconds, or what is left to leave in.
+
+        Raises:
+            DaemonUnreachableError: nothing is.
+        """
+        left = self._left_seconds()
+        if not left:
+            raise DaemonUnreachableError(
+                "has not answered, and the block is left", subject="daemon"
+            )
+        return min(wanted, left)
 
     @property
     def is_asked(self) -> bool:
@@ -341,7 +379,9 @@ class Link:
             self.rejoined += 1
             self.lost = not self.buffer.follow(Path(attached.path))
             if self._lasting is not None:
-                client.ask(self._lasting, Done)
+                client.ask(self._lasting, Done, self._seconds(CONTROL_TIMEOUT_SECONDS))
+            if self._ended.is_set():
+                raise DaemonUnreachableError("is not needed any more", subject="daemon")
         except BaseException:
             client.close()
             raise
@@ -372,25 +412,34 @@ class Link:
             self._liveness = self._revive()
 
     def _revive(self) -> Client:
-        while True:
+        while not self._ended.is_set():
             try:
                 self._alone(self._reconnect)
                 return connect(self._runtime)
             except (CkptmgrError, OSError) as error:
                 warnings.warn(f"ckptmgr: no daemon yet: {error}", RuntimeWarning, stacklevel=1)
-                if self._ended.wait(_RESPAWN_PAUSE_SECONDS):
-                    return self._client
+                self._ended.wait(_RESPAWN_PAUSE_SECONDS)
+        return self._client
 
     def close(self, *, clean: bool) -> None:
-        """Leave the job; `clean` lets the daemon free the memory once everything is decided."""
+        """Leave the job; `clean` lets the daemon free the memory once everything is decided.
+
+        It takes CONTROL_TIMEOUT_SECONDS at most, or what is left by `leave_within`.
+        """
+        self.leave_within(CONTROL_TIMEOUT_SECONDS)
+        if clean and not self._client.is_open:
+            with contextlib.suppress(CkptmgrError):
+                self._alone(self._reconnect)  # a question was cut short: this is still to be told
         self._ended.set()
-        with contextlib.suppress(OSError):
-            self._liveness.shutdown()
-        self._watch.join(timeout=CONTROL_TIMEOUT_SECONDS)
+        self._liveness.shutdown()
+        self._watch.join(timeout=self._left_seconds())
         self._liveness.close()
         self._release_buffer()
         with contextlib.suppress(CkptmgrError):
-            self._alone(lambda: self._client.ask(Detach(clean), Done))
+            detach = Detach(clean)
+            left = self._seconds(CONTROL_TIMEOUT_SECONDS)
+            self._alone(lambda: self._client.ask(detach, Done, left))
+        self._client.shutdown()
         self._client.close()
 
 

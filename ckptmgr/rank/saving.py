@@ -239,15 +239,24 @@ class Saving:
 
     def outcome_of(self, handle: SaveHandle, timeout_seconds: float) -> tuple[Outcome, str]:
         """What became of a snapshot, waiting at most `timeout_seconds` for a decision."""
-        if (handle.snapshot, Outcome.COMMITTED) in self._link.sealed_here():
+        if self._is_committed(handle):
             return Outcome.COMMITTED, ""
         return self._wait(handle.step, timeout_seconds)
 
+    def _is_committed(self, handle: SaveHandle) -> bool:
+        """Whether host memory says so."""
+        return (handle.snapshot, Outcome.COMMITTED) in self._link.sealed_here()
+
     def _wait(self, step: int, timeout_seconds: float) -> tuple[Outcome, str]:
         try:
-            waited = self._link.ask(Wait(step, timeout_seconds), Waited)
+            return self._ask(step, timeout_seconds)
         except DaemonUnreachableError as error:
+            if self._link.leaving:
+                raise
             return Outcome.UNDECIDED, str(error)
+
+    def _ask(self, step: int, timeout_seconds: float) -> tuple[Outcome, str]:
+        waited = self._link.ask(Wait(step, timeout_seconds), Waited)
         return Outcome(waited.outcome), waited.why
 
     def _wait_for(self, snapshot: Snapshot) -> None:
@@ -255,6 +264,10 @@ class Saving:
             threading.Event().wait(_WAIT_SECONDS)
         elif snapshot.attempt == self._link.attempt:
             self._wait(snapshot.step, _WAIT_SECONDS)
+
+    def leave_within(self, seconds: float) -> None:
+        """Bound what is asked on the way out, all of it together."""
+        self._link.leave_within(seconds)
 
     def drain(self, timeout_seconds: float) -> None:
         """Wait for the last commit. What is not committed in time is left to the daemon."""
@@ -270,11 +283,22 @@ class Saving:
         self.failed(f"{left}; the daemon keeps it in host memory and goes on trying")
 
     def tell_handles(self) -> None:
-        """Let those who kept a handle ask it after the block, when nobody can be asked any more."""
+        """Let those who kept a handle ask it after the block, when nobody can be asked any more.
+
+        After a question without an answer only host memory is asked.
+        """
+        answers = True
         for handle in self._handles:
             handle.last_word = Outcome.UNDECIDED, "the block was left before it was decided"
-            with contextlib.suppress(CkptmgrError):
-                handle.last_word = self.outcome_of(handle, 0.0)
+            if self._is_committed(handle):
+                handle.last_word = Outcome.COMMITTED, ""
+            elif answers:
+                try:
+                    handle.last_word = self._ask(handle.step, 0.0)
+                except DaemonUnreachableError:
+                    answers = False
+                except CkptmgrError:
+                    continue
 
     def end_pace(self) -> None:
         """Another attempt has a pace of its own."""

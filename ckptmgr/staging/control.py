@@ -346,7 +346,7 @@ class Client:
 
     def _exchange(self, frame: bytes, timeout_seconds: float) -> bytes:
         if self._awaits_reply:
-            self.close()  # cut short by two exceptions, of which the second kept it from closing
+            self.shutdown()  # cut short by two exceptions, of which the second kept it from closing
         self._awaits_reply = True
         try:
             self._socket.settimeout(timeout_seconds)
@@ -362,6 +362,7 @@ class Client:
             ) from error
         finally:
             if self._awaits_reply:
+                self.shutdown()
                 self.close()
         return received
 
@@ -378,9 +379,15 @@ class Client:
         """The socket's descriptor: readable when the daemon is gone."""
         return self._socket.fileno()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether nobody has closed this end."""
+        return self._socket.fileno() >= 0
+
     def shutdown(self) -> None:
-        """End the connection, waking a thread that waits for its end."""
-        self._socket.shutdown(socket.SHUT_RDWR)
+        """End the connection for everyone who has it: threads that wait, and forked processes."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def wait_closed(self, timeout_seconds: float = CONTROL_TIMEOUT_SECONDS) -> None:
         """Wait for the daemon to close the connection.

@@ -69,6 +69,18 @@ def test_a_fetch_that_was_cut_short_writes_into_no_slot_any_more(
         assert not daemon.events("restored")
 
 
+def test_a_trainer_that_leaves_cleanly_after_a_cut_frees_its_memory(
+    runtime: Path, rig: Rig, daemon: Daemon
+) -> None:
+    rank = Rank(runtime, rig.url)
+    rank.save(1)
+    assert rank.wait(1).outcome == Outcome.COMMITTED
+    with daemon.stopped(), signalled(interrupt), pytest.raises(Interrupted):
+        rank.wait(1)
+    rank.close(clean=True)
+    daemon.await_event("freed")
+
+
 def test_whoever_releases_a_session_second_waits_for_its_end_as_well() -> None:
     """A trainer attaches again while its cut connection is being ended: neither may be told that
     nothing is written any more before it is so.
