@@ -110,10 +110,11 @@ class Session:
     async def release(self) -> None:
         """End what is under way, and free what was fetched outside of the session's buffer."""
         tasks = [task for task in (self.prefetch, self.work) if task is not None]
-        self.prefetch = self.work = None
         for task in tasks:
             task.cancel()
+        # Two may release it at once, and both must know that nothing is written any more.
         await asyncio.gather(*tasks, return_exceptions=True)
+        self.prefetch = self.work = None
         if self.lending is not None:
             self.lending.release(self)
         for file in self.files:

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from ckptmgr.config import (
+    CONTROL_TIMEOUT_SECONDS,
     DEFAULT_KEEP,
     DEFAULT_SLOTS,
     DRAIN_SECONDS,
@@ -58,7 +59,9 @@ class Checkpointer:
         overlap: copy parameters and optimizer state during the next forward and backward. None
             means yes on CUDA and no on CPU (docs/decisions/0003-overlap.md).
         rng: include the random states of torch, CUDA, Python and NumPy.
-        drain_timeout: longest wait for the last commit when the block is left, in seconds.
+        drain_timeout: longest wait for the last commit when the block is left, in seconds. A daemon
+            that does not answer is waited for CONTROL_TIMEOUT_SECONDS longer, 30, and only these
+            if an exception leaves the block.
         run_id: a launcher's name for this run, recorded in the claim.
         group: the process group whose ranks share the state; the default group if there is one.
         replicated: globs of paths in `state` that are equal on all ranks, beyond those that are
@@ -131,7 +134,7 @@ class Checkpointer:
         self._link: Link | None = None
         self._saving: Saving | None = None
         self._last_step = -1
-        self._stepped = False
+        self._stepped = self._restoring = False
         self._used = False
 
     # -- the block ----------------------------------------------------------------------------
@@ -250,7 +253,9 @@ class Checkpointer:
         trace: TracebackType | None,
     ) -> None:
         saving = self._entered()
+        drain_seconds = self._drain_timeout if kind is None else 0.0
         try:
+            saving.leave_within(drain_seconds + CONTROL_TIMEOUT_SECONDS)
             if kind is None:
                 saving.drain(self._drain_timeout)
             saving.tell_handles()
@@ -267,6 +272,13 @@ class Checkpointer:
             hint = "Write `with ckptmgr.Checkpointer(...) as ckpt:`."
             raise UsageError("is used outside its block", subject="Checkpointer", hint=hint)
         return self._saving
+
+    def _entered_alone(self, what: str) -> Saving:
+        saving = self._entered()
+        if saving.busy or self._restoring:
+            amid = "restore" if self._restoring else "snapshot"
+            raise UsageError(f"is called by a signal handler amid a {amid}", subject=what)
+        return saving
 
     @property
     def attempt(self) -> int:
@@ -317,15 +329,14 @@ class Checkpointer:
 
         If no slot is free it waits for the store as long as bytes arrive there; then the oldest
         snapshot that is not committed is given up. Raises what `step` raises, and
-        `HostMemoryError` or `DaemonUnreachableError` where no snapshot can be taken.
+        `HostMemoryError` or `DaemonUnreachableError` where no snapshot can be taken. A signal
+        handler may call it, but for amid a snapshot or a restore (UsageError).
         """
         return self._entered().save(self._next_step(step), tags)
 
     def _next_step(self, step: int) -> int:
         """`step` as a plain int, remembered as the last one."""
-        saving = self._entered()
-        if saving.busy:
-            raise UsageError("is called by a signal handler amid a snapshot", subject="save")
+        saving = self._entered_alone("save")
         try:
             number = -1 if isinstance(step, bool) else operator.index(step)
         except TypeError:
@@ -357,15 +368,21 @@ class Checkpointer:
         damaged, the one before is taken, a warning says so, and `restored.skipped` has the reasons.
 
         Raises:
+            UsageError: a signal handler calls it amid a snapshot or another restore.
             NothingToRestoreError: `step` is not there, or `required` and there is none.
             StateMismatchError: the saved and the live state differ; names every leaf.
             DamageError: there are steps, but none that can be read.
             StoreUnreachableError: the store does not answer.
         """
-        self._entered()
-        if self._stepped and self._link is not None:
-            self._begin_anew(self._link)
-        found = self._resuming.restore(step, required=required, before=before)
+        self._entered_alone("restore")
+        self._restoring = True
+        try:
+            if self._stepped and self._link is not None:
+                self._begin_anew(self._link)
+            self._entered().fetching()
+            found = self._resuming.restore(step, required=required, before=before)
+        finally:
+            self._restoring = False
         if found is None:
             return 0
         self.restored = found

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import select
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -17,6 +19,7 @@ from ckptmgr.errors import (
     DaemonUnreachableError,
     HostBufferDamagedError,
     HostMemoryError,
+    UsageError,
 )
 from ckptmgr.rank.latch import Latch
 from ckptmgr.staging.control import Attach, Attached, Client, Detach, Done, Message
@@ -34,6 +37,7 @@ _REJOIN_PAUSE_SECONDS = 0.02
 _POPULATE_PAUSE_SECONDS = 0.1
 
 R = TypeVar("R", bound=Message)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +62,9 @@ class Link:
     A thread of its own hears the daemon's death at once, starts another daemon and attaches the
     same buffer to it: the snapshots in it are adopted, the trainer notices nothing. `lost` says
     that the daemon does not know our buffer, because somebody removed its file: the next snapshot
-    must `grow` into a new one. `rejoined` counts the daemons that had to be attached to again: such
-    a one knows nothing of what the one before was asked.
+    must `grow` into a new one. `rejoined` counts how often a daemon had to be attached to again,
+    because the one before died, or because an exception cut a question short: it knows nothing
+    then of what was asked before.
 
     Rank 0 claims the attempt; the others are given `claimed`, its number and nonce.
     """
@@ -68,7 +73,10 @@ class Link:
         self._runtime = runtime
         self._wanted = wanted
         self.attempt, self.nonce = claimed
-        self._asking = threading.Lock()
+        self._asking = threading.RLock()
+        self._is_asked = False
+        self.leaving = False
+        self._leave_at = math.inf
         self._ended = threading.Event()
         self._client, attached = self._join()
         try:
@@ -160,19 +168,22 @@ class Link:
             table_bytes=max(table_bytes, self._wanted.table_bytes),
             data_bytes=max(data_bytes, self._wanted.data_bytes),
         )
-        with self._asking:
-            old, self._wanted = self._wanted, wanted
-            try:
-                attached = self._attach(self._client, same_buffer=False)
-                buffer = _open_locked(attached)
-            except CkptmgrError:
-                self._wanted = old
-                raise
-            self._release_buffer()
-            self.buffer = buffer
-            self.lost = False
-            self._stop_populating = threading.Event()
-            self._populating = self._populate()
+        self._alone(lambda: self._change_buffers(wanted))
+
+    def _change_buffers(self, wanted: Wanted) -> None:
+        old, self._wanted = self._wanted, wanted
+        try:
+            attached = self._again(lambda: self._attach(self._client, same_buffer=False))
+            buffer = _open_locked(attached)
+        except BaseException:
+            self._wanted = old
+            self._client.close()  # the daemon may have changed: attach the old one
+            raise
+        self._release_buffer()
+        self.buffer = buffer
+        self.lost = False
+        self._stop_populating = threading.Event()
+        self._populating = self._populate()
 
     @property
     def progress_bytes(self) -> int:
@@ -188,11 +199,16 @@ class Link:
         return [snapshot.step for snapshot, outcome in sealed if outcome is Outcome.SPOOLED]
 
     def sealed_here(self) -> Sealed:
-        """What this attempt has sealed; any thread may ask while another grows."""
+        """What this attempt has sealed; any thread may ask while another grows.
+
+        A slot and a generation mean something in one buffer only: they begin anew in the next one.
+        Look a snapshot up here by all that it says of itself.
+        """
+        buffer = self.buffer
         try:
             return [
-                (snapshot, self.buffer.outcome(snapshot))
-                for snapshot in self.buffer.snapshots()
+                (snapshot, buffer.outcome(snapshot))
+                for snapshot in buffer.snapshots()
                 if snapshot.attempt == self.attempt
             ]
         except (ValueError, HostMemoryError):  # it is just being closed, or a slot is damaged
@@ -227,7 +243,7 @@ class Link:
             run_id=wanted.run_id,
             max_d2h_gbps=wanted.max_d2h_gbps,
         )
-        return client.ask(request, Attached, ATTACH_SECONDS_MAX)
+        return client.ask(request, Attached, self._seconds(ATTACH_SECONDS_MAX))
 
     def begin_attempt(self, claimed: tuple[int, str] = (0, "")) -> None:
         """Claim another attempt, or take part in one that rank 0 has `claimed`. The buffer stays,
@@ -238,13 +254,15 @@ class Link:
             DaemonUnreachableError: no daemon answers.
             CkptmgrError: whatever the daemon answered with.
         """
-        with self._asking:
-            try:
-                attached = self._attach(self._client, claimed=claimed)
-            except DaemonUnreachableError:
-                self._reconnect()
-                attached = self._attach(self._client, claimed=claimed)
+        self._alone(lambda: self._take_part(claimed))
+
+    def _take_part(self, claimed: tuple[int, str]) -> None:
+        try:
+            attached = self._again(lambda: self._attach(self._client, claimed=claimed))
             self.attempt, self.nonce = attached.attempt, attached.nonce
+        except BaseException:
+            self._client.close()  # the daemon may have changed: attach what we are
+            raise
 
     def _join(self) -> tuple[Client, Attached]:
         """Connect and attach; again if the daemon dies over it.
@@ -258,7 +276,7 @@ class Link:
         """
         deadline = time.monotonic() + START_SECONDS_MAX
         while True:
-            client = connect_or_start(self._runtime)
+            client = connect_or_start(self._runtime, self._seconds(START_SECONDS_MAX))
             try:
                 return client, self._attach(client)
             except DaemonUnreachableError:
@@ -272,18 +290,82 @@ class Link:
     def ask(
         self, request: Message, expect: type[R], timeout_seconds: float = CONTROL_TIMEOUT_SECONDS
     ) -> R:
-        """Ask the daemon; once more, of a new daemon, if it died over the question.
+        """Ask the daemon; once more, attached again, if it died over the question, or if an
+        exception has cut the one before short.
 
         Raises:
             DaemonUnreachableError: no daemon answers, or not in time.
+            UsageError: a signal handler asks amid a question of the thread that it interrupts.
             CkptmgrError: whatever the daemon answered with.
         """
-        with self._asking:
+
+        def asked() -> R:
+            return self._client.ask(request, expect, self._seconds(timeout_seconds))
+
+        try:
+            return self._alone(lambda: self._again(asked))
+        except DaemonUnreachableError:
+            if self.leaving:
+                self._leave_at = -math.inf
+            raise
+
+    def _again(self, ask: Callable[[], T]) -> T:
+        """Ask; once more, attached again, if the connection is no more."""
+        try:
+            return ask()
+        except DaemonUnreachableError:
+            self._reconnect()
+            return ask()
+
+    def _alone(self, do: Callable[[], T]) -> T:
+        """What uses the connection, one thread at a time, and none that is amid using it."""
+        self._seconds(math.inf)
+        with self._asking:  # reentrant: no signal handler waits for the thread that it interrupts
+            if self._is_asked:
+                raise UsageError(
+                    "is asked by a signal handler amid another question",
+                    subject="daemon",
+                    hint="Save in the handler; ask what became of it after the handler has ended.",
+                )
+            self._is_asked = True
             try:
-                return self._client.ask(request, expect, timeout_seconds)
-            except DaemonUnreachableError:
-                self._reconnect()
-                return self._client.ask(request, expect, timeout_seconds)
+                return do()
+            finally:
+                self._is_asked = False
+
+    def leave_within(self, seconds: float) -> None:
+        """Leave the job in that time at most: no question takes longer from now on, all of them
+        together, and after one that was not answered nobody is asked again.
+        """
+        self.leaving = True
+        self._leave_at = min(self._leave_at, time.monotonic() + seconds)
+        # Another thread may be amid a question that has more time than that.
+        left = min(self._left_seconds(), threading.TIMEOUT_MAX)
+        if self._asking.acquire(timeout=left):
+            self._asking.release()
+        else:
+            self._leave_at = -math.inf
+
+    def _left_seconds(self) -> float:
+        return max(0.0, self._leave_at - time.monotonic())
+
+    def _seconds(self, wanted: float) -> float:
+        """As many seconds, or what is left to leave in.
+
+        Raises:
+            DaemonUnreachableError: nothing is.
+        """
+        left = self._left_seconds()
+        if not left:
+            raise DaemonUnreachableError(
+                "has not answered, and the block is left", subject="daemon"
+            )
+        return min(wanted, left)
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether some thread is amid a question: a signal handler can not ask one then."""
+        return self._is_asked
 
     def ask_later_daemons(self, request: Message) -> None:
         """Ask it, too, of each daemon that has to be attached to instead of this one."""
@@ -292,11 +374,18 @@ class Link:
     def _reconnect(self) -> None:
         """Attach the buffer we have to whichever daemon there is now."""
         self._client.close()
-        self._client, attached = self._join()
-        self.rejoined += 1
-        self.lost = not self.buffer.follow(Path(attached.path))
-        if self._lasting is not None:
-            self._client.ask(self._lasting, Done)
+        client, attached = self._join()
+        try:
+            self.rejoined += 1
+            self.lost = not self.buffer.follow(Path(attached.path))
+            if self._lasting is not None:
+                client.ask(self._lasting, Done, self._seconds(CONTROL_TIMEOUT_SECONDS))
+            if self._ended.is_set():
+                raise DaemonUnreachableError("is not needed any more", subject="daemon")
+        except BaseException:
+            client.close()
+            raise
+        self._client = client  # only now: whatever cuts this short is met by the next question
 
     def sealed(self) -> None:
         """Wake the daemon.
@@ -323,26 +412,34 @@ class Link:
             self._liveness = self._revive()
 
     def _revive(self) -> Client:
-        while True:
+        while not self._ended.is_set():
             try:
-                with self._asking:
-                    self._reconnect()
+                self._alone(self._reconnect)
                 return connect(self._runtime)
             except (CkptmgrError, OSError) as error:
                 warnings.warn(f"ckptmgr: no daemon yet: {error}", RuntimeWarning, stacklevel=1)
-                if self._ended.wait(_RESPAWN_PAUSE_SECONDS):
-                    return self._client
+                self._ended.wait(_RESPAWN_PAUSE_SECONDS)
+        return self._client
 
     def close(self, *, clean: bool) -> None:
-        """Leave the job; `clean` lets the daemon free the memory once everything is decided."""
+        """Leave the job; `clean` lets the daemon free the memory once everything is decided.
+
+        It takes CONTROL_TIMEOUT_SECONDS at most, or what is left by `leave_within`.
+        """
+        self.leave_within(CONTROL_TIMEOUT_SECONDS)
+        if clean and not self._client.is_open:
+            with contextlib.suppress(CkptmgrError):
+                self._alone(self._reconnect)  # a question was cut short: this is still to be told
         self._ended.set()
-        with contextlib.suppress(OSError):
-            self._liveness.shutdown()
-        self._watch.join(timeout=CONTROL_TIMEOUT_SECONDS)
+        self._liveness.shutdown()
+        self._watch.join(timeout=self._left_seconds())
         self._liveness.close()
         self._release_buffer()
-        with contextlib.suppress(CkptmgrError), self._asking:
-            self._client.ask(Detach(clean), Done)
+        with contextlib.suppress(CkptmgrError):
+            detach = Detach(clean)
+            left = self._seconds(CONTROL_TIMEOUT_SECONDS)
+            self._alone(lambda: self._client.ask(detach, Done, left))
+        self._client.shutdown()
         self._client.close()
 
 

@@ -90,13 +90,13 @@ class Preempting:
                 if self._notices.get() is None:
                     return
         if self._pace.preempted and self._committed < 0:
-            self._answer(-1, time.monotonic())  # another rank was told, and all leave
+            self._answer(set(), time.monotonic())  # another rank was told, and all leave
 
     def _serve(self, source: Source, notice: Notice) -> None:
         """Ask for a snapshot, tell the daemon, and tell the sources what becomes of it."""
         left = notice.seconds - min(ANSWER_SECONDS_MAX, ANSWER_SHARE * notice.seconds)
         deadline = time.monotonic() + left if notice.seconds else math.inf
-        before = max((s.generation for s, _ in self._link.sealed_here()), default=-1)
+        before = {snapshot for snapshot, _ in self._link.sealed_here()}
         self._pace.preempt()
         request = Preempt(source.name, notice.why, notice.seconds)
         self._telling = threading.Thread(
@@ -105,7 +105,7 @@ class Preempting:
         self._telling.start()
         self._answer(before, deadline)
 
-    def _answer(self, before: int, deadline: float) -> None:
+    def _answer(self, before: set[Snapshot], deadline: float) -> None:
         last = self._await_last(before, deadline, committed=False)
         if last is None:
             return
@@ -117,9 +117,11 @@ class Preempting:
             for one in self._sources:
                 _tell(one, one.committed, last.step)
 
-    def _await_last(self, before: int, deadline: float, *, committed: bool) -> Snapshot | None:
-        """The newest snapshot that was sealed since, or any at all once the time is over; as soon
-        as there is one that is `committed`, where that is asked for. None if the block is left
+    def _await_last(
+        self, before: set[Snapshot], deadline: float, *, committed: bool
+    ) -> Snapshot | None:
+        """The newest snapshot that is not one of `before`, or any at all once the time is over; as
+        soon as there is one that is `committed`, where that is asked for. None if the block is left
         first.
         """
         while True:
@@ -128,7 +130,7 @@ class Preempting:
             found = [
                 snapshot
                 for snapshot, outcome in self._link.sealed_here()
-                if (late or snapshot.generation > before)
+                if (late or snapshot not in before)
                 and (outcome is Outcome.COMMITTED or not committed)
             ]
             if found or ended:

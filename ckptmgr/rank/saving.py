@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 import warnings
 from collections import deque
@@ -49,7 +50,7 @@ class Saving:
         self._url = url
         self._handle: SaveHandle | None = None
         self._handles: deque[SaveHandle] = deque(maxlen=HANDLES_MAX)
-        self._fetching = ranks.world == 1  # only then the daemon may be filling a slot
+        self._fetching = ranks.world == 1  # only then the daemon begins by filling a slot
         self.busy = False
 
     def step(self, step: int, tags: Mapping[str, Any] | None) -> SaveHandle | None:
@@ -128,26 +129,30 @@ class Saving:
         self._link.wait_populated(slot)
         handle = SaveHandle(self, step)
         writer = self._link.buffer.begin(slot)
+        to_seal = [prepared]
 
         def done(error: BaseException | None) -> None:
+            # The copy keeps this as long as somebody keeps the handle, and the tensors must not
+            # stay when training drops them.
+            copied = to_seal.pop()
             try:
                 if error is not None:
                     raise error
                 stall = self._stalled(start, handle)
-                handle.snapshot = self._seal(writer, step, prepared, plain, stall)
+                handle.snapshot = self._seal(writer, step, copied, plain, stall)
                 self._link.sealed()
             except CkptmgrError as failure:
-                handle.failure = failure
+                handle.failure = failure.with_traceback(None)
                 self.failed(str(failure))
 
         self._handle = handle
-        self._handles.append(handle)
         handle.copy = self._capture.copy(prepared, writer.data, done)
         self._stalled(start, handle)
         self._stats.snapshots += 1
         self._stats.stall_seconds += self._stats.last_stall_seconds
         if handle.failure is not None:
             raise handle.failure
+        self._handles.append(handle)
         return handle
 
     def _stalled(self, start: float, handle: SaveHandle) -> float:
@@ -217,36 +222,52 @@ class Saving:
         if self._fetching:
             self.release()
 
+    def fetching(self) -> None:
+        """Know that the daemon may fill a slot from now on, until `release` was answered."""
+        self._fetching = True
+
     def release(self) -> None:
         """Let the daemon have back what it lent."""
-        self._fetching = False
         self._link.populate_all()
         try:
             self._link.ask(Release(), Done)
         except DaemonUnreachableError as error:
             self.failed(str(error))  # a dead daemon fetches nothing and lends nothing
+        self._fetching = False
 
     # -- what became of it --------------------------------------------------------------------
 
     def outcome_of(self, handle: SaveHandle, timeout_seconds: float) -> tuple[Outcome, str]:
         """What became of a snapshot, waiting at most `timeout_seconds` for a decision."""
-        buffer, snapshot = self._link.buffer, handle.snapshot
-        if snapshot is not None and buffer.unchanged(snapshot):
-            outcome = buffer.outcome(snapshot)
-            if outcome is Outcome.COMMITTED:
-                return outcome, ""
+        if self._is_committed(handle):
+            return Outcome.COMMITTED, ""
         return self._wait(handle.step, timeout_seconds)
+
+    def _is_committed(self, handle: SaveHandle) -> bool:
+        """Whether host memory says so."""
+        return (handle.snapshot, Outcome.COMMITTED) in self._link.sealed_here()
 
     def _wait(self, step: int, timeout_seconds: float) -> tuple[Outcome, str]:
         try:
-            waited = self._link.ask(Wait(step, timeout_seconds), Waited)
+            return self._ask(step, timeout_seconds)
         except DaemonUnreachableError as error:
+            if self._link.leaving:
+                raise
             return Outcome.UNDECIDED, str(error)
+
+    def _ask(self, step: int, timeout_seconds: float) -> tuple[Outcome, str]:
+        waited = self._link.ask(Wait(step, timeout_seconds), Waited)
         return Outcome(waited.outcome), waited.why
 
     def _wait_for(self, snapshot: Snapshot) -> None:
-        if snapshot.attempt == self._link.attempt:
+        if self._link.is_asked:  # perhaps by what this signal handler interrupts
+            threading.Event().wait(_WAIT_SECONDS)
+        elif snapshot.attempt == self._link.attempt:
             self._wait(snapshot.step, _WAIT_SECONDS)
+
+    def leave_within(self, seconds: float) -> None:
+        """Bound what is asked on the way out, all of it together."""
+        self._link.leave_within(seconds)
 
     def drain(self, timeout_seconds: float) -> None:
         """Wait for the last commit. What is not committed in time is left to the daemon."""
@@ -262,11 +283,22 @@ class Saving:
         self.failed(f"{left}; the daemon keeps it in host memory and goes on trying")
 
     def tell_handles(self) -> None:
-        """Let those who kept a handle ask it after the block, when nobody can be asked any more."""
+        """Let those who kept a handle ask it after the block, when nobody can be asked any more.
+
+        After a question without an answer only host memory is asked.
+        """
+        answers = True
         for handle in self._handles:
             handle.last_word = Outcome.UNDECIDED, "the block was left before it was decided"
-            with contextlib.suppress(CkptmgrError):
-                handle.last_word = self.outcome_of(handle, 0.0)
+            if self._is_committed(handle):
+                handle.last_word = Outcome.COMMITTED, ""
+            elif answers:
+                try:
+                    handle.last_word = self._ask(handle.step, 0.0)
+                except DaemonUnreachableError:
+                    answers = False
+                except CkptmgrError:
+                    continue
 
     def end_pace(self) -> None:
         """Another attempt has a pace of its own."""

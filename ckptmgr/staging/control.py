@@ -304,6 +304,7 @@ class Client:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._awaits_reply = False
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._socket.settimeout(CONTROL_TIMEOUT_SECONDS)
@@ -325,22 +326,16 @@ class Client:
     ) -> R:
         """Send a request and wait for its reply.
 
+        Whatever cuts that short, as KeyboardInterrupt does, ends the connection: the reply that is
+        still to come would be taken for the next one's.
+
         Raises:
-            DaemonUnreachableError: the connection broke or the time is over.
+            DaemonUnreachableError: the connection is broken or the time is over.
             CkptmgrError: whatever the daemon answered with.
         """
-        frame = _encode(request)
+        received = self._exchange(_encode(request), timeout_seconds)
         try:
-            self._socket.settimeout(timeout_seconds)
-            self._socket.sendall(_LENGTH.pack(len(frame)) + frame)
-            length = _LENGTH.unpack(self._receive(_LENGTH.size))[0]
-            if length > CONTROL_FRAME_BYTES_MAX:
-                raise ControlProtocolError(f"frame of {length} bytes", subject=str(self.path))
-            reply = _replies.decode(self._receive(length))
-        except OSError as error:
-            raise DaemonUnreachableError(
-                f"does not answer: {error.strerror or error}", subject=str(self.path)
-            ) from error
+            reply = _replies.decode(received)
         except MALFORMED as error:
             raise ControlProtocolError(f"malformed reply: {error}") from error
         if isinstance(reply, Failed):
@@ -348,6 +343,28 @@ class Client:
         if not isinstance(reply, expect):
             raise ControlProtocolError(f"unexpected reply {type(reply).__name__}")
         return reply
+
+    def _exchange(self, frame: bytes, timeout_seconds: float) -> bytes:
+        if self._awaits_reply:
+            self.shutdown()  # cut short by two exceptions, of which the second kept it from closing
+        self._awaits_reply = True
+        try:
+            self._socket.settimeout(timeout_seconds)
+            self._socket.sendall(_LENGTH.pack(len(frame)) + frame)
+            length = _LENGTH.unpack(self._receive(_LENGTH.size))[0]
+            if length > CONTROL_FRAME_BYTES_MAX:
+                raise ControlProtocolError(f"frame of {length} bytes", subject=str(self.path))
+            received = self._receive(length)
+            self._awaits_reply = False
+        except OSError as error:
+            raise DaemonUnreachableError(
+                f"does not answer: {error.strerror or error}", subject=str(self.path)
+            ) from error
+        finally:
+            if self._awaits_reply:
+                self.shutdown()
+                self.close()
+        return received
 
     def _receive(self, length: int) -> bytes:
         received = bytearray()
@@ -362,9 +379,15 @@ class Client:
         """The socket's descriptor: readable when the daemon is gone."""
         return self._socket.fileno()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether nobody has closed this end."""
+        return self._socket.fileno() >= 0
+
     def shutdown(self) -> None:
-        """End the connection, waking a thread that waits for its end."""
-        self._socket.shutdown(socket.SHUT_RDWR)
+        """End the connection for everyone who has it: threads that wait, and forked processes."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def wait_closed(self, timeout_seconds: float = CONTROL_TIMEOUT_SECONDS) -> None:
         """Wait for the daemon to close the connection.

@@ -32,7 +32,7 @@ def connect(runtime: Path) -> Client:
     return Client(runtime / SOCKET)
 
 
-def connect_or_start(runtime: Path) -> Client:
+def connect_or_start(runtime: Path, seconds_max: float = START_SECONDS_MAX) -> Client:
     """Connect to the daemon, starting one (detached, ending when idle) if none answers.
 
     Raises:
@@ -44,7 +44,7 @@ def connect_or_start(runtime: Path) -> Client:
         return connect(runtime)
     except DaemonUnreachableError:
         started = _start(runtime)
-    deadline = time.monotonic() + START_SECONDS_MAX
+    deadline = time.monotonic() + seconds_max
     never = threading.Event()
     while time.monotonic() < deadline:
         try:

@@ -129,6 +129,21 @@ def test_a_daemon_that_does_not_answer_holds_up_no_source(runtime: Path, store_u
         daemon.await_event("preemption_saved")
 
 
+def test_a_last_snapshot_in_a_larger_buffer_is_answered(runtime: Path, store_url: str) -> None:
+    """Its generation is less than those of the buffer before."""
+    source = Heard()
+    state = {"x": torch.zeros(3)}
+    with ckptmgr.Checkpointer(store_url, state, every=None, preemption=source) as ckpt:
+        for step in (1, 2, 3):
+            assert ckpt.save(step).committed(PATIENCE_SECONDS)
+        source.announce("maintenance", 600)
+        until(lambda: events(runtime, "preempted"), "the notice is heard")
+        state["x"] = torch.zeros(1 << 20)
+        assert ckpt.step(4) is not None
+        assert source.answered.wait(PATIENCE_SECONDS)
+    assert source.told == [("sealed", 4), ("committed", 4)]
+
+
 def threads() -> set[str]:
     return {thread.name for thread in threading.enumerate()}
 
