@@ -18,7 +18,7 @@ from ckptmgr.config import (
     env_limit,
 )
 from ckptmgr.config import runtime_dir as default_runtime_dir
-from ckptmgr.errors import StepOrderError, UsageError
+from ckptmgr.errors import CkptmgrError, RanksError, StepOrderError, UsageError
 from ckptmgr.keep import Keep
 from ckptmgr.preemption import Source, open_sources
 from ckptmgr.rank.arguments import absolute_url, checked, checked_patterns, checked_state
@@ -381,6 +381,10 @@ class Checkpointer:
                 self._begin_anew(self._link)
             self._entered().fetching()
             found = self._resuming.restore(step, required=required, before=before)
+        except BaseException as error:
+            # Cut short here or on another rank: what it had decided must not be the next one's.
+            self._stepped |= isinstance(error, RanksError) or not isinstance(error, CkptmgrError)
+            raise
         finally:
             self._restoring = False
         if found is None:

@@ -67,3 +67,25 @@ def test_a_second_interrupt_leaves_no_fetch_behind(runtime: Path, tmp_path: Path
         assert saved.committed(60)
         assert not daemon.events("restored")
     assert ckptmgr.load(rig.file_url, step=4)["x"].unique().tolist() == [4]
+
+
+def test_what_a_cut_restore_had_decided_is_not_the_next_ones(runtime: Path, tmp_path: Path) -> None:
+    """The choice was put into the store; the question for another step is another one."""
+    rig = Rig(tmp_path)
+    state = {"x": torch.zeros(1 << 20)}
+    with Daemon(runtime, environment=rig.environment()):
+        with ckptmgr.Checkpointer(rig.url, state, every=None, keep=10) as ckpt:
+            for step in (1, 2, 3):
+                state["x"].fill_(step)
+                assert ckpt.save(step).committed(60)
+        with ckptmgr.Checkpointer(rig.url, state, every=None, keep=10) as ckpt:
+            rig.obey(("get", "man/00000001/000000000001", "hold"))
+
+            def fetches() -> bool:
+                return rig.asked("get", "man/00000001/000000000001") > 0
+
+            with signalled(interrupt, when=fetches), pytest.raises(Interrupted):
+                ckpt.restore(1)
+            rig.obey()
+            assert ckpt.restore(2) == 2
+            assert state["x"].unique().tolist() == [2]
