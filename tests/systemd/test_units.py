@@ -232,6 +232,7 @@ def test_a_daemon_that_a_trainer_started_is_not_cut_off(booted: Machine, tenant:
         training.await_event("finished")
         ran = booted.run("systemctl", "start", tenant.socket)
         assert ran.returncode
-        assert "another daemon serves this runtime directory" in booted.told(tenant.socket)
+        why = "another daemon serves this runtime directory"
+        until(lambda: why in booted.told(tenant.socket), "its journal has come to it")
         ended = booted.ckptmgr("drain", "--stop", uid=tenant.uid)
         assert ended.returncode == 0, ended.stderr
