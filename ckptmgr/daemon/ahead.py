@@ -19,6 +19,7 @@ from ckptmgr.repository.catalog import standing_steps
 from ckptmgr.repository.commit import Decision
 from ckptmgr.restore.slot import capacity_for
 from ckptmgr.staging.control import Prefetching
+from ckptmgr.types import StepId
 
 KEEP_SECONDS = 900.0
 """How long the memory waits for a trainer: containers are pulled and process groups built in it."""
@@ -58,7 +59,8 @@ class Ahead:
             HostMemoryError: there is no room for it beside the trainers' slots.
             StoreUnreachableError: the store can not be read now.
         """
-        decision = await self._newest(job)
+        steps = await standing_steps(job.reading.store)
+        decision = await self._newest(job, steps)
         if decision is None:
             return Prefetching(0, 0)
         wrong = [rank for rank in ranks if not 0 <= rank < decision.world]
@@ -75,12 +77,12 @@ class Ahead:
         for rank in wanted:
             await self._drop((job.url, rank))
             session = Session(job, rank)
-            self._reader.start_prefetch(session)
+            self._reader.start_prefetch(session, steps)
             self._kept[job.url, rank] = _Kept(session, time.monotonic() + KEEP_SECONDS)
         return Prefetching(decision.id.attempt, decision.id.step, tuple(wanted), nbytes)
 
-    async def _newest(self, job: Job) -> Decision | None:
-        for step in await standing_steps(job.reading.store):
+    async def _newest(self, job: Job, steps: Sequence[StepId]) -> Decision | None:
+        for step in steps:
             try:
                 decision = await job.reading.decision(step)
             except (DamageError, ObjectNotFoundError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,21 +133,24 @@ class Reader:
 
     # -- prefetch -----------------------------------------------------------------------------
 
-    def start_prefetch(self, session: Session) -> None:
+    def start_prefetch(self, session: Session, steps: Sequence[StepId] | None = None) -> None:
         """Begin to fetch the last consistent step, if host memory has nothing to resume from.
 
         It goes into a free slot of the session's own buffer, while the trainer is still building
         its state. The trainer ends it with Release before it writes a slot. With several ranks
-        nobody knows yet what all of them can resume from.
+        nobody knows yet what all of them can resume from. `steps` are those that stand, newest
+        first, from whoever has listed them.
         """
         if session.world == 1:
-            session.prefetch = asyncio.create_task(self._prefetch(session))
+            session.prefetch = asyncio.create_task(self._prefetch(session, steps))
 
-    async def _prefetch(self, session: Session) -> None:
+    async def _prefetch(self, session: Session, steps: Sequence[StepId] | None) -> None:
         try:
             if await self._in_memory(session):
                 return
-            for step in await standing_steps(session.job.reading.store):
+            if steps is None:
+                steps = await standing_steps(session.job.reading.store)
+            for step in steps:
                 if await self._prefetched(session, step):
                     event("prefetched", step=str(step))
                     return
