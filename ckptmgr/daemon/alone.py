@@ -46,7 +46,7 @@ def only_one(path: Path) -> Iterator[Before]:
 
 def _before(content: bytes) -> Before:
     found = re.match(rb"(\w+) (\d{1,18})\n", content)
-    if found is None:  # nobody, or a daemon of a version that did not count
+    if found is None:  # nobody, or one that was killed amid its line
         return Before(0, killed=bool(content))
     return Before(int(found[2]), killed=found[1].decode() != _ENDED)
 

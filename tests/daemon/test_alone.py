@@ -14,7 +14,7 @@ from ckptmgr.errors import DaemonError
     ("content", "before"),
     [
         (b"", Before(0, killed=False)),
-        (b"1", Before(0, killed=True)),  # of a version that did not count
+        (b"1", Before(0, killed=True)),
         (b"runs 3\n", Before(3, killed=True)),
         (b"ended 3\n", Before(3, killed=False)),
         (b"runs 10\n\n", Before(10, killed=True)),

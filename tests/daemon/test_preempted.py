@@ -33,13 +33,20 @@ def preempted_amid_a_write(runtime: Path, rig: Rig) -> Iterator[Rank]:
         yield rank
 
 
+@contextmanager
+def dead_amid_a_write(runtime: Path, rig: Rig) -> Iterator[Daemon]:
+    """A daemon whose trainer has told of its preemption, sealed step 3, and is no more."""
+    with Daemon(runtime, environment=rig.environment()) as daemon:
+        with preempted_amid_a_write(runtime, rig):
+            pass
+        yield daemon
+
+
 def test_a_dead_trainers_last_snapshot_counts_when_it_is_committed(
     runtime: Path, tmp_path: Path
 ) -> None:
     rig = Rig(tmp_path)
-    with Daemon(runtime, environment=rig.environment()) as daemon:
-        with preempted_amid_a_write(runtime, rig):
-            pass
+    with dead_amid_a_write(runtime, rig) as daemon:
         daemon.await_event("preempted")
         assert counted(runtime) == {"signals": 1, "saves": 0}
         rig.obey()
@@ -51,9 +58,7 @@ def test_a_daemon_that_is_killed_after_its_trainer_has_died_leaves_the_rest_to_t
     runtime: Path, tmp_path: Path
 ) -> None:
     rig = Rig(tmp_path)
-    with Daemon(runtime, environment=rig.environment()) as first:
-        with preempted_amid_a_write(runtime, rig):
-            pass
+    with dead_amid_a_write(runtime, rig) as first:
         until(lambda: first.status()["trainers"] == 0, "its trainer is gone")
         first.end(signal.SIGKILL)
     (note,) = (runtime / PREEMPTED).iterdir()
