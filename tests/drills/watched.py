@@ -11,6 +11,7 @@ import re
 import shutil
 import socket
 import subprocess
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -150,9 +151,16 @@ class Watch:
         until(lambda: not set(names) & self.firing(), f"{names} end; {self.state()}", LOOK_SECONDS)
 
     def is_quiet(self) -> None:
-        """Nothing fires, and something is scraped: else nothing could."""
-        until(lambda: self.value("ckptmgr_build_info") == 1, "it is scraped", LOOK_SECONDS)
+        """Nothing fires, and all that counts is scraped: what appears at 1 has not grown."""
+        since = time.time()
+        until(lambda: self._scraped_at() > since, "it is scraped", LOOK_SECONDS)
         assert self.firing() == set(), self.firing()
+
+    def _scraped_at(self) -> float:
+        found = self._prometheus.query(
+            f'max(timestamp(ckptmgr_build_info{{instance="{self.instance}"}}))'
+        )
+        return float(found[0]["value"][1]) if found else 0.0
 
     def value(self, name: str, **labels: str) -> float:
         """The value of a metric of this daemon, over all labels not named; NaN without any."""
