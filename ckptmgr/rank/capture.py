@@ -21,16 +21,19 @@ from ckptmgr.bucket import Bucket, bytes_per_second
 from ckptmgr.errors import CkptmgrError, UnsupportedLeafError, UsageError
 from ckptmgr.rank.externals import externalize
 from ckptmgr.rank.frame import Frame, Sources, make_frame, sources_again, sources_of
+from ckptmgr.rank.gates import Gates
+from ckptmgr.rank.gpuclones import cloned
 from ckptmgr.rank.latch import Latch
 from ckptmgr.rank.objects import Objects, find_objects
 from ckptmgr.rank.optimizers import by_name, held_state
 from ckptmgr.rank.overlap import LOOK_SECONDS_MAX, CopyThread, Job, Turn
+from ckptmgr.rank.pagelocks import cuda_in_use
 from ckptmgr.rank.parallel import Parallel, look_around, ranks_of_job
 from ckptmgr.rank.parts import PLAIN_TYPES, leaf_types, local_tensor
 from ckptmgr.rank.randomness import RNG_KEY, Generators
 from ckptmgr.rank.tensors import is_leaf
 from ckptmgr.rank.twins import predicted_state_dict
-from ckptmgr.rank.views import ViewCache, cuda_in_use
+from ckptmgr.rank.views import ViewCache
 from ckptmgr.staging.hostbuffer import table_bytes_needed
 from ckptmgr.staging.tree import Flat, Seams, StructureChangedError, flatten
 from ckptmgr.staging.values import LeafInValueError, encode_values, refuse
@@ -113,7 +116,8 @@ class Capture:
         overlap: True copies the parameters and the state of the optimizers in `state` while
             training goes on; their steps wait for it. They must be changed by nothing else until
             then: a change is found by its version counter and spoils that snapshot. False copies
-            everything before `copy` returns. None is True if a tensor is on a GPU.
+            everything before `copy` returns. None is True if a tensor is on a GPU, for optimizers
+            that were seen to step since the snapshot before, as those in CUDA graphs are not.
         replicated: patterns (`*` for anything) of paths of tensors that every rank has alike; each
             rank saves a share of them. Parameters of DistributedDataParallel modules, with what
             optimizers keep of them, and DTensors are known and need none.
@@ -144,10 +148,10 @@ class Capture:
         self._frame: Frame | None = None
         self._objects = Objects()
         self._optimizers: list[Optimizer] = []
-        self._hooks: dict[int, tuple[Optimizer, Any]] = {}
         self._written_by_hand: set[str] = set()
         self._views = ViewCache()
         self._thread = CopyThread()
+        self._gates = Gates(self._thread.settle)
         self._seams = replace(SEAMS, expand=self._expand_again)
 
     # -- prepare ------------------------------------------------------------------------------
@@ -221,6 +225,7 @@ class Capture:
             UnsupportedLeafError: a leaf that can not be stored exactly, with its path.
         """
         prepared = self.prepare()  # refuses now what could not be saved later
+        self._gates.hang(self._optimizers if self._overlaps(prepared.sources) else [])
         frame, values = self._frame, prepared.values
         if self._optimizers:
             with collection_paused():
@@ -259,7 +264,7 @@ class Capture:
         copy = Copy(done, self._thread.settle)
         try:
             views, sources = self._views.of(prepared.layout, data).leaves, prepared.sources.tensors
-            later = self._leaves_for_later(prepared)
+            later = self._sources_for_later(prepared)
             if later:
                 now = sorted(set(range(len(views))).difference(later))
                 self._thread.copy([views[at] for at in now], [sources[at] for at in now])
@@ -274,28 +279,43 @@ class Capture:
         copy.wait()
         return copy
 
-    def _job(self, prepared: Prepared, views: list[Tensor], later: list[int], copy: Copy) -> Job:
+    def _job(
+        self, prepared: Prepared, views: list[Tensor], later: dict[int, Tensor], copy: Copy
+    ) -> Job:
+        live, counted = prepared.sources.tensors, prepared.sources.counted
         return Job(
             targets=[views[at] for at in later],
-            sources=[prepared.sources.tensors[at] for at in later],
-            counted=[prepared.sources.counted[at] for at in later],
+            sources=list(later.values()),
+            counted=[counted[at] if one is live[at] else one for at, one in later.items()],
             paths=[prepared.layout.leaves[at].path for at in later],
             finish=copy.finish,
             torn=self._written_by_hand.update,
             limit=self._limit,
         )
 
-    def _leaves_for_later(self, prepared: Prepared) -> list[int]:
-        """Leaves that only a hooked optimizer changes, so that they may be copied behind it."""
-        overlap, sources = self._overlap, prepared.sources
-        if overlap is None:
-            overlap = cuda_in_use() and any(source.is_cuda for source in sources.tensors)
-        self._hook(self._optimizers if overlap else [])
-        if not overlap:
-            return []
-        owned = {local_tensor(item).data_ptr() for item in _tensors_of(self._optimizers)}
+    def _sources_for_later(self, prepared: Prepared) -> dict[int, Tensor]:
+        """What may be copied behind training: leaves that only an optimizer at a gate changes, and
+        clones of others that are on a GPU.
+        """
+        if not self._overlaps(prepared.sources):
+            self._gates.hang([])
+            return {}
+        self._gates.hang(self._optimizers)
+        passed = self._gates.passed()
+        tensors = prepared.sources.tensors
+        later = self._leaves_of(passed if self._overlap is None else self._optimizers, prepared)
+        others = {at: tensors[at] for at in set(range(len(tensors))).difference(later)}
+        return {at: tensors[at] for at in later} | cloned(others)
+
+    def _overlaps(self, sources: Sources) -> bool:
+        if self._overlap is None:
+            return cuda_in_use() and any(source.is_cuda for source in sources.tensors)
+        return self._overlap
+
+    def _leaves_of(self, optimizers: list[Optimizer], prepared: Prepared) -> list[int]:
+        owned = {local_tensor(item).data_ptr() for item in _tensors_of(optimizers)}
         owned.discard(0)
-        leaves = prepared.layout.leaves
+        leaves, sources = prepared.layout.leaves, prepared.sources
         return [
             at
             for at, pointer in enumerate(sources.pointers)
@@ -303,18 +323,6 @@ class Capture:
             and not sources.tensors[at].is_inference()
             and leaves[at].path not in self._written_by_hand
         ]
-
-    def _hook(self, optimizers: list[Optimizer]) -> None:
-        """Let these optimizers, and no others, wait before they step."""
-        wanted = {id(optimizer): optimizer for optimizer in optimizers}
-        for key in self._hooks.keys() - wanted.keys():
-            self._hooks.pop(key)[1].remove()
-        for key in wanted.keys() - self._hooks.keys():
-            handle = wanted[key].register_step_pre_hook(self._before_step)
-            self._hooks[key] = wanted[key], handle
-
-    def _before_step(self, *_: Any) -> None:
-        self._thread.settle()
 
     # -- end ----------------------------------------------------------------------------------
 
@@ -326,7 +334,7 @@ class Capture:
     def close(self) -> None:
         """Finish what is going on, remove the hooks, and let go of slots and state."""
         self._thread.close()
-        self._hook([])
+        self._gates.hang([])
         self._views.clear()
         self._optimizers.clear()
         self._objects = Objects()

@@ -57,7 +57,8 @@ class Checkpointer:
         codec: "auto", "none", "zstd" or "planes".
         slots: snapshots that host memory holds, 2 or 3.
         overlap: copy parameters and optimizer state during the next forward and backward. None
-            means yes on CUDA and no on CPU (docs/decisions/0003-overlap.md).
+            means no on CPU, and yes on CUDA for optimizers that were seen to step since the
+            snapshot before; those in a CUDA graph are not (docs/decisions/0003-overlap.md).
         rng: include the random states of torch, CUDA, Python and NumPy.
         drain_timeout: longest wait for the last commit when the block is left, in seconds. A daemon
             that does not answer is waited for CONTROL_TIMEOUT_SECONDS longer, 30, and only these
@@ -209,6 +210,7 @@ class Checkpointer:
             claimed = self._ranks.share(claim)
             together(self._ranks, "attach", AGREE_SECONDS_MAX, join)
         except BaseException:
+            self._capture.close()
             for link in links:
                 link.close(clean=False)
             raise

@@ -256,7 +256,7 @@ def _assemble_per_channel(attributes: Any, children: Any) -> Tensor:
 
 def _filled(empty: Tensor, whole: Tensor) -> Tensor:
     """A quantized tensor with exactly these integers, whatever its dtype."""
-    storage = torch.empty(0, dtype=whole.dtype).set_(
+    storage = torch.empty(0, dtype=whole.dtype, device="cpu").set_(
         empty.untyped_storage(), 0, whole.shape, whole.stride()
     )
     storage.copy_(whole)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ckptmgr.errors import StateMismatchError
+from ckptmgr.rank.devices import moved
 from ckptmgr.rank.flat import is_flat
 from ckptmgr.rank.living import is_spread, is_tensor, views
 from ckptmgr.rank.names import match_names
@@ -80,7 +81,7 @@ class ModuleLoad:
             self.state[place.name] = (
                 part_like(place.live, place.saved, clones.regions)
                 if place.is_spread
-                else fresh(place.saved, clones)
+                else moved(fresh(place.saved, clones), place.live)
             )
         if self.versions is not None:
             self.state._metadata = self.versions  # type: ignore[attr-defined]

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ckptmgr.errors import StateMismatchError
+from ckptmgr.rank.devices import moved
 from ckptmgr.rank.living import is_spread
+from ckptmgr.rank.pagelocks import cuda_in_use
 from ckptmgr.rank.regions import Clones, SavedLeaf
 from ckptmgr.rank.saved import fresh, has_shared, like_mapping
 from ckptmgr.rank.wants import Wants, part_like
@@ -52,6 +54,8 @@ class ObjectLoad:
     def build(self, clones: Clones) -> None:
         """Make the state that it will be given. Two objects never share what they get."""
         self.state = _fresh_like(self.saved, self.pattern, Clones(clones.regions))
+        if cuda_in_use():
+            self.state = moved(self.state, self.live.state_dict())
 
     def backup(self) -> Any:
         """A deep copy of the state it has now."""

@@ -86,7 +86,7 @@ class Entry:
     def made(self, name: Any, leaf: SavedLeaf, regions: Regions) -> Tensor:
         """A new state tensor, spread over processes as the parameter is if it has its shape."""
         if self.named[0].cut is not None:
-            memory = torch.zeros(self.param.shape, dtype=leaf.dtype)
+            memory = torch.zeros(self.param.shape, dtype=leaf.dtype, device="cpu")
             runs = self.runs(name, memory)
             for _, run, part in runs:
                 filled(run, run.tensor, part, regions)

@@ -22,6 +22,7 @@ from ckptmgr.errors import (
     UsageError,
 )
 from ckptmgr.rank.latch import Latch
+from ckptmgr.rank.pagelocks import PageLocks
 from ckptmgr.staging.control import Attach, Attached, Client, Detach, Done, Message
 from ckptmgr.staging.hostbuffer import HostBuffer
 from ckptmgr.staging.inbox import drop_ticket
@@ -101,7 +102,8 @@ class Link:
     # -- host memory --------------------------------------------------------------------------
 
     def _populate(self) -> threading.Thread:
-        """Fault the buffer in, slot after slot, so that the first snapshot is fast too.
+        """Fault the buffer in, slot after slot, and lock its pages for a GPU in use, so that
+        the first snapshot is fast too.
 
         A buffer with snapshots in it has its pages already. As long as a restore may read them they
         are mapped for that only: to make them all writable meanwhile takes longer than the copy.
@@ -109,6 +111,7 @@ class Link:
         """
         self._populate_error: HostMemoryError | None = None
         buffer, stop = self.buffer, self._stop_populating
+        self.locks = locks = PageLocks()
         self._populated = [threading.Event() for _ in range(buffer.capacity.slots)]
         done = self._populated
         left = _left_in(buffer)
@@ -122,6 +125,8 @@ class Link:
                     self._restored.wait(_POPULATE_PAUSE_SECONDS)
                 for slot in range(buffer.capacity.slots):
                     buffer.populate(slot, stop)
+                    if not stop.is_set():
+                        locks.lock_ahead(buffer.data(slot))
                     done[slot].set()
             except HostMemoryError as error:
                 self._populate_error = error
@@ -139,7 +144,7 @@ class Link:
             self._restored.set()
 
     def wait_populated(self, slot: int) -> None:
-        """Wait until every page of a slot is there.
+        """Wait until every page of a slot is there, and locked.
 
         Raises:
             HostMemoryError: there is not enough shared memory.
@@ -148,10 +153,12 @@ class Link:
         self._populated[slot].wait()
         if self._populate_error is not None:
             raise self._populate_error
+        self.locks.lock(self.buffer.data(slot))
 
     def _release_buffer(self) -> None:
         self._stop_populating.set()
         self._populating.join()
+        self.locks.release()
         self.buffer.close()
 
     def grow(self, table_bytes: int, data_bytes: int) -> None:

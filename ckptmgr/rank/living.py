@@ -37,7 +37,7 @@ def is_spread(item: Any) -> bool:
 
 def empty_like(pattern: Any, dtype: torch.dtype) -> Tensor:
     """Memory for another tensor of which this process holds what it holds of `pattern`."""
-    return torch.zeros(local_part(pattern).tensor.shape, dtype=dtype)
+    return torch.zeros(local_part(pattern).tensor.shape, dtype=dtype, device="cpu")
 
 
 def like(pattern: Any, local: Tensor) -> Tensor:

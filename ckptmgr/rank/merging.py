@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ckptmgr.rank.capture import keeps_own_state
+from ckptmgr.rank.devices import moved
 from ckptmgr.rank.externals import GENERATORS, same_generator, take_over
 from ckptmgr.rank.into_module import plan_module
 from ckptmgr.rank.into_object import Load, apply_loads, own_part, plan_object
@@ -28,9 +29,10 @@ from ckptmgr.staging.values import MAPPING_TAGS, External
 
 @dataclass(frozen=True, slots=True)
 class New:
-    """A saved item that is made anew when its bytes are there."""
+    """A saved item that is made anew when its bytes are there; `live` is what it replaces."""
 
     saved: Any
+    live: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +102,9 @@ class Merging:
         self._need_nothing_of(live, trail, f"but a {kind_of(saved)} was saved")
         return self._new(saved)
 
-    def _new(self, saved: Any) -> New:
+    def _new(self, saved: Any, live: Any = None) -> New:
         self.wants.all_of(saved)
-        return New(saved)
+        return New(saved, live)
 
     def _tensor(self, live: Tensor, saved: Any, trail: Trail) -> Any:
         wants, path = self.wants, render(trail)
@@ -114,7 +116,7 @@ class Merging:
         elif type(saved) is SavedLeaf:
             wants.write(path, live, saved)
         else:
-            return self._new(saved)  # a sparse or quantized tensor, put together anew
+            return self._new(saved, live)  # a sparse or quantized tensor, put together anew
         return live
 
     def _array(self, live: Any, saved: Any, trail: Trail) -> Any:
@@ -206,7 +208,7 @@ def finished(item: Any, clones: Clones) -> Any:
     """`item` with everything that was to be made anew made; live objects in it are themselves."""
     kind = type(item)
     if kind is New:
-        return fresh(item.saved, clones)
+        return moved(fresh(item.saved, clones), item.live)
     if kind is NewTuple:
         return tuple(finished(part, clones) for part in item.items)
     return item

@@ -12,7 +12,7 @@ was in when the copy ended. Where another thread waits for the copy, the one tha
 idle for good: there it is enough that the kernel has it in one sleep from one look to the next.
 
 Writes that PyTorch does not count (through `.data`, by CUDA graphs, by kernels outside PyTorch) are
-not found: overlap=False is for code that makes them. The parts for GPUs were not run on one yet.
+not found: overlap=False is for code that makes them.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def copy_tensors(targets: list[Tensor], sources: list[Tensor]) -> None:
 
 
 def start_copy(targets: list[Tensor], sources: list[Tensor]) -> None:
-    """As `copy_tensors`, but what is on a GPU may still be on its way when it returns."""
+    """As `copy_tensors`, but what comes from a GPU or goes there may still be on its way."""
     if not targets:
         return
     with torch.no_grad():
@@ -170,13 +170,17 @@ class Job:
         for piece in [pairs] if self.limit is None else paced(pairs, self.limit, turn):
             self._start(piece)
         for stream in self.streams.values():
-            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            # It sleeps until then: to spin would take a core from training.
+            copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             copied.record(stream)
             copied.synchronize()
 
     def _start(self, pairs: list[Pair]) -> None:
         for device, stream in self.streams.items():
             there = [pair for pair in pairs if pair[1].device == device]
+            # Leaving the stream goes back to this thread's device: it must not be the first one,
+            # on which that would open a context.
+            torch.cuda.set_device(device)
             with torch.cuda.stream(stream):
                 start_copy([target for target, _ in there], [source for _, source in there])
         _copy_pairs([pair for pair in pairs if pair[1].device not in self.streams])

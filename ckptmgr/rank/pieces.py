@@ -44,7 +44,7 @@ def pieces(pairs: list[Pair]) -> Iterator[list[Pair]]:
     piece: list[Pair] = []
     size = 0
     for pair in pairs:
-        for part in _parts(pair):
+        for part in parts(pair):
             if piece and size + part[1].nbytes > PIECE_BYTES:
                 yield piece
                 piece, size = [], 0
@@ -56,22 +56,23 @@ def pieces(pairs: list[Pair]) -> Iterator[list[Pair]]:
 
 def shares(pairs: list[Pair], count: int) -> list[list[Pair]]:
     """The same bytes in at most `count` lists of about as many each; large tensors are cut."""
-    parts: list[Pair] = []
+    cut: list[Pair] = []
     for pair in pairs:
-        parts += [pair] if pair[0].nbytes <= PIECE_BYTES else _parts(pair)
-    ends = list(accumulate(target.nbytes for target, _ in parts))
-    cuts = [bisect_left(ends, ends[-1] * at // count) for at in range(count)] + [len(parts)]
-    return [parts[start:stop] for start, stop in pairwise(cuts) if start < stop]
+        cut += [pair] if pair[0].nbytes <= PIECE_BYTES else parts(pair)
+    ends = list(accumulate(target.nbytes for target, _ in cut))
+    cuts = [bisect_left(ends, ends[-1] * at // count) for at in range(count)] + [len(cut)]
+    return [cut[start:stop] for start, stop in pairwise(cuts) if start < stop]
 
 
-def _parts(pair: Pair) -> Iterator[Pair]:
+def parts(pair: Pair, nbytes_max: int = PIECE_BYTES) -> Iterator[Pair]:
+    """The same bytes in pairs of at most so many each."""
     target, source = pair
-    if source.nbytes <= PIECE_BYTES:
+    if source.nbytes <= nbytes_max:
         yield pair
         return
     dim = max(range(source.dim()), key=lambda at: source.shape[at])
     length = source.shape[dim]
-    step = max(1, length * PIECE_BYTES // source.nbytes)
+    step = max(1, length * nbytes_max // source.nbytes)
     with torch.no_grad():
         cut = [
             (
@@ -81,4 +82,4 @@ def _parts(pair: Pair) -> Iterator[Pair]:
             for at in range(0, length, step)
         ]
     for part in cut:
-        yield from _parts(part)
+        yield from parts(part, nbytes_max)

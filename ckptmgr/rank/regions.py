@@ -84,7 +84,7 @@ class Regions:
         taken, _ = origins(found, box)
         if len(taken) == 1:
             return exact_clone(self._part(taken[0]))
-        made = torch.empty(box.shape, dtype=found.dtype)
+        made = torch.empty(box.shape, dtype=found.dtype, device="cpu")
         for live, view in self.pairs(made, box, taken):
             carried(live).copy_(carried(view))
         return made
@@ -92,7 +92,7 @@ class Regions:
 
 def _bytes_of(region: memoryview) -> Tensor:
     if not len(region):
-        return torch.empty(0, dtype=torch.uint8)
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the memory may be read-only; it is never written
         return torch.frombuffer(region, dtype=torch.uint8)

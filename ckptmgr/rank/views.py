@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,63 +23,34 @@ class SlotViews:
 
 
 class ViewCache:
-    """Views of the slots that were written lately; registered with CUDA where it is in use.
+    """Views of the slots that were written lately.
 
     The slots' memory can not be unmapped before `clear`.
     """
 
     def __init__(self) -> None:
         self._views: dict[int, SlotViews] = {}
-        self._registered: dict[int, Tensor] = {}
 
     def of(self, layout: Layout, data: memoryview) -> SlotViews:
         """The views of a slot; its bytes between the leaves are cleared for a new layout."""
         if not layout.data_bytes:
-            return SlotViews(layout, slot_tensors(layout, torch.empty(0, dtype=torch.uint8)))
+            return SlotViews(
+                layout, slot_tensors(layout, torch.empty(0, dtype=torch.uint8, device="cpu"))
+            )
         base = torch.frombuffer(data, dtype=torch.uint8)
         place = base.data_ptr()
         found = self._views.get(place)
         if found is None or found.layout is not layout:
             if place not in self._views and len(self._views) >= SLOTS_KEPT_MAX:
                 self.clear()
-            self._register(place, base)
             clear_gaps(layout, data)
             found = SlotViews(layout, slot_tensors(layout, base))
             self._views[place] = found
         return found
 
-    def _register(self, place: int, base: Tensor) -> None:
-        """Lock a slot's pages for the GPU: only then is a copy faster than, and beside, training.
-
-        Not run on a GPU yet.
-        """
-        if place in self._registered or not cuda_in_use():
-            return
-        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        status = runtime.cudaHostRegister(place, base.numel(), 0)
-        if int(status) == 0:
-            self._registered[place] = base
-        else:
-            warnings.warn(
-                f"ckptmgr: host memory can not be page-locked (CUDA error {int(status)}); "
-                "copies from the GPU will be slow. Raise the limit of locked memory (ulimit -l).",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-
     def clear(self) -> None:
         """Let go of the slots' memory."""
         self._views.clear()
-        for place in self._registered:
-            runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-            runtime.cudaHostUnregister(place)
-        self._registered.clear()
-
-
-def cuda_in_use() -> bool:
-    """Whether this process has started CUDA; asking does not start it."""
-    in_use: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return in_use
 
 
 def slot_tensors(layout: Layout, base: Tensor) -> list[Tensor]:
@@ -91,7 +60,7 @@ def slot_tensors(layout: Layout, base: Tensor) -> list[Tensor]:
     for leaf in layout.leaves:
         dtype = carrier(dtype_of(leaf.dtype))
         if leaf.nbytes == 0:
-            views.append(torch.empty(leaf.shape, dtype=dtype))
+            views.append(torch.empty(leaf.shape, dtype=dtype, device="cpu"))
             continue
         if dtype not in bases:
             bases[dtype] = base[: layout.data_bytes].view(dtype)

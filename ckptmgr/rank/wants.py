@@ -17,6 +17,7 @@ from ckptmgr.rank.regions import Pair, Regions, SavedLeaf
 from ckptmgr.rank.saved import leaves_in
 from ckptmgr.rank.sources import Origin, Ranges, Whole, origins, ranges_needed
 from ckptmgr.rank.tensors import carried
+from ckptmgr.rank.upload import upload
 from ckptmgr.staging.boxes import Box
 
 PROBLEMS_SHOWN_MAX = 20
@@ -160,7 +161,7 @@ def _is_expanded(live: Tensor) -> bool:
 
 def _spoils(write: Write, regions: Regions) -> bool:
     """Whether `live` has one element in memory where different ones were saved."""
-    whole = torch.empty(write.box.shape, dtype=write.live.dtype)
+    whole = torch.empty(write.box.shape, dtype=write.live.dtype, device="cpu")
     for target, view in regions.pairs(whole, write.box, write.origins):
         carried(target).copy_(carried(view))
     strides = zip(write.live.shape, write.live.stride(), strict=True)
@@ -187,16 +188,22 @@ def part_like(pattern: Any, saved: SavedLeaf, regions: Regions) -> Tensor:
 
 
 def write_all(writes: Iterable[Write], regions: Regions) -> None:
-    """Write into plain tensors of host memory all at once, into others one by one."""
+    """Write into plain tensors of host memory, and of each GPU, all at once; into others one by
+    one. Nothing reads `regions` any more when it returns.
+    """
     plain: list[Pair] = []
+    there: dict[torch.device, list[Pair]] = {}
     for write in writes:
         for live, view in regions.pairs(write.live, write.box, write.origins):
-            if live.is_cpu and live.is_contiguous() and not _is_special(live):
-                plain.append((carried(live), carried(view)))
-            else:
+            if not live.is_contiguous() or _is_special(live) or not (live.is_cpu or live.is_cuda):
                 write_one(live, view)
+                continue
+            pairs = plain if live.is_cpu else there.setdefault(live.device, [])
+            pairs.append((carried(live), carried(view)))
     thread = CopyThread()
     try:
+        for device, pairs in there.items():
+            upload(device, pairs, thread)
         thread.copy([live for live, _ in plain], [view for _, view in plain])
     finally:
         thread.close()

@@ -35,13 +35,13 @@ class Shape:
 
 
 def random_bits(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Every bit pattern: NaN payloads, -0.0, denormals, infinities."""
+    """Every bit pattern: NaN payloads, -0.0, denormals, infinities; on the default device."""
     generator = torch.Generator().manual_seed(seed)
     count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    raw = torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator)
+    raw = torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator, device="cpu")
     if dtype == torch.bool:
         raw = raw % 2
-    return raw.view(dtype).view(shape)
+    return raw.view(dtype).view(shape).to(torch.get_default_device())
 
 
 def bytes_of(tensor: Tensor) -> bytes:

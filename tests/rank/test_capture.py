@@ -157,7 +157,9 @@ def test_a_change_by_hand_under_an_overlapped_copy_is_found_and_then_avoided() -
     torn = [error for error in outcomes if error is not None]
     assert isinstance(torn[0], TornSnapshotError)
     assert "model/0.weight" in torn[0].subject
-    assert len(torn) == 1, "the leaves that were changed by hand are copied at once from then on"
+    # Leaves that were changed after the copy was judged may be met the next time.
+    assert len(torn) < 5
+    assert outcomes[5:] == [None] * 34, "changed by hand, they are copied at once from then on"
 
 
 def test_overlap_by_default_is_off_without_a_gpu() -> None:
@@ -170,6 +172,50 @@ def test_overlap_by_default_is_off_without_a_gpu() -> None:
     assert heard == [None]
     assert not loop.optimizer._optimizer_step_pre_hooks
     capture.close()
+
+
+class Unhooked(torch.optim.SGD):
+    """As some libraries wrap an optimizer, or a graph replays one: its steps run no hooks."""
+
+    def step(self, closure: Any = None) -> None:
+        with torch.no_grad():
+            for param in self.param_groups[0]["params"]:
+                param.data.add_(1)  # counted nowhere
+
+
+Unhooked.step.hooked = True  # type: ignore[attr-defined] # torch wraps no step that says so
+
+
+@pytest.mark.parametrize("hooked", [True, False])
+def test_by_default_only_optimizers_that_come_to_their_gate_are_overlapped(
+    monkeypatch: pytest.MonkeyPatch, hooked: bool
+) -> None:
+    model = nn.Linear(300, 300)
+    kind = torch.optim.SGD if hooked else Unhooked
+    optimizer = kind(model.parameters(), lr=0.1)
+    capture = Capture({"model": model, "optimizer": optimizer}, rng=False)
+    monkeypatch.setattr(capture, "_overlaps", lambda sources: True)  # as on a GPU
+    capture.predict()
+    with buffer_for(capture.prepare()) as buffer:
+        overlapped = []
+        for step in range(4):
+            if step:  # none before the first snapshot
+                model(torch.ones(4, 300)).sum().backward()
+                optimizer.step()
+            prepared, expected = capture.prepare(), reference(capture._state)  # type: ignore[arg-type]
+            heard: list[BaseException | None] = []
+            copy = capture.copy(prepared, buffer.data(0), heard.append)
+            overlapped.append(copy.turn is not None)
+            optimizer.step()
+            assert copy.wait(WAIT_SECONDS_MAX)
+            assert heard == [None]
+            seal(buffer, 0, prepared, step + 1)
+            saved = read(buffer, 0)
+            assert differs(saved, expected) == []
+            saved.data.release()
+        capture.close()
+    assert overlapped == [False, hooked, hooked, hooked]
+    assert not optimizer._optimizer_step_pre_hooks
 
 
 def test_a_child_that_is_forked_in_between_can_train_and_capture() -> None:

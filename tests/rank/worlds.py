@@ -165,7 +165,7 @@ def capture(
         assert prepared.layout is first.layout, "the frame must be found again"
         data = bytearray(prepared.data_bytes)
         heard: list[BaseException | None] = []
-        later = captured._leaves_for_later(prepared)
+        later = captured._sources_for_later(prepared)
         behind += [prepared.layout.leaves[at].path for at in later]
         copy = captured.copy(prepared, memoryview(data), heard.append)
         assert copy.wait(60.0)

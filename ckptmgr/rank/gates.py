@@ -1,0 +1,59 @@
+"""Optimizers whose steps wait until what they change was copied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from ckptmgr.rank.pagelocks import cuda_in_use
+
+
+@dataclass(slots=True)
+class Gate:
+    """One optimizer, how often it has come to its gate since it was asked, and whether its step was
+    recorded in a CUDA graph, which runs it again without coming here.
+    """
+
+    optimizer: Optimizer
+    wait: Callable[[], None]
+    steps: int = 0
+    is_recorded: bool = False
+
+    def __call__(self, *_: Any) -> None:
+        """Called by the optimizer before it steps."""
+        self.steps += 1
+        if cuda_in_use() and torch.cuda.is_current_stream_capturing():
+            self.is_recorded = True
+        else:
+            self.wait()
+
+
+class Gates:
+    """The gates of all optimizers in a state; `wait` waits for the copy."""
+
+    def __init__(self, wait: Callable[[], None]) -> None:
+        self._wait = wait
+        self._hung: dict[int, tuple[Gate, Any]] = {}
+
+    def hang(self, optimizers: Iterable[Optimizer]) -> None:
+        """Let these optimizers, and no others, wait before they step."""
+        wanted = {id(optimizer): optimizer for optimizer in optimizers}
+        for key in self._hung.keys() - wanted.keys():
+            self._hung.pop(key)[1].remove()
+        for key in wanted.keys() - self._hung.keys():
+            gate = Gate(wanted[key], self._wait)
+            self._hung[key] = gate, gate.optimizer.register_step_pre_hook(gate)
+
+    def passed(self) -> list[Optimizer]:
+        """Those that came to their gate, and always do, since this was asked before.
+
+        One that did not is stepped by a graph, or by a wrapper that calls no hooks, or not at all.
+        """
+        found = [gate for gate, _ in self._hung.values() if gate.steps and not gate.is_recorded]
+        for gate, _ in self._hung.values():
+            gate.steps = 0
+        return [gate.optimizer for gate in found]
