@@ -44,7 +44,7 @@ def pieces(pairs: list[Pair]) -> Iterator[list[Pair]]:
     piece: list[Pair] = []
     size = 0
     for pair in pairs:
-        for part in parts(pair):
+        for part in parts(pair, PIECE_BYTES):
             if piece and size + part[1].nbytes > PIECE_BYTES:
                 yield piece
                 piece, size = [], 0
@@ -58,13 +58,13 @@ def shares(pairs: list[Pair], count: int) -> list[list[Pair]]:
     """The same bytes in at most `count` lists of about as many each; large tensors are cut."""
     cut: list[Pair] = []
     for pair in pairs:
-        cut += [pair] if pair[0].nbytes <= PIECE_BYTES else parts(pair)
+        cut += [pair] if pair[0].nbytes <= PIECE_BYTES else parts(pair, PIECE_BYTES)
     ends = list(accumulate(target.nbytes for target, _ in cut))
     cuts = [bisect_left(ends, ends[-1] * at // count) for at in range(count)] + [len(cut)]
     return [cut[start:stop] for start, stop in pairwise(cuts) if start < stop]
 
 
-def parts(pair: Pair, nbytes_max: int = PIECE_BYTES) -> Iterator[Pair]:
+def parts(pair: Pair, nbytes_max: int) -> Iterator[Pair]:
     """The same bytes in pairs of at most so many each."""
     target, source = pair
     if source.nbytes <= nbytes_max:
