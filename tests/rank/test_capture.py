@@ -9,82 +9,22 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 from ckptmgr.errors import CkptmgrError, TornSnapshotError, UnsupportedLeafError, UsageError
 from ckptmgr.rank import overlap, pieces
-from ckptmgr.rank.capture import Capture, Copy, Prepared
+from ckptmgr.rank.capture import Capture, Copy
 from ckptmgr.rank.place import Saved, rebuild
 from ckptmgr.types import PAGE_BYTES
-from rank.shape import difference, tensors
+from rank.loop import WAIT_SECONDS_MAX, Loop, copied, differs, reference
+from rank.shape import difference
 from rank.slot import buffer_for, read, seal
 from scale import scaled
 
 TORN_SNAPSHOTS = scaled(1_000, 10_000)
 OVERLAPPED_SNAPSHOTS = scaled(300, 3_000)
-WAIT_SECONDS_MAX = 60.0
-
-
-class Loop:
-    """A small training loop with everything that changes tensors in a different way."""
-
-    def __init__(self, width: int = 24) -> None:
-        torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Linear(8, width), nn.BatchNorm1d(width), nn.Linear(width, 8))
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
-        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 1, gamma=0.999)
-        self.ema = AveragedModel(self.model)
-        self.array = np.zeros(5)
-        self.state: dict[str, Any] = {
-            "model": self.model,
-            "optimizer": self.optimizer,
-            "scheduler": self.scheduler,
-            "ema": self.ema,
-            "array": self.array,
-            "counter": torch.zeros(3, dtype=torch.int64),
-            "steps": 0,
-        }
-        self.step()
-
-    def forward(self) -> None:
-        """BatchNorm's buffers change, gradients are made."""
-        self.optimizer.zero_grad()
-        self.model(torch.randn(4, 8)).square().sum().backward()
-
-    def step(self) -> None:
-        self.forward()
-        self.optimizer.step()
-        self.scheduler.step()
-        self.ema.update_parameters(self.model)
-        self.array += 1
-        self.state["counter"] += 1
-        self.state["steps"] += 1
-
-    def change_all_by_hand(self) -> None:
-        with torch.no_grad():
-            for _, tensor in tensors(self.state):
-                tensor.add_(1)
-        self.array -= 3
-
-
-def reference(state: dict[str, Any]) -> dict[str, Any]:
-    """Clones of every tensor, made in the same instant."""
-    return {path: tensor.detach().clone() for path, tensor in tensors(state)}
-
-
-def differs(saved: Saved, expected: dict[str, Any]) -> list[str]:
-    found = dict(tensors(rebuild(saved)))
-    return [path for path in expected if difference(expected[path], found.get(path))]
-
-
-def copied(capture: Capture, prepared: Prepared, data: memoryview) -> list[BaseException | None]:
-    heard: list[BaseException | None] = []
-    capture.copy(prepared, data, heard.append).wait(WAIT_SECONDS_MAX)
-    return heard
 
 
 # -- torn state -------------------------------------------------------------------------------
@@ -162,62 +102,6 @@ def test_a_change_by_hand_under_an_overlapped_copy_is_found_and_then_avoided() -
     assert outcomes[5:] == [None] * 34, "changed by hand, they are copied at once from then on"
 
 
-def test_overlap_by_default_is_off_without_a_gpu() -> None:
-    loop = Loop()
-    capture = Capture(loop.state)
-    prepared = capture.prepare()
-    data = memoryview(bytearray(prepared.data_bytes))
-    heard: list[BaseException | None] = []
-    capture.copy(prepared, data, heard.append)
-    assert heard == [None]
-    assert not loop.optimizer._optimizer_step_pre_hooks
-    capture.close()
-
-
-class Unhooked(torch.optim.SGD):
-    """As some libraries wrap an optimizer, or a graph replays one: its steps run no hooks."""
-
-    def step(self, closure: Any = None) -> None:
-        with torch.no_grad():
-            for param in self.param_groups[0]["params"]:
-                param.data.add_(1)  # counted nowhere
-
-
-Unhooked.step.hooked = True  # type: ignore[attr-defined] # torch wraps no step that says so
-
-
-@pytest.mark.parametrize("hooked", [True, False])
-def test_by_default_only_optimizers_that_come_to_their_gate_are_overlapped(
-    monkeypatch: pytest.MonkeyPatch, hooked: bool
-) -> None:
-    model = nn.Linear(300, 300)
-    kind = torch.optim.SGD if hooked else Unhooked
-    optimizer = kind(model.parameters(), lr=0.1)
-    capture = Capture({"model": model, "optimizer": optimizer}, rng=False)
-    monkeypatch.setattr(capture, "_overlaps", lambda sources: True)  # as on a GPU
-    capture.predict()
-    with buffer_for(capture.prepare()) as buffer:
-        overlapped = []
-        for step in range(4):
-            if step:  # none before the first snapshot
-                model(torch.ones(4, 300)).sum().backward()
-                optimizer.step()
-            prepared, expected = capture.prepare(), reference(capture._state)  # type: ignore[arg-type]
-            heard: list[BaseException | None] = []
-            copy = capture.copy(prepared, buffer.data(0), heard.append)
-            overlapped.append(copy.turn is not None)
-            optimizer.step()
-            assert copy.wait(WAIT_SECONDS_MAX)
-            assert heard == [None]
-            seal(buffer, 0, prepared, step + 1)
-            saved = read(buffer, 0)
-            assert differs(saved, expected) == []
-            saved.data.release()
-        capture.close()
-    assert overlapped == [False, hooked, hooked, hooked]
-    assert not optimizer._optimizer_step_pre_hooks
-
-
 def test_a_child_that_is_forked_in_between_can_train_and_capture() -> None:
     loop = Loop(width=300)
     capture = Capture(loop.state, rng=False, overlap=True)
@@ -243,21 +127,6 @@ def test_a_child_that_is_forked_in_between_can_train_and_capture() -> None:
         assert differs(saved, expected) == []
         saved.data.release()
         capture.close()
-
-
-def test_hooks_and_thread_end_with_close() -> None:
-    loop = Loop()
-    capture = Capture(loop.state, overlap=True)
-    prepared = capture.prepare()
-    data = memoryview(bytearray(prepared.data_bytes))
-    before = set(threading.enumerate())
-    assert copied(capture, prepared, data) == [None]
-    assert len(loop.optimizer._optimizer_step_pre_hooks) == 1
-    assert [t.name for t in set(threading.enumerate()) - before] == ["ckptmgr-copy"]
-    capture.close()
-    assert not loop.optimizer._optimizer_step_pre_hooks
-    assert set(threading.enumerate()) <= before
-    loop.step()
 
 
 def test_copying_on_one_core_leaves_the_threads_of_training_alone() -> None:
@@ -353,19 +222,6 @@ def test_what_one_thread_can_not_copy_fails_the_whole_copy(
     told: list[BaseException | None] = []
     capture.copy(prepared, memoryview(bytearray(prepared.data_bytes)), told.append)
     assert [str(error) for error in told] == ["x: no"]
-    capture.close()
-
-
-def test_hooks_follow_the_optimizers_in_the_state() -> None:
-    loop = Loop()
-    capture = Capture(loop.state, overlap=True)
-    data = memoryview(bytearray(capture.prepare().data_bytes + PAGE_BYTES))
-    assert copied(capture, capture.prepare(), data) == [None]
-    other = torch.optim.SGD(loop.model.parameters(), lr=0.1)
-    loop.state["optimizer"] = other
-    assert copied(capture, capture.prepare(), data) == [None]
-    assert not loop.optimizer._optimizer_step_pre_hooks
-    assert len(other._optimizer_step_pre_hooks) == 1
     capture.close()
 
 

@@ -1,0 +1,99 @@
+"""Optimizers wait at their gates, those in the state and no others; and which are overlapped."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ckptmgr.rank.capture import Capture
+from ckptmgr.types import PAGE_BYTES
+from rank.loop import WAIT_SECONDS_MAX, Loop, copied, differs, reference
+from rank.slot import buffer_for, read, seal
+
+
+class Unhooked(torch.optim.SGD):
+    """As some libraries wrap an optimizer, or a graph replays one: its steps run no hooks."""
+
+    def step(self, closure: Any = None) -> None:
+        with torch.no_grad():
+            for param in self.param_groups[0]["params"]:
+                param.data.add_(1)  # counted nowhere
+
+
+Unhooked.step.hooked = True  # type: ignore[attr-defined] # torch wraps no step that says so
+
+
+@pytest.mark.parametrize("hooked", [True, False])
+def test_by_default_only_optimizers_that_come_to_their_gate_are_overlapped(
+    monkeypatch: pytest.MonkeyPatch, hooked: bool
+) -> None:
+    model = nn.Linear(300, 300)
+    kind = torch.optim.SGD if hooked else Unhooked
+    optimizer = kind(model.parameters(), lr=0.1)
+    capture = Capture({"model": model, "optimizer": optimizer}, rng=False)
+    monkeypatch.setattr(capture, "_overlaps", lambda sources: True)  # as on a GPU
+    capture.predict()
+    with buffer_for(capture.prepare()) as buffer:
+        overlapped = []
+        for step in range(4):
+            if step:  # none before the first snapshot
+                model(torch.ones(4, 300)).sum().backward()
+                optimizer.step()
+            prepared, expected = capture.prepare(), reference(capture._state)
+            heard: list[BaseException | None] = []
+            copy = capture.copy(prepared, buffer.data(0), heard.append)
+            overlapped.append(copy.turn is not None)
+            optimizer.step()
+            assert copy.wait(WAIT_SECONDS_MAX)
+            assert heard == [None]
+            seal(buffer, 0, prepared, step + 1)
+            saved = read(buffer, 0)
+            assert differs(saved, expected) == []
+            saved.data.release()
+        capture.close()
+    assert overlapped == [False, hooked, hooked, hooked]
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_overlap_by_default_is_off_without_a_gpu() -> None:
+    loop = Loop()
+    capture = Capture(loop.state)
+    prepared = capture.prepare()
+    data = memoryview(bytearray(prepared.data_bytes))
+    heard: list[BaseException | None] = []
+    capture.copy(prepared, data, heard.append)
+    assert heard == [None]
+    assert not loop.optimizer._optimizer_step_pre_hooks
+    capture.close()
+
+
+def test_hooks_and_thread_end_with_close() -> None:
+    loop = Loop()
+    capture = Capture(loop.state, overlap=True)
+    prepared = capture.prepare()
+    data = memoryview(bytearray(prepared.data_bytes))
+    before = set(threading.enumerate())
+    assert copied(capture, prepared, data) == [None]
+    assert len(loop.optimizer._optimizer_step_pre_hooks) == 1
+    assert [t.name for t in set(threading.enumerate()) - before] == ["ckptmgr-copy"]
+    capture.close()
+    assert not loop.optimizer._optimizer_step_pre_hooks
+    assert set(threading.enumerate()) <= before
+    loop.step()
+
+
+def test_hooks_follow_the_optimizers_in_the_state() -> None:
+    loop = Loop()
+    capture = Capture(loop.state, overlap=True)
+    data = memoryview(bytearray(capture.prepare().data_bytes + PAGE_BYTES))
+    assert copied(capture, capture.prepare(), data) == [None]
+    other = torch.optim.SGD(loop.model.parameters(), lr=0.1)
+    loop.state["optimizer"] = other
+    assert copied(capture, capture.prepare(), data) == [None]
+    assert not loop.optimizer._optimizer_step_pre_hooks
+    assert len(other._optimizer_step_pre_hooks) == 1
+    capture.close()
