@@ -64,6 +64,7 @@ class Job:
     _following: asyncio.Task[None] | None = None
     _retention: asyncio.Task[None] | None = None
     _retain_again: bool = False
+    _looked_through: bool = False
     _settled: bool = False
     _superseded: set[int] = field(default_factory=set)
 
@@ -182,13 +183,21 @@ class Job:
 
     async def _retain(self, keep: int | str) -> None:
         """Collect until no commit has come meanwhile. Failures are logged: the next commit tries
-        again.
+        again. Only the first collection that works looks at the whole history.
         """
         while self._retain_again:
             self._retain_again = False
             pool, protected = self.background or self.pool, frozenset(self.resumed_from.values())
             try:
-                await collect(self.catalog, pool, keep, protected, readback=self.readback)
+                await collect(
+                    self.catalog,
+                    pool,
+                    keep,
+                    protected,
+                    readback=self.readback,
+                    whole=not self._looked_through,
+                )
+                self._looked_through = True
             except CkptmgrError as error:
                 warning("retention_failed", job=self.label, why=str(error))
             if self.mirror is not None:

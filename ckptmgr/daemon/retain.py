@@ -19,6 +19,8 @@ from ckptmgr.repository.catalog import (
     Verified,
     is_retired,
     list_steps,
+    list_stored,
+    packed_steps,
 )
 from ckptmgr.repository.commit import (
     Decision,
@@ -89,11 +91,15 @@ async def collect(
     *,
     readback: ReadBack | None = None,
     dry_run: bool = False,
+    whole: bool = True,
 ) -> list[Given]:
     """Give up what retention and garbage rules allow; returns what was done.
 
     Never touches one of the newest two commits, a held step, one of `protected`, or what the
     newest attempts resumed from. A dry run also tells of each step that stays, and why.
+
+    Without `whole` only steps that still have objects are looked at, so that a long history costs
+    nothing. What is done is the same, but that a commit of which nothing is left stays as it is.
 
     Raises:
         StoreError: the store failed; what was done so far stays true.
@@ -102,7 +108,8 @@ async def collect(
     readback.begin()
     if not dry_run:
         await _drop_dead_holds(catalog.store)
-    listing = await list_steps(catalog.store)
+    packed = await packed_steps(catalog.store)
+    listing = await _looked_at(catalog.store, packed, whole=whole)
     commits, damaged = await _commits(catalog, listing)
     sources = dict.fromkeys(protected, "a running attempt")
     if len(commits) > NEWER_MIN:
@@ -134,8 +141,22 @@ async def collect(
     if not dry_run:
         stand = [decision for decision in commits if decision.id not in gone]
         readback.left(stand, verified=verified, held=listing.holds)
-    done += await _sweep(catalog, listing, commits, dry_run=dry_run)
+    done += await _sweep(catalog, listing, packed, commits, dry_run=dry_run)
     return done + (_left_alone(listing, damaged, done) if dry_run else [])
+
+
+async def _looked_at(store: Store, packed: frozenset[StepId], *, whole: bool) -> Listing:
+    """A listing that tells enough. Of an undecided step behind others of its attempt all that were
+    decided after it count, those too of which nothing is left.
+    """
+    if whole:
+        return await list_steps(store)
+    listing = await list_stored(store, packed)
+    newest = max(listing.decided, default=None)
+    undecided = (packed | frozenset(listing.manifests)) - listing.decided
+    if newest and any(s.attempt == newest.attempt and s < newest for s in undecided):
+        return await list_steps(store)
+    return listing
 
 
 def _left_alone(listing: Listing, damaged: list[StepId], done: list[Given]) -> list[Given]:
@@ -267,26 +288,30 @@ async def _delete(store: Store, step: StepId) -> None:
 
 
 async def _sweep(
-    catalog: Catalog, listing: Listing, commits: list[Decision], *, dry_run: bool
+    catalog: Catalog,
+    listing: Listing,
+    packed: frozenset[StepId],
+    commits: list[Decision],
+    *,
+    dry_run: bool,
 ) -> list[Given]:
     """Delete what undecided, aborted and half-deleted retired steps left behind."""
     store = catalog.store
-    packs = {keys.parse_step(key) for key in await store.list("data/")}
-    stored = frozenset(step for step in packs if step is not None)
     newest = commits[0].id if commits else None
+    known = {commit.id for commit in commits}
     done = []
-    for step in garbage(listing, stored, [commit.id for commit in commits]):
+    for step in garbage(listing, packed, [commit.id for commit in commits]):
         done.append(Given(step, "abort", f"undecided, and {newest} is committed"))
         if not dry_run and not (await abort_step(store, step, "superseded")).committed:
             await _delete(store, step)
-    for step in sorted((stored | frozenset(listing.manifests)) & listing.decided):
+    for step in sorted((packed | frozenset(listing.manifests)) & listing.decided):
         if step in listing.retired:
             # Read, because a mark that was copied from another step must not cost this one's data.
             if step in listing.holds or not await is_retired(store, step):
                 continue
             if dry_run or await _delete_retired(store, step):
                 done.append(Given(step, "delete", "retired"))
-        elif await _aborted(catalog, step):
+        elif step not in known and await _aborted(catalog, step):
             done.append(Given(step, "delete", "aborted"))
             if not dry_run:
                 await store.make_durable(keys.commit(step))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from dataclasses import dataclass
 
 import msgspec
@@ -29,6 +29,7 @@ from ckptmgr.repository.manifest import SealedManifest, read_manifest
 from ckptmgr.repository.opening import open_manifest
 from ckptmgr.repository.record import Kind
 from ckptmgr.store.base import Store
+from ckptmgr.store.lanes import in_lanes
 from ckptmgr.store.mirrored import from_either
 from ckptmgr.types import StepId, StepState
 
@@ -82,7 +83,9 @@ class StepEntry:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """The keys of a store that tell the states of its steps, taken by six listings."""
+    """The keys of a store that tell the states of its steps: of all of them (`list_steps`), or of
+    those that have data or manifests (`list_stored`).
+    """
 
     decided: frozenset[StepId]
     retired: frozenset[StepId]
@@ -160,14 +163,54 @@ async def list_steps(store: Store) -> Listing:
     manifests = _ranks(await store.list("man/"))
     decided = await _decided(store)
     verified = await _marked(store, "verified/")
+    holds = await _holds(store)
+    # Last: a step retired during the listing must not look as if it still stood.
+    retired = await _marked(store, "retired/")
+    return Listing(decided, retired, verified, holds, manifests)
+
+
+async def list_stored(store: Store, packed: Collection[StepId]) -> Listing:
+    """As `list_steps`, of the steps that have a manifest or are among `packed`, and of no others.
+
+    A step whose data went leaves its records for ever, one of each kind. Here they are asked for by
+    name, for the few steps that have more than records, and what is listed does not grow.
+    """
+    manifests = _ranks(await store.list("man/"))
+    steps = sorted(manifests.keys() | packed)
+    registered = await _named(store, keys.commit, steps)
+    decided = registered | await _named(store, keys.tags, set(steps) - registered)
+    verified = await _named(store, keys.verified, decided)
+    holds = await _holds(store)
+    retired = await _named(store, keys.retired, steps)  # last, as in `list_steps`
+    return Listing(decided, retired, verified, holds, manifests)
+
+
+async def packed_steps(store: Store) -> frozenset[StepId]:
+    """Steps that have packs, whatever their state."""
+    steps = map(keys.parse_step, await store.list("data/"))
+    return frozenset(step for step in steps if step is not None)
+
+
+async def _holds(store: Store) -> dict[StepId, tuple[str, ...]]:
+    """The ids of the holds of each step that is held."""
     holds: dict[StepId, tuple[str, ...]] = {}
     for key in await store.list("holds/"):
         step = keys.parse_step(key)
         if step is not None:
             holds[step] = (*holds.get(step, ()), key.rsplit("/", 1)[1])
-    # Last: a step retired during the listing must not look as if it still stood.
-    retired = await _marked(store, "retired/")
-    return Listing(decided, retired, verified, holds, manifests)
+    return holds
+
+
+async def _named(
+    store: Store, key: Callable[[StepId], str], steps: Iterable[StepId]
+) -> frozenset[StepId]:
+    """Those of `steps` that have the record; it may not hold."""
+
+    async def found(step: StepId) -> StepId | None:
+        return step if await exists(store, key(step)) else None
+
+    answers = await in_lanes(found, steps, _READS_AT_ONCE)
+    return frozenset(step for step in answers if step is not None)
 
 
 async def _marked(store: Store, prefix: str) -> frozenset[StepId]:

@@ -147,7 +147,7 @@ class Job:
         """What the daemon of the rank that committed does afterwards, in the background."""
         host = self.hosts[step % self.world // RANKS_PER_DAEMON]
         start = asyncio.get_running_loop().time()
-        await collect(Catalog(host.door), BufferPool(BUDGET_BYTES), 2)
+        await collect(Catalog(host.door), BufferPool(BUDGET_BYTES), 2, whole=False)
         self._seconds = asyncio.get_running_loop().time() - start
 
     # -- a start -----------------------------------------------------------------------------

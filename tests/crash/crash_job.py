@@ -212,7 +212,7 @@ class Job:
                 await self.finish(sealed)
 
     async def collect(self) -> None:
-        await collect(self.catalog, self.pool, KEEP, frozenset({self.base}))
+        await collect(self.catalog, self.pool, KEEP, frozenset({self.base}), whole=False)
 
 
 def _snapshot(sealed: Sealed, rank: int, world: int) -> Snapshot:

@@ -183,17 +183,18 @@ def test_a_hold_that_comes_between_the_look_and_the_mark_saves_the_data() -> Non
     run(main())
 
 
-def test_a_half_deleted_step_that_is_held_by_now_is_not_swept() -> None:
+@pytest.mark.parametrize(("whole", "asked"), [(True, "list"), (False, "get")])
+def test_a_half_deleted_step_that_is_held_by_now_is_not_swept(whole: bool, asked: Any) -> None:
     """A sweep looks at the holds after it knows of the mark, not before."""
 
     async def main() -> None:
         inner = memory_store({})
         saved = await save_steps(inner, (10, 20, 30))
         gate = asyncio.Event()
-        late = Fault(operation="list", key="retired/", gate=gate)
+        late = Fault(operation=asked, key="retired/", gate=gate)
         store = FaultyStore(inner, [late])
-        collecting = asyncio.create_task(gather(store))
-        while ("list", "retired/") not in store.operations:
+        collecting = asyncio.create_task(gather(store, whole=whole))
+        while not any((name, key[:8]) == (asked, "retired/") for name, key in store.operations):
             await asyncio.sleep(0)
         await put_hold(inner, saved[0].id, "reader", "")  # behind the listing of the holds
         assert not await retain.retire(inner, saved[0].id, "by another daemon")
@@ -320,7 +321,8 @@ def test_leftovers_are_aborted_first_and_deleted_then(make: Make) -> None:
     run(main())
 
 
-def test_what_a_rank_may_still_hold_is_left_alone(make: Make) -> None:
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_a_rank_may_still_hold_is_left_alone(make: Make, whole: bool) -> None:
     """An undecided step of the running attempt, until every slot must hold a newer one."""
 
     async def main() -> None:
@@ -329,9 +331,9 @@ def test_what_a_rank_may_still_hold_is_left_alone(make: Make) -> None:
         late = StepId(1, 10)
         key = keys.new_pack(late, 0)
         await store.put_new(key, [memoryview(pack_header(key, late, 0, "00" * 16))])
-        assert ("1.10", "abort") not in await gather(store)
+        assert ("1.10", "abort") not in await gather(store, whole=whole)
         await save_step(store, 1, saved[0].decision.nonce, 50, small_state(50))
-        assert ("1.10", "abort") in await gather(store)
+        assert ("1.10", "abort") in await gather(store, whole=whole)
         await store.aclose()
 
     run(main())
@@ -390,13 +392,14 @@ def test_a_hold_that_could_not_be_released_is_released_by_the_next_collection() 
     run(main())
 
 
-def test_a_collection_that_fails_anywhere_is_finished_by_the_next() -> None:
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_collection_that_fails_anywhere_is_finished_by_the_next(whole: bool) -> None:
     async def main() -> None:
         clean = memory_store({})
         await save_steps(clean, (10, 20, 30, 40))
         objects = {key: bytes(blob) for key, blob in shelf_of(clean).items()}
         counting = FaultyStore(memory_store(objects))
-        await gather(counting)
+        await gather(counting, whole=whole)
         count = len(counting.operations)
         expected = await data_of(counting)
         for at in range(1, count + 1):
@@ -404,10 +407,10 @@ def test_a_collection_that_fails_anywhere_is_finished_by_the_next() -> None:
                 memory_store(objects), [Fault(StoreUnreachableError("no"), at=at, and_later=True)]
             )
             with pytest.raises(StoreUnreachableError):
-                await gather(store)
+                await gather(store, whole=whole)
             store.plan(())
             assert await damage_in(store) == [], f"damage after a failure at {at}"
-            await gather(store)
+            await gather(store, whole=whole)
             assert await data_of(store) == expected
             assert await damage_in(store) == []
 
