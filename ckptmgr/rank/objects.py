@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -34,7 +35,12 @@ class Objects:
     _members: Members = field(default_factory=lambda: Members(()))
 
     def add_module(self, trail: Trail, module: nn.Module) -> None:
-        """Note a module, and the names of those parameters that no earlier one has."""
+        """Note a module, and the names of those parameters that no earlier one has.
+
+        What FSDP2 has gathered for a forward is put back first, as `state_dict` does: an optimizer
+        knows the shards alone.
+        """
+        _reshard(module)
         self.modules.append((trail, module))
         path = render(trail)
         homes: dict[int, list[Home]] = {}
@@ -128,6 +134,22 @@ class Objects:
         if isinstance(item, nn.Module) and id(item) not in self._is_flat:
             return flat_state(item) if is_flat(item) else item.state_dict()
         return self.state_again(item)
+
+
+def _reshard(module: nn.Module) -> None:
+    """Put back what FSDP2 has gathered and kept, as it does for its root after a forward under
+    no_grad. No rank is asked for anything.
+    """
+    # It is called FSDPModule, in the second of these since torch 2.6.
+    places = "torch.distributed._composable.fsdp", "torch.distributed.fsdp"
+    kinds: tuple[Any, ...] = tuple(
+        kind
+        for place in places
+        if isinstance(kind := getattr(sys.modules.get(place), "FSDPModule", None), type)
+    )
+    for part in module.modules():
+        if isinstance(part, kinds):
+            part.reshard()
 
 
 def _cut_of(entry: Original) -> Cut:

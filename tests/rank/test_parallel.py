@@ -95,8 +95,8 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 TWO = [
-    *("ddp", "in_backward", "fsdp1_orig", "fsdp1_flat", "fsdp1_whole", "fsdp2", "tp"),
-    *("pipeline", "zero", "patterns"),
+    *("ddp", "in_backward", "fsdp1_orig", "fsdp1_flat", "fsdp1_whole", "fsdp2"),
+    *("fsdp2_evaluated", "tp", "pipeline", "zero", "patterns"),
 ]
 FOUR = ["fsdp2_four", "hsdp", "tp_fsdp2", "fsdp1_hybrid"]
 SAVED_TWICE = {"tp_fsdp2"}

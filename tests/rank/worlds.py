@@ -45,6 +45,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ckptmgr.errors import UnsupportedLeafError
 from ckptmgr.rank.capture import Capture
 from ckptmgr.rank.parts import local_part
+from ckptmgr.rank.place import plan_placing
+from ckptmgr.rank.sources import Table
 from ckptmgr.types import PAGE_BYTES
 
 WIDTH, WORDS, HIDDEN = 8, 13, 20
@@ -159,8 +161,8 @@ def capture(
     captured = Capture(state, rng=False, overlap=True, **more)
     behind: list[str] = []
     with _no_collective():
-        predicted = captured.predict()
         first = captured.prepare()
+        predicted = captured.predict()
         prepared = captured.prepare()
         assert prepared.layout is first.layout, "the frame must be found again"
         data = bytearray(prepared.data_bytes)
@@ -295,7 +297,8 @@ def _gathered(path: str, end: str, model: nn.Module) -> dict[str, Tensor]:
     return _full(path, whole)
 
 
-def _sharded(case: str, place: Path, mesh: Any) -> None:
+def _sharded(case: str, place: Path, mesh: Any, *, evaluated: bool = False) -> None:
+    """Fully sharded; or as it is after an evaluation, with the parameters of the root gathered."""
     model = _net()
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
@@ -304,11 +307,29 @@ def _sharded(case: str, place: Path, mesh: Any) -> None:
     state = {"model": model, "optimizer": optimizer}
     early = _forecast(state)
     _train(model, optimizer, seed=dist.get_rank())
+    if evaluated:
+        _place_after_evaluation(state)
+        _evaluate(model)
 
     def full() -> dict[str, Tensor]:
         return _params(model, _bare) | _full_state(optimizer, model, _bare)
 
     capture(case, place, state, full, early=early)
+
+
+def _evaluate(model: Any) -> None:
+    with torch.no_grad():
+        model(torch.zeros(4, 5, dtype=torch.int64))
+    assert not isinstance(model.head.weight, DTensor), "FSDP2 was to leave the root gathered"
+
+
+def _place_after_evaluation(state: dict[str, Any]) -> None:
+    rank = dist.get_rank()
+    prepared = Capture(state, rng=False).prepare()
+    _evaluate(state["model"])
+    with _no_collective():
+        own = Table(rank, prepared.layout, prepared.values)
+        plan_placing(state, [own], rank=rank, saved_world=dist.get_world_size(), alone=False)
 
 
 PLAN: dict[str, Any] = {
@@ -425,6 +446,7 @@ def two(place: Path) -> str:
     _fsdp1("fsdp1_flat", place, ShardingStrategy.FULL_SHARD, orig=False)
     _fsdp1("fsdp1_whole", place, ShardingStrategy.NO_SHARD, orig=True)
     _sharded("fsdp2", place, init_device_mesh("cpu", (2,)))
+    _sharded("fsdp2_evaluated", place, init_device_mesh("cpu", (2,)), evaluated=True)
     _tensor_parallel("tp", place, init_device_mesh("cpu", (2,)))
     _pipeline(place)
     _zero(place)
