@@ -14,12 +14,21 @@ from ckptmgr.types import Outcome, Snapshot
 _WAIT_SLICE_SECONDS = 2.0
 """A wait for a commit asks the daemon in slices, so that another thread can ask in between."""
 
+ANSWER_SECONDS_MAX = 5.0
+"""How much longer than asked for a wait for a commit lasts, at most, while the daemon hangs. One
+that only is busy answers in less; a question that is cut short costs a connection.
+"""
+
 
 class Owner(Protocol):
     """Who can tell what became of a snapshot."""
 
-    def outcome_of(self, handle: SaveHandle, timeout_seconds: float) -> tuple[Outcome, str]:
-        """The outcome and its reason, waiting at most `timeout_seconds` for a decision."""
+    def outcome_of(
+        self, handle: SaveHandle, timeout_seconds: float, answer_seconds: float
+    ) -> tuple[Outcome, str]:
+        """The outcome and its reason, waiting at most `timeout_seconds` for a decision, and
+        `answer_seconds` for who decides to say so.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +80,8 @@ class SaveHandle:
         return True
 
     def committed(self, timeout: float | None = None) -> bool:
-        """Wait until the step is a checkpoint; False when `timeout` (seconds) is over first.
+        """Wait until the step is a checkpoint; False when `timeout` (seconds) is over first, or
+        ANSWER_SECONDS_MAX later if the daemon does not answer.
 
         After the block was left it tells what was known then, without waiting.
 
@@ -85,7 +95,9 @@ class SaveHandle:
         while True:
             left = deadline - time.monotonic()
             slice_seconds = max(0.0, min(left, _WAIT_SLICE_SECONDS))
-            outcome, why = self.last_word or self._owner.outcome_of(self, slice_seconds)
+            outcome, why = self.last_word or self._owner.outcome_of(
+                self, slice_seconds, left + ANSWER_SECONDS_MAX
+            )
             if outcome is Outcome.COMMITTED:
                 return True
             if outcome is Outcome.ABORTED:

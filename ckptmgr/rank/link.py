@@ -23,6 +23,7 @@ from ckptmgr.errors import (
 )
 from ckptmgr.rank.latch import Latch
 from ckptmgr.rank.pagelocks import PageLocks
+from ckptmgr.rank.turns import Turns
 from ckptmgr.staging.control import Attach, Attached, Client, Detach, Done, Message
 from ckptmgr.staging.hostbuffer import HostBuffer
 from ckptmgr.staging.inbox import drop_ticket
@@ -74,8 +75,8 @@ class Link:
         self._runtime = runtime
         self._wanted = wanted
         self.attempt, self.nonce = claimed
-        self._asking = threading.RLock()
-        self._is_asked = False
+        self._turns = Turns()
+        self._answer_at = math.inf
         self.leaving = False
         self._leave_at = math.inf
         self._ended = threading.Event()
@@ -295,10 +296,16 @@ class Link:
                 raise
 
     def ask(
-        self, request: Message, expect: type[R], timeout_seconds: float = CONTROL_TIMEOUT_SECONDS
+        self,
+        request: Message,
+        expect: type[R],
+        timeout_seconds: float = CONTROL_TIMEOUT_SECONDS,
+        *,
+        seconds_max: float = math.inf,
     ) -> R:
         """Ask the daemon; once more, attached again, if it died over the question, or if an
-        exception has cut the one before short.
+        exception has cut the one before short. All of that, and the questions of other threads
+        that come first, is waited for `seconds_max` at most.
 
         Raises:
             DaemonUnreachableError: no daemon answers, or not in time.
@@ -310,7 +317,7 @@ class Link:
             return self._client.ask(request, expect, self._seconds(timeout_seconds))
 
         try:
-            return self._alone(lambda: self._again(asked))
+            return self._alone(lambda: self._again(asked), seconds_max)
         except DaemonUnreachableError:
             if self.leaving:
                 self._leave_at = -math.inf
@@ -324,21 +331,30 @@ class Link:
             self._reconnect()
             return ask()
 
-    def _alone(self, do: Callable[[], T]) -> T:
+    def _alone(self, do: Callable[[], T], seconds_max: float = math.inf) -> T:
         """What uses the connection, one thread at a time, and none that is amid using it."""
-        self._seconds(math.inf)
-        with self._asking:  # reentrant: no signal handler waits for the thread that it interrupts
-            if self._is_asked:
-                raise UsageError(
-                    "is asked by a signal handler amid another question",
-                    subject="daemon",
-                    hint="Save in the handler; ask what became of it after the handler has ended.",
-                )
-            self._is_asked = True
+        end = time.monotonic() + seconds_max
+
+        def in_time() -> T:
             try:
+                self._answer_at = end
+                self._seconds(math.inf)  # before a question that there is no time for is cut short
                 return do()
             finally:
-                self._is_asked = False
+                self._answer_at = math.inf
+
+        if self._turns.is_ours:
+            raise UsageError(
+                "is asked by a signal handler amid another question",
+                subject="daemon",
+                hint="Save in the handler; ask what became of it after the handler has ended.",
+            )
+        try:
+            return self._turns.take(in_time, min(seconds_max, self._left_seconds()))
+        except TimeoutError:
+            raise DaemonUnreachableError(
+                "has not answered another thread, which asked before", subject="daemon"
+            ) from None
 
     def leave_within(self, seconds: float) -> None:
         """Leave the job in that time at most: no question takes longer from now on, all of them
@@ -346,18 +362,19 @@ class Link:
         """
         self.leaving = True
         self._leave_at = min(self._leave_at, time.monotonic() + seconds)
-        # Another thread may be amid a question that has more time than that.
-        left = min(self._left_seconds(), threading.TIMEOUT_MAX)
-        if self._asking.acquire(timeout=left):
-            self._asking.release()
-        else:
+        if self._turns.is_ours:
+            return
+        try:
+            # Another thread may be amid a question that has more time than that.
+            self._turns.take(lambda: None, self._left_seconds())
+        except TimeoutError:
             self._leave_at = -math.inf
 
     def _left_seconds(self) -> float:
         return max(0.0, self._leave_at - time.monotonic())
 
     def _seconds(self, wanted: float) -> float:
-        """As many seconds, or what is left to leave in.
+        """As many seconds, or what is left to answer in, or to leave in. Whoever asks has its turn.
 
         Raises:
             DaemonUnreachableError: nothing is.
@@ -367,12 +384,15 @@ class Link:
             raise DaemonUnreachableError(
                 "has not answered, and the block is left", subject="daemon"
             )
+        left = min(left, self._answer_at - time.monotonic())
+        if left <= 0:
+            raise DaemonUnreachableError("has not answered in time", subject="daemon")
         return min(wanted, left)
 
     @property
     def is_asked(self) -> bool:
         """Whether some thread is amid a question: a signal handler can not ask one then."""
-        return self._is_asked
+        return self._turns.is_taken
 
     def ask_later_daemons(self, request: Message) -> None:
         """Ask it, too, of each daemon that has to be attached to instead of this one."""
@@ -418,10 +438,18 @@ class Link:
             self._liveness.close()
             self._liveness = self._revive()
 
+    def _reconnect_if_gone(self) -> None:
+        """Attach again, unless a question has met the daemon's death before: a second time the
+        new one would forget what it was asked since.
+        """
+        client = self._client
+        if not client.is_open or select.select([client.fileno()], [], [], 0)[0]:
+            self._reconnect()
+
     def _revive(self) -> Client:
         while not self._ended.is_set():
             try:
-                self._alone(self._reconnect)
+                self._alone(self._reconnect_if_gone)
                 return connect(self._runtime)
             except (CkptmgrError, OSError) as error:
                 warnings.warn(f"ckptmgr: no daemon yet: {error}", RuntimeWarning, stacklevel=1)
@@ -444,8 +472,9 @@ class Link:
         self._release_buffer()
         with contextlib.suppress(CkptmgrError):
             detach = Detach(clean)
-            left = self._seconds(CONTROL_TIMEOUT_SECONDS)
-            self._alone(lambda: self._client.ask(detach, Done, left))
+            self._alone(
+                lambda: self._client.ask(detach, Done, self._seconds(CONTROL_TIMEOUT_SECONDS))
+            )
         self._client.shutdown()
         self._client.close()
 

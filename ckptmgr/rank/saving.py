@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 import warnings
@@ -237,26 +238,34 @@ class Saving:
 
     # -- what became of it --------------------------------------------------------------------
 
-    def outcome_of(self, handle: SaveHandle, timeout_seconds: float) -> tuple[Outcome, str]:
-        """What became of a snapshot, waiting at most `timeout_seconds` for a decision."""
+    def outcome_of(
+        self, handle: SaveHandle, timeout_seconds: float, answer_seconds: float
+    ) -> tuple[Outcome, str]:
+        """What became of a snapshot, waiting at most `timeout_seconds` for a decision, and
+        `answer_seconds` for the daemon.
+        """
         if self._is_committed(handle):
             return Outcome.COMMITTED, ""
-        return self._wait(handle.step, timeout_seconds)
+        return self._wait(handle.step, timeout_seconds, answer_seconds)
 
     def _is_committed(self, handle: SaveHandle) -> bool:
         """Whether host memory says so."""
         return (handle.snapshot, Outcome.COMMITTED) in self._link.sealed_here()
 
-    def _wait(self, step: int, timeout_seconds: float) -> tuple[Outcome, str]:
+    def _wait(
+        self, step: int, timeout_seconds: float, answer_seconds: float = math.inf
+    ) -> tuple[Outcome, str]:
         try:
-            return self._ask(step, timeout_seconds)
+            return self._ask(step, timeout_seconds, answer_seconds)
         except DaemonUnreachableError as error:
             if self._link.leaving:
                 raise
             return Outcome.UNDECIDED, str(error)
 
-    def _ask(self, step: int, timeout_seconds: float) -> tuple[Outcome, str]:
-        waited = self._link.ask(Wait(step, timeout_seconds), Waited)
+    def _ask(
+        self, step: int, timeout_seconds: float, answer_seconds: float = math.inf
+    ) -> tuple[Outcome, str]:
+        waited = self._link.ask(Wait(step, timeout_seconds), Waited, seconds_max=answer_seconds)
         return Outcome(waited.outcome), waited.why
 
     def _wait_for(self, snapshot: Snapshot) -> None:

@@ -123,7 +123,7 @@ class Instants:
 
     def instruction(self, frame: FrameType, event: str, _: Any) -> Any:
         """Trace function within the traced files."""
-        if event == "opcode" and (frame.f_code.co_filename in OWN or _after_a_call(frame)):
+        if event == "opcode" and (frame.f_code.co_filename in OWN or after_a_call(frame)):
             self.left -= 1
             if self.left == 0:
                 self.raised = True
@@ -131,7 +131,7 @@ class Instants:
         return self.instruction
 
 
-def _after_a_call(frame: FrameType) -> bool:
+def after_a_call(frame: FrameType) -> bool:
     """Whether signals are handled here: Python's own `with lock:` relies on that to be exact."""
     code = frame.f_code.co_code
     at = frame.f_lasti - 2

@@ -1,0 +1,77 @@
+"""Questions that a daemon that hangs, or another thread, holds up: they end in their time."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ckptmgr
+from ckptmgr.errors import DaemonUnreachableError
+from ckptmgr.rank import handle
+from ckptmgr.staging.control import Stated, Status, Wait, Waited
+from ckptmgr.types import Outcome
+from driven import PATIENCE_SECONDS, Daemon, Rank, until
+from rigged import Rig
+
+pytestmark = pytest.mark.timeout(PATIENCE_SECONDS)
+"""Less than a single question may take that is not bounded, to attach again."""
+
+
+def test_a_commit_is_waited_for_no_longer_than_asked(
+    runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handle, "ANSWER_SECONDS_MAX", 0.5)
+    rig = Rig(tmp_path)
+    state: dict[str, Any] = {"x": torch.ones(3)}
+    with (
+        Daemon(runtime, environment=rig.environment()) as daemon,
+        ckptmgr.Checkpointer(rig.url, state, every=None) as ckpt,
+    ):
+        assert ckpt.save(1).committed(PATIENCE_SECONDS)
+        with daemon.stopped():
+            second = ckpt.save(2)
+            assert not second.committed(0.2), "the question is cut short"
+            assert not second.committed(0.2), "nobody attaches us again"
+        assert second.committed(PATIENCE_SECONDS)
+        rig.obey(("put_new", "data/00000001/000000000003/", "hold"))
+        third = ckpt.save(3)
+        assert not third.committed(0.2), "no late answer of another question is taken for this one"
+        rig.obey()
+        assert third.committed(PATIENCE_SECONDS)
+
+
+def test_a_question_of_another_thread_is_waited_for_no_longer_either(
+    runtime: Path, store_url: str
+) -> None:
+    with Daemon(runtime) as daemon, Rank(runtime, store_url) as rank:
+        answers: list[Waited] = []
+        with daemon.stopped():
+            rank.save(1)
+            asker = threading.Thread(target=lambda: answers.append(rank.wait(1)))
+            asker.start()
+            until(lambda: rank.link.is_asked, "it asks")
+            with pytest.raises(DaemonUnreachableError, match="another thread, which asked before"):
+                rank.link.ask(Wait(1, 0.0), Waited, seconds_max=0.1)
+        asker.join(PATIENCE_SECONDS)
+        assert [one.outcome for one in answers] == [Outcome.COMMITTED]
+        assert rank.link.rejoined == 0, "the connection of the other was left alone"
+
+
+def test_one_death_of_the_daemon_is_met_once(runtime: Path, store_url: str) -> None:
+    """A question meets it while the thread that heard of it waits for its turn."""
+    with Daemon(runtime) as daemon, Rank(runtime, store_url) as rank:
+        link = rank.link
+
+        def meet() -> None:
+            daemon.end(signal.SIGKILL)
+            until(lambda: len(link._turns._line) == 2, "the other thread has heard of it")
+            link._again(lambda: link._client.ask(Status(), Stated))
+
+        link._turns.take(meet, 0.0)
+        link.ask(Status(), Stated)  # after the other thread's turn
+        assert link.rejoined == 1
