@@ -111,7 +111,7 @@ class Job:
 
         def failed(operation: str, error: Exception) -> None:
             counts.failed(operation, error)
-            history.failed(type(error).__name__, str(error) or f"{operation} got no answer in time")
+            history.failed(type(error).__name__, str(error))
 
         async def pace(nbytes: int) -> None:
             seconds = limit.reserve(nbytes) if limit is not None and nbytes else 0.0

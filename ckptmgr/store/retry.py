@@ -71,6 +71,13 @@ def _silence(operation: str, subject: str, failed: int) -> StoreUnreachableError
     )
 
 
+def _told(error: Exception, what: str, seconds: float) -> Exception:
+    """What failed a try, where a timeout says nothing by itself."""
+    if str(error):
+        return error
+    return TimeoutError(f"{what} got no answer in {seconds:.1f} s")
+
+
 def _worth_retrying(error: Exception) -> bool:
     """Full and refused do not pass by themselves: to wait for a person is the caller's choice."""
     if isinstance(error, (StoreFullError, StorePermissionError)):
@@ -178,7 +185,8 @@ class RetryingStore(Store):
                 await self._inner.get_many(wanted)
             self._on_answer("get_many", time.monotonic() - begun)
         except (StoreUnreachableError, TimeoutError) as error:
-            self._on_failure("get_many", error)
+            what, seconds = f"get_many of {len(wanted)} parts", time.monotonic() - begun
+            self._on_failure("get_many", _told(error, what, seconds))
             await super().get_many(wanted)
 
     def came_damaged(self, error: DamageError) -> None:
@@ -250,7 +258,8 @@ class RetryingStore(Store):
                 return found, failed
             except (StoreUnreachableError, TimeoutError) as error:
                 failed += 1
-                self._on_failure(operation, error)
+                what, seconds = f"{operation} {subject}".rstrip(), time.monotonic() - begun
+                self._on_failure(operation, _told(error, what, seconds))
                 if isinstance(error, StoreError):
                     reason = error
                 pause = self._jitter() * _backoff_seconds(failed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 from typing import Any
 
@@ -249,6 +250,27 @@ async def test_every_failed_try_is_told() -> None:
     with pytest.raises(StoreFullError):
         await store.put_new("key", [])
     assert told == [("put_new", LOST), ("put_new", LOST), ("put_new", full)]
+
+
+async def test_a_timeout_is_told_with_what_it_was_and_after_how_long() -> None:
+    told: list[tuple[str, str]] = []
+    silent = Fault(gate=asyncio.Event(), and_later=True)
+    store = RetryingStore(
+        FaultyStore(MemoryStore(secrets.token_hex(8)), [silent]),
+        timeout_seconds=0.1,
+        deadline_seconds=0.1,
+        on_failure=lambda name, error: told.append((name, f"{type(error).__name__}: {error}")),
+    )
+    with pytest.raises(StoreUnreachableError):
+        await store.list("a/")
+    with pytest.raises(StoreUnreachableError):
+        await store.get_many([Wanted("b", 0, memoryview(bytearray(1)))])
+    named = [(name, re.sub(r" \d+\.\d s$", " N s", said)) for name, said in told]
+    assert named == [
+        ("list", "TimeoutError: list a/ got no answer in N s"),
+        ("get_many", "TimeoutError: get_many of 1 parts got no answer in N s"),
+        ("get", "TimeoutError: get b got no answer in N s"),
+    ]
 
 
 async def test_pauses_double_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
