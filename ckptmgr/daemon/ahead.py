@@ -17,6 +17,7 @@ from ckptmgr.daemon.reader import Reader, Session
 from ckptmgr.errors import DamageError, HostMemoryError, ObjectNotFoundError, UsageError
 from ckptmgr.repository.catalog import standing_steps
 from ckptmgr.repository.commit import Decision
+from ckptmgr.repository.manifest import Manifest
 from ckptmgr.restore.slot import capacity_for
 from ckptmgr.staging.control import Prefetching
 from ckptmgr.types import StepId
@@ -73,11 +74,12 @@ class Ahead:
             for rank in ranks or range(decision.world)
             if not any(held.snapshots() for held in self._intake.of_rank(job.url, rank))
         ]
-        nbytes = await self._checked_room(job, decision, wanted)
-        for rank in wanted:
+        parts = [(await job.reading.manifest(decision, rank)).manifest for rank in wanted]
+        nbytes = self._checked_room(parts)
+        for rank, part in zip(wanted, parts, strict=True):
             await self._drop((job.url, rank))
             session = Session(job, rank)
-            self._reader.start_prefetch(session, steps)
+            self._reader.start_prefetch(session, steps, part)
             self._kept[job.url, rank] = _Kept(session, time.monotonic() + KEEP_SECONDS)
         return Prefetching(decision.id.attempt, decision.id.step, tuple(wanted), nbytes)
 
@@ -92,9 +94,8 @@ class Ahead:
                 return decision
         return None
 
-    async def _checked_room(self, job: Job, decision: Decision, ranks: Sequence[int]) -> int:
+    def _checked_room(self, parts: Sequence[Manifest]) -> int:
         """Bytes of the parts; a trainer that finds no room for its slots would not start."""
-        parts = [(await job.reading.manifest(decision, rank)).manifest for rank in ranks]
         nbytes = sum(capacity_for(part).slot_bytes for part in parts)
         found = os.statvfs(self._directory)
         free = found.f_bavail * found.f_frsize

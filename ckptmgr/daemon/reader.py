@@ -17,12 +17,12 @@ from ckptmgr.daemon.parts import Lending
 from ckptmgr.daemon.resume import (
     Skipped,
     Standing,
+    Standings,
     await_resume,
     candidates,
     decide_resume,
     held_by_hosts,
     resume_decisions,
-    standing_of,
     usable_in_memory,
 )
 from ckptmgr.errors import (
@@ -90,6 +90,7 @@ class Session:
     holds: AsyncExitStack = field(default_factory=AsyncExitStack)
     kept: set[StepId] = field(default_factory=set)
     asked_at: float = 0.0
+    standings: Standings = field(default_factory=Standings)
 
     async def keep(self, step: StepId) -> None:
         """Keep retention away from a step that is read from the store, until `release`.
@@ -133,40 +134,47 @@ class Reader:
 
     # -- prefetch -----------------------------------------------------------------------------
 
-    def start_prefetch(self, session: Session, steps: Sequence[StepId] | None = None) -> None:
+    def start_prefetch(
+        self, session: Session, steps: Sequence[StepId] | None = None, read: Manifest | None = None
+    ) -> None:
         """Begin to fetch the last consistent step, if host memory has nothing to resume from.
 
         It goes into a free slot of the session's own buffer, while the trainer is still building
         its state. The trainer ends it with Release before it writes a slot. With several ranks
         nobody knows yet what all of them can resume from. `steps` are those that stand, newest
-        first, from whoever has listed them.
+        first, from whoever has listed them; `read` is the session's part of one, where that was
+        read, too.
         """
         if session.world == 1:
-            session.prefetch = asyncio.create_task(self._prefetch(session, steps))
+            session.prefetch = asyncio.create_task(self._prefetch(session, steps, read))
 
-    async def _prefetch(self, session: Session, steps: Sequence[StepId] | None) -> None:
+    async def _prefetch(
+        self, session: Session, steps: Sequence[StepId] | None, read: Manifest | None
+    ) -> None:
         try:
             if await self._in_memory(session):
                 return
             if steps is None:
                 steps = await standing_steps(session.job.reading.store)
             for step in steps:
-                if await self._prefetched(session, step):
+                if await self._prefetched(session, step, read):
                     event("prefetched", step=str(step))
                     return
         except CkptmgrError as error:
             # Only a head start is lost: restore itself meets and reports the same error.
             event("prefetch_failed", why=str(error))
 
-    async def _prefetched(self, session: Session, step: StepId) -> bool:
+    async def _prefetched(self, session: Session, step: StepId, read: Manifest | None) -> bool:
         try:
-            decision = await session.job.reading.decision(step)
-            if not decision.committed:
-                return False
-            own = session.rank % decision.world
+            if read is None or read.id != step:
+                decision = await session.job.reading.decision(step)
+                if not decision.committed:
+                    return False
+                await session.keep(step)
+                own = session.rank % decision.world
+                read = (await session.job.reading.manifest(decision, own)).manifest
             await session.keep(step)
-            manifest = (await session.job.reading.manifest(decision, own)).manifest
-            await self._lend(session, manifest, _everything(manifest))
+            await self._lend(session, read, _everything(read))
         except (DamageError, ObjectNotFoundError) as error:
             event("prefetch_failed", why=str(error))
             return False
@@ -184,6 +192,7 @@ class Reader:
         """
         job, k = session.job, request.k
         session.asked_at = time.monotonic()
+        session.standings = Standings()
         await job.settle_exclusion()
         if session.prefetch is not None:
             await session.prefetch
@@ -330,7 +339,7 @@ class Reader:
         ]
         ours = []
         for held, snapshot in found:
-            standing = await standing_of(session.job.store, snapshot)
+            standing = await session.standings.of(session.job.store, snapshot)
             if standing is Standing.OURS:
                 ours.append((held, snapshot))
             else:

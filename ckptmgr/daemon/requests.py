@@ -14,9 +14,9 @@ from ckptmgr.daemon.log import event, warning
 from ckptmgr.daemon.reader import Session
 from ckptmgr.daemon.resume import (
     Standing,
+    Standings,
     claim_attempt,
     publish_have,
-    standing_of,
     usable_in_memory,
 )
 from ckptmgr.errors import (
@@ -171,10 +171,11 @@ class Requests:
             for held in self._service.intake.of_job(job.url)
             for snapshot in usable_in_memory(held.snapshots())
         ]
+        standings = Standings()
         ours = {
             (s.attempt, s.step, s.rank)
             for s in found
-            if await standing_of(job.store, s) is Standing.OURS
+            if await standings.of(job.store, s) is Standing.OURS
         }
         if job.spool is not None:  # what was copied, and waits for the parts of other hosts
             ours |= {(p.id.attempt, p.id.step, p.rank) for p in job.spool.copied}

@@ -99,19 +99,36 @@ class Standing(Enum):
     MISSING = "not claimed: the store was emptied, or is not mounted"
 
 
-async def standing_of(store: Store, snapshot: Snapshot) -> Standing:
-    """Whether the snapshot's attempt was claimed in this store, as far as the store tells.
+class Standings:
+    """Whether the attempts of snapshots were claimed in a store, asked once for each attempt.
 
     Host memory may hold the steps of a job that no longer exists. A store that refuses to be
-    read contradicts nothing.
+    read contradicts nothing, and is asked again.
     """
-    try:
-        claim = await get_record(store, Kind.CLAIM, keys.claim(snapshot.attempt), Claim)
-    except ObjectNotFoundError:
-        return Standing.MISSING
-    except (StoreError, DamageError):
-        return Standing.OURS
-    return Standing.OURS if claim.nonce == snapshot.nonce else Standing.OTHER
+
+    def __init__(self) -> None:
+        self._claims: dict[int, Claim | None] = {}
+
+    async def of(self, store: Store, snapshot: Snapshot) -> Standing:
+        """As far as the store tells."""
+        attempt = snapshot.attempt
+        if attempt not in self._claims:
+            try:
+                found = await get_record(store, Kind.CLAIM, keys.claim(attempt), Claim)
+            except ObjectNotFoundError:
+                found = None
+            except (StoreError, DamageError):
+                return Standing.OURS
+            self._claims[attempt] = found
+        claim = self._claims[attempt]
+        if claim is None:
+            return Standing.MISSING
+        return Standing.OURS if claim.nonce == snapshot.nonce else Standing.OTHER
+
+
+async def standing_of(store: Store, snapshot: Snapshot) -> Standing:
+    """How the store knows the attempt of a snapshot now."""
+    return await Standings().of(store, snapshot)
 
 
 async def publish_have(

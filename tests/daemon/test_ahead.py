@@ -46,6 +46,17 @@ def test_a_step_is_in_memory_before_its_trainer_is_there(
         assert fetched(runtime) == []
 
 
+def test_a_prefetch_reads_each_record_once(runtime: Path, saved: Rig, daemon: Daemon) -> None:
+    """Each in two reads: its header says how long it is."""
+    records = "man/00000001/000000000003", "commit/00000001/000000000003"
+    before = [saved.asked("get", key) for key in records]
+    with Client(runtime / SOCKET) as client:
+        client.ask(Prefetch(saved.url), Prefetching, PATIENCE_SECONDS)
+    assert daemon.await_event("prefetched")["step"] == "1.3"
+    after = [saved.asked("get", key) for key in records]
+    assert [now - then for now, then in zip(after, before, strict=True)] == [2, 2]
+
+
 def test_a_trainer_waits_for_a_prefetch_that_is_under_way(
     runtime: Path, saved: Rig, daemon: Daemon
 ) -> None:

@@ -84,6 +84,21 @@ def test_nothing_is_prefetched_where_memory_has_it(runtime: Path, rig: Rig) -> N
         assert rig.asked("get", "data/0") == rig.asked("get", "data/")
 
 
+def test_the_store_is_asked_once_whose_memory_is(runtime: Path, rig: Rig) -> None:
+    """However many snapshots of an attempt there are, and tables and parts to bring of them."""
+    claim = "attempts/00000001/claim"
+    with Daemon(runtime):
+        with Rank(runtime, rig.url) as rank:
+            for step in (1, 2):
+                rank.save(step)
+                assert rank.wait(step).outcome == Outcome.COMMITTED
+        before = rig.asked("get", claim)
+        with Rank(runtime, rig.url) as rank:
+            assert rank.restore().source == "memory"
+        # To tell the other hosts, for a head start, and for the restore; each in two reads.
+        assert rig.asked("get", claim) - before == 3 * 2
+
+
 def test_a_release_ends_the_prefetch_before_the_trainer_writes(
     runtime: Path, saved: Rig, daemon: Daemon
 ) -> None:

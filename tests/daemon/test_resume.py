@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from ckptmgr.daemon.resume import (
     ActiveMarks,
     Standing,
+    Standings,
     candidates,
     claim_attempt,
     decide_resume,
@@ -155,6 +156,20 @@ def test_a_store_that_can_not_be_read_contradicts_nothing() -> None:
         attempt, nonce = await claim_attempt(store, 1, "")
         store.plan([Fault(StoreUnreachableError("gone"), operation="get", and_later=True)])
         assert await standing_of(store, snapshot(attempt, 1, nonce)) is Standing.OURS
+
+    asyncio.run(main())
+
+
+def test_a_store_that_could_not_be_read_is_asked_again_and_one_that_could_is_not() -> None:
+    async def main() -> None:
+        store = FaultyStore(memory_store())
+        attempt, _ = await claim_attempt(store, 1, "")
+        standings, foreign = Standings(), snapshot(attempt, 1, "ff" * 16)
+        store.plan([Fault(StoreUnreachableError("gone"), operation="get")])
+        assert await standings.of(store, foreign) is Standing.OURS
+        assert await standings.of(store, foreign) is Standing.OTHER
+        store.plan([Fault(StoreUnreachableError("gone"), operation="get", and_later=True)])
+        assert await standings.of(store, foreign) is Standing.OTHER
 
     asyncio.run(main())
 
