@@ -15,7 +15,7 @@ import pytest
 from nursery import Forked, nursery
 from scale import scaled
 from watch.trainer_writer import files_of
-from watch.watching import Watch, commits_of, patiently, restored, tree_of
+from watch.watching import Pair, commits_of, patiently, restored, tree_of
 
 KIB = 96
 LIMIT = 3
@@ -73,41 +73,35 @@ def generation_of(tree: dict[str, str], step: int, generations: int) -> int | No
 @pytest.mark.kill
 @pytest.mark.reliability
 def test_no_kill_makes_it_adopt_an_incomplete_one_or_one_twice(tmp_path: Path) -> None:
-    seed = random.randrange(1 << 30)
-    chance = random.Random(seed)
-    root, store = tmp_path / "output", tmp_path / "store"
-    root.mkdir()
-    kills = {"writer": 0, "watch": 0, "both": 0}
-    writer = Writer(root)
+    pair = Pair(tmp_path, "writer")
+    chance, store = pair.chance, pair.store
+    writer = Writer(pair.root)
     writer.start()
-    watch = Watch(root, store, "--keep=100000", quiet=0.3)
+
+    def writer_again() -> None:
+        writer.kill(chance)
+        writer.start()
+
     try:
         for number in range(scaled(4, 50)):
+            watch = pair.watch
             if chance.random() < 0.9:
                 watch.await_event("watching")
             if chance.random() < 0.5 and not number % 2:
                 patiently(partial(watch.events, "watch_adopting"), "it adopts")  # kill amid this
             time.sleep(chance.random() * 0.5)
-            who = ("writer", "watch", "both")[number % 3]
-            kills[who] += 1
-            if who != "writer":
-                watch.kill()
-            if who != "watch":
-                writer.kill(chance)
-                writer.start()
-            if who != "writer":
-                watch = Watch(root, store, "--keep=100000", quiet=0.3)
+            pair.kill(pair.whose_turn(number), writer_again)
         writer.kill(chance)
-        last = [path for path in root.iterdir() if (path / "trainer_state.json").is_file()]
+        last = [path for path in pair.root.iterdir() if (path / "trainer_state.json").is_file()]
         whole = [path for path in last if is_whole(path, writer.generation)]
         names = {path.name for path in whole}
-        patiently(lambda: names <= names_of(store), f"{names} are adopted, seed {seed}")
+        patiently(lambda: names <= names_of(store), f"{names} are adopted, seed {pair.seed}")
     finally:
-        watch.kill()
+        pair.watch.kill()
         assert writer.process is not None
         writer.process.kill()
         writer.process.wait()
-    judge(store, writer.generation, seed, kills)
+    judge(pair, writer.generation)
 
 
 def is_whole(path: Path, generations: int) -> bool:
@@ -121,8 +115,9 @@ def names_of(store: Path) -> set[str]:
     return {str(e.decision.tags["watch.source"]) for e in commits_of(store) if e.decision}
 
 
-def judge(store: Path, generations: int, seed: int, kills: dict[str, int]) -> None:
+def judge(pair: Pair, generations: int) -> None:
     """Every step is one save, whole, and no save is two steps."""
+    store, seed, kills = pair.store, pair.seed, pair.kills
     found: dict[tuple[str, int], str] = {}
     for entry in commits_of(store):
         assert entry.decision is not None

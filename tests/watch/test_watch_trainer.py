@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import random
 import time
 from functools import cache, partial
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 
 from nursery import Forked, Nursery
 from scale import scaled
-from watch.watching import Watch, commits_of, patiently, restored, tree_of
+from watch.watching import Pair, Watch, commits_of, patiently, restored, tree_of
 
 PINNED = "transformers==5.24.0 accelerate==1.15.0"
 SAVE_STEPS, LIMIT, PAUSE_SECONDS = 5, 3, 0.05
@@ -117,17 +116,18 @@ class Training:
 
 
 def test_no_kill_makes_it_adopt_an_incomplete_one_of_a_real_trainer(tmp_path: Path) -> None:
-    seed = random.randrange(1 << 30)
-    chance = random.Random(seed)
-    root, store = tmp_path / "output", tmp_path / "store"
-    root.mkdir()
-    kills = {"trainer": 0, "watch": 0, "both": 0}
+    pair = Pair(tmp_path, "trainer")
+    chance, store, root = pair.chance, pair.store, pair.root
     training = Training(root)
     training.start(0)
-    watch = Watch(root, store, "--keep=100000", quiet=0.3)
+
+    def training_again() -> None:
+        training.kill()
+        training.start(chance.randrange(3))
+
     try:
         for number in range(scaled(4, 50)):
-            who = ("trainer", "watch", "both")[number % 3]
+            who, watch = pair.whose_turn(number), pair.watch
             if chance.random() < 0.9:
                 watch.await_event("watching")
                 training.await_save(amid=False)
@@ -137,14 +137,7 @@ def test_no_kill_makes_it_adopt_an_incomplete_one_of_a_real_trainer(tmp_path: Pa
             elif who != "watch" and chance.random() < 0.7:
                 training.await_save(amid=True)
             time.sleep(chance.random() * 0.15)
-            kills[who] += 1
-            if who != "trainer":
-                watch.kill()
-            if who != "watch":
-                training.kill()
-                training.start(chance.randrange(3))
-            if who != "trainer":
-                watch = Watch(root, store, "--keep=100000", quiet=0.3)
+            pair.kill(who, training_again)
         training.await_save(amid=False)
         training.kill()
         finished = training.saves()
@@ -152,12 +145,12 @@ def test_no_kill_makes_it_adopt_an_incomplete_one_of_a_real_trainer(tmp_path: Pa
         last = {tree for tree in trees if tree in finished}
         assert last
         found = dict[str, Tree]()
-        patiently(lambda: last <= adopted(store, found), f"all are adopted, seed {seed}")
+        patiently(lambda: last <= adopted(store, found), f"all are adopted, seed {pair.seed}")
     finally:
-        watch.kill()
+        pair.watch.kill()
         training.end()
     adopted(store, found)
-    judge(found, training, seed, kills)
+    judge(found, training, pair)
 
 
 def more_than(before: int, watch: Watch) -> bool:
@@ -173,8 +166,9 @@ def adopted(store: Path, found: dict[str, Tree]) -> set[Tree]:
     return set(found.values())
 
 
-def judge(found: dict[str, Tree], training: Training, seed: int, kills: dict[str, int]) -> None:
+def judge(found: dict[str, Tree], training: Training, pair: Pair) -> None:
     """Every step is one save that the Trainer has finished, byte for byte, and none twice."""
+    seed, kills = pair.seed, pair.kills
     finished = training.saves()
     for step, tree in found.items():
         assert tree in finished, f"{step} is no finished save, seed {seed}: {sorted(tree)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import random
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
@@ -70,6 +71,39 @@ class Watch:
 
     def __exit__(self, *_: object) -> None:
         self.kill()
+
+
+class Pair:
+    """`watch` beside a process that saves: one of them or both are killed, by chance.
+
+    `kills` counts them by who was killed; whoever uses it starts and ends the other process.
+    """
+
+    def __init__(self, place: Path, other: str) -> None:
+        self.seed = random.randrange(1 << 30)
+        self.chance = random.Random(self.seed)
+        self.root, self.store = place / "output", place / "store"
+        self.root.mkdir()
+        self.kills = {other: 0, "watch": 0, "both": 0}
+        self._other = other
+        self.watch = self._watch()
+
+    def _watch(self) -> Watch:
+        return Watch(self.root, self.store, "--keep=100000", quiet=0.3)
+
+    def whose_turn(self, number: int) -> str:
+        """Who is killed at the `number`-th kill."""
+        return list(self.kills)[number % 3]
+
+    def kill(self, who: str, other_again: Callable[[], None]) -> None:
+        """Kill them and start them again; `other_again` does that to the other process."""
+        self.kills[who] += 1
+        if who != self._other:
+            self.watch.kill()
+        if who != "watch":
+            other_again()
+        if who != self._other:
+            self.watch = self._watch()
 
 
 def with_catalog(store: Path, use: Callable[[Catalog], Awaitable[T]]) -> T:
