@@ -174,6 +174,17 @@ class Held:
         found = self.next()
         return found is not None and found.generation > snapshot.generation
 
+    def spool_into(self, spool: Spool | None) -> None:
+        """Spool its snapshots there where the store does not take them.
+
+        A daemon that was killed between the last sync of the spool and the mark in the slot has
+        left the slot taken: nobody would write that snapshot again, nor free it in the outage.
+        """
+        self.spool = spool
+        for snapshot, outcome in self.snapshots():
+            if not outcome.decided and self._in_spool(snapshot):
+                self.buffer.settle(snapshot.slot, snapshot.generation, Outcome.SPOOLED)
+
     def _in_spool(self, snapshot: Snapshot) -> bool:
         return self.spool is not None and self.spool.holds(snapshot)
 

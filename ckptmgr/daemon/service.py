@@ -303,7 +303,7 @@ class Service:
         except CkptmgrError as error:
             warning("buffer_stranded", buffer=held.buffer.id, why=str(error))
             return
-        held.spool = job.spool
+        held.spool_into(job.spool)
         writer = Writer(held, job, self._pipeline, self._count)
         task = asyncio.create_task(writer.run(), name=f"writer {held.buffer.id[:8]}")
         task.add_done_callback(partial(self._writer_ended, held, writer))

@@ -193,3 +193,22 @@ def test_no_kill_loses_anything_that_was_spooled(runtime: Path, rig: Rig, tmp_pa
         until(lambda: parts(tmp_path) == 0, "the spool is empty")
     found = parents(rig.file_url, tmp_path)
     assert [step for step, _ in found] == expected
+
+
+def test_a_kill_between_spool_and_slot_leaves_no_slot_taken(runtime: Path, rig: Rig) -> None:
+    """What the spool has is marked in the slot last: that mark may be missing."""
+    with Rank(runtime, rig.url, mib=MIB) as rank:
+        rank.save(1)
+        assert rank.wait(1).outcome == Outcome.COMMITTED
+        rig.obey(("*", "", "dead"))
+        for step in (2, 3):
+            spooled = rank.save(step)
+            until(lambda s=spooled: rank.buffer.outcome(s) is Outcome.SPOOLED, "it is spooled")
+        end_processes_of(runtime)
+        for snapshot in rank.buffer.snapshots():  # as if the daemon had died a moment earlier
+            rank.buffer.settle(snapshot.slot, snapshot.generation, Outcome.UNDECIDED)
+        end_processes_of(runtime)  # one that has begun meanwhile
+        for step in (4, 5, 6):
+            rank.save(step)
+        rig.obey()
+        assert rank.wait(6).outcome == Outcome.COMMITTED
