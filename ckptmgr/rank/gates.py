@@ -14,18 +14,18 @@ from ckptmgr.rank.pagelocks import cuda_in_use
 
 @dataclass(slots=True)
 class Gate:
-    """One optimizer, how often it has come to its gate since it was asked, and whether its step was
+    """One optimizer, whether it has come to its gate since that was asked, and whether its step was
     recorded in a CUDA graph, which runs it again without coming here.
     """
 
     optimizer: Optimizer
     wait: Callable[[], None]
-    steps: int = 0
+    has_come: bool = False
     is_recorded: bool = False
 
     def __call__(self, *_: Any) -> None:
         """Called by the optimizer before it steps."""
-        self.steps += 1
+        self.has_come = True
         if cuda_in_use() and torch.cuda.is_current_stream_capturing():
             self.is_recorded = True
         else:
@@ -53,7 +53,7 @@ class Gates:
 
         One that did not is stepped by a graph, or by a wrapper that calls no hooks, or not at all.
         """
-        found = [gate for gate, _ in self._hung.values() if gate.steps and not gate.is_recorded]
+        found = [gate for gate, _ in self._hung.values() if gate.has_come and not gate.is_recorded]
         for gate, _ in self._hung.values():
-            gate.steps = 0
+            gate.has_come = False
         return [gate.optimizer for gate in found]

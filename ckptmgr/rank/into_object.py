@@ -55,7 +55,8 @@ class ObjectLoad:
         """Make the state that it will be given. Two objects never share what they get."""
         self.state = _fresh_like(self.saved, self.pattern, Clones(clones.regions))
         if cuda_in_use():
-            self.state = moved(self.state, self.live.state_dict())
+            now = self.live.state_dict() if self.pattern is None else self.pattern
+            self.state = moved(self.state, now)
 
     def backup(self) -> Any:
         """A deep copy of the state it has now."""

@@ -110,6 +110,15 @@ def test_the_saved_state_can_be_loaded_without_the_gpu(
     assert torch.equal(weight, loop.model[0].weight.detach().cpu())
 
 
+def save_and_restore(url: str, first: dict[str, Any], second: dict[str, Any]) -> None:
+    """Bring one state into the other, bit by bit."""
+    with ckptmgr.Checkpointer(url, first) as ckpt:
+        assert ckpt.save(1).committed(WAIT_SECONDS_MAX)
+    with ckptmgr.Checkpointer(url, second) as ckpt:
+        assert ckpt.restore() == 1
+    assert difference(first, second) == ""
+
+
 def test_odd_tensors_go_back_to_the_gpu(runtime: Path, store_url: str) -> None:
     def make(scale: float) -> dict[str, Any]:
         plain = torch.arange(24.0, device="cuda").view(4, 6) * scale
@@ -131,11 +140,7 @@ def test_odd_tensors_go_back_to_the_gpu(runtime: Path, store_url: str) -> None:
         }
 
     first, second = make(1.5), make(0.0)
-    with ckptmgr.Checkpointer(store_url, first) as ckpt:
-        assert ckpt.save(1).committed(WAIT_SECONDS_MAX)
-    with ckptmgr.Checkpointer(store_url, second) as ckpt:
-        assert ckpt.restore() == 1
-    assert difference(first, second) == ""
+    save_and_restore(store_url, first, second)
     assert [one.device for one in first.values()] == [one.device for one in second.values()]
 
 
@@ -173,11 +178,7 @@ def test_what_objects_are_given_is_where_they_had_it(runtime: Path, store_url: s
         return {"average": Average(scale), "extra": Extra(scale), "sparse": sparse}
 
     first, second = make(1.5), make(0.0)
-    with ckptmgr.Checkpointer(store_url, first) as ckpt:
-        assert ckpt.save(1).committed(WAIT_SECONDS_MAX)
-    with ckptmgr.Checkpointer(store_url, second) as ckpt:
-        assert ckpt.restore() == 1
-    assert difference(first, second) == ""
+    save_and_restore(store_url, first, second)
     average = second["average"].kept
     assert average["shadow"]["w"].is_cuda
     assert average["shadow"]["w"] is average["shadow"]["tied"]

@@ -72,6 +72,15 @@ def differs(saved: Saved, expected: dict[str, Tensor]) -> list[str]:
     return [path for path in expected if difference(expected[path].cpu(), found[path].detach())]
 
 
+def is_whole_behind_a_step(loop: Loop, capture: Capture, buffer: HostBuffer, slot: int) -> None:
+    """A snapshot beside a step has the values of before it."""
+    copy, expected, heard, prepared = begun(capture, buffer, slot)
+    loop.step()
+    assert copy.wait(WAIT_SECONDS_MAX)
+    assert heard == [None]
+    assert wrong_in(buffer, slot, prepared, expected) == []
+
+
 def test_overlapped_snapshots_are_whole_while_training_goes_on(loop: Loop) -> None:
     loop.step()
     with capturing(loop.state) as (capture, buffer):
@@ -113,11 +122,7 @@ def test_training_on_a_stream_of_its_own(loop: Loop) -> None:
         for number in range(SNAPSHOTS):
             loop.step()
             torch.cuda._sleep(SLEEP_CYCLES // 64)
-            copy, expected, heard, prepared = begun(capture, buffer, number % 2)
-            loop.step()
-            assert copy.wait(WAIT_SECONDS_MAX)
-            assert heard == [None]
-            assert wrong_in(buffer, number % 2, prepared, expected) == []
+            is_whole_behind_a_step(loop, capture, buffer, number % 2)
 
 
 def test_a_change_by_hand_under_an_overlapped_copy_is_found_and_then_avoided(loop: Loop) -> None:
@@ -276,11 +281,7 @@ def test_a_limited_copy_is_whole_too(loop: Loop) -> None:
     with capturing(loop.state, max_d2h_gbps=20.0) as (capture, buffer):
         for number in range(3):
             loop.step()
-            copy, expected, heard, prepared = begun(capture, buffer, number % 2)
-            loop.step()
-            assert copy.wait(WAIT_SECONDS_MAX)
-            assert heard == [None]
-            assert wrong_in(buffer, number % 2, prepared, expected) == []
+            is_whole_behind_a_step(loop, capture, buffer, number % 2)
 
 
 # -- page locks -------------------------------------------------------------------------------
