@@ -8,6 +8,7 @@ from functools import partial
 
 import zstandard
 
+from ckptmgr.config import CHUNK_BYTES
 from ckptmgr.errors import ChunkDamagedError, UsageError
 from ckptmgr.repository.chunk import Cut
 from ckptmgr.repository.planes import ITEMSIZES, decode_planes, encode_planes
@@ -33,7 +34,16 @@ class _Compressors(threading.local):
         self.exponents = zstandard.ZstdCompressor(compression_params=parameters)
 
 
+class _Decompressor(threading.local):
+    """That of one thread."""
+
+    def __init__(self) -> None:
+        # What a frame may make zstd take for itself, where its length is a lie.
+        self.frames = zstandard.ZstdDecompressor(max_window_size=CHUNK_BYTES)
+
+
 _compressors = _Compressors()
+_decompressor = _Decompressor()
 
 
 class Codec(IntEnum):
@@ -109,21 +119,23 @@ def decode(codec: int, stored: memoryview, raw: memoryview, *, subject: str) -> 
     """
     try:
         if codec == Codec.ZSTD:
-            raw[:] = _decompress(stored, len(raw), subject)
+            _decompress(stored, raw, subject)
         elif codec == Codec.PLANES:
-            decompress = partial(_decompress, subject=subject)
-            decode_planes(stored, raw, decompress, subject=subject)
+            decode_planes(stored, raw, partial(_decompress, subject=subject), subject=subject)
         else:
             raise ChunkDamagedError(f"has the unknown codec {codec}", subject=subject)
     except zstandard.ZstdError as error:
         raise ChunkDamagedError(f"can not be decompressed: {error}", subject=subject) from error
 
 
-def _decompress(frame: memoryview, length: int, subject: str) -> bytes:
-    # A frame without content size, or with another one, is refused before memory is taken.
-    if zstandard.get_frame_parameters(frame).content_size != length:
+def _decompress(frame: memoryview, plain: memoryview, subject: str) -> None:
+    """Fill `plain` at once: with room for all of it zstd takes no memory of its own."""
+    if zstandard.get_frame_parameters(frame).content_size != len(plain):
         raise ChunkDamagedError("declares another length than its chunk", subject=subject)
-    plain = zstandard.ZstdDecompressor().decompress(frame)
-    if len(plain) != length:
+    reader = _decompressor.frames.stream_reader(frame)
+    try:
+        length = reader.readinto(plain)
+    finally:
+        del reader  # an error would keep it, and with it the frame's memory, alive
+    if length != len(plain):
         raise ChunkDamagedError("has another length than its chunk", subject=subject)
-    return plain
