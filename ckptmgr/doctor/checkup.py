@@ -34,6 +34,7 @@ def look_at_host(runtime_dir: Path, load: Load, root: Path = ROOT) -> list[Findi
         runtime.socket(runtime_dir),
         daemon,
         memory.shared_memory(runtime_dir, load),
+        memory.huge_pages(runtime_dir, root),
         memory.cgroup_memory(root, load),
         memory.page_locked(load),
         *lifetime.findings_of(root, pid),

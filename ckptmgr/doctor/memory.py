@@ -65,6 +65,41 @@ def shared_memory(runtime: Path, load: Load) -> Finding:
     return Finding("shared memory", Health.OK, "the snapshots of this host fit", evidence)
 
 
+# ---- huge pages -------------------------------------------------------------
+
+_THERE = ("always", "advise", "within_size")
+"""Values of the `huge=` of a tmpfs under which host buffers, which ask for them, get huge pages."""
+
+
+def huge_pages(runtime: Path, root: Path) -> Finding:
+    """Whether the tmpfs of host buffers may have huge pages; `root` is `/`."""
+    check = "huge pages"
+    ruling = _chosen(root / "sys/kernel/mm/transparent_hugepage/shmem_enabled")
+    if ruling is None:
+        return Finding(check, Health.NOT_CHECKED, "this kernel does not tell of any for tmpfs")
+    mount = mount_of(existing(str(runtime)))
+    given = mount.options.get("huge", "never")
+    evidence = f"{mount.point} is mounted with huge={given}"
+    if ruling in ("force", "deny"):
+        evidence = f"shmem_enabled is {ruling}"
+    if ruling == "force" or (ruling != "deny" and given in _THERE):
+        return Finding(check, Health.OK, "host memory is made of huge pages", evidence)
+    fix = f"mount -o remount,huge=advise {mount.point}; the size that is there already stays."
+    if ruling == "deny":
+        fix = "Write `never` to /sys/kernel/mm/transparent_hugepage/shmem_enabled, and " + fix
+    what = "none for host memory: it is made and mapped several times slower, 4 KiB at a time"
+    return Finding(check, Health.WARNING, what, evidence, fix)
+
+
+def _chosen(path: Path) -> str | None:
+    """Of a setting of the kernel the one in brackets."""
+    try:
+        words = path.read_text().split()
+    except OSError:
+        return None
+    return next((word[1:-1] for word in words if word.startswith("[")), None)
+
+
 # ---- cgroup -----------------------------------------------------------------
 
 

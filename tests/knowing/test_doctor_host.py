@@ -142,6 +142,39 @@ def test_a_container_s_shared_memory_is_too_small(runtime: Path) -> None:
     assert looked(runtime, prefix=prefix)["shared memory"]["state"] == "warning"
 
 
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("option", "state"),
+    [("", "warning"), (",huge=never", "warning"), (",huge=advise", "ok"), (",huge=always", "ok")],
+)
+def test_whether_the_mount_allows_huge_pages(runtime: Path, option: str, state: str) -> None:
+    if os.getuid() != 0:
+        pytest.skip("NEEDS ROOT: mounts with huge pages are not checked in this run")
+    script = f'mount -t tmpfs -o size=64m{option} none /dev/shm && exec "$@"'
+    prefix = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh"]
+    row = looked(runtime, prefix=prefix)["huge pages"]
+    assert row["state"] == state
+    assert row["evidence"] == f"/dev/shm is mounted with {option[1:] or 'huge=never'}"
+    assert ("mount -o remount,huge=advise /dev/shm" in row["fix"]) == (state == "warning")
+
+
+@pytest.mark.parametrize(
+    ("ruling", "state"),
+    [
+        ("always within_size advise never [deny] force", "warning"),
+        ("always within_size advise never deny [force]", "ok"),
+        (None, "not checked"),
+    ],
+)
+def test_what_the_kernel_says_of_huge_pages_for_all(
+    runtime: Path, tmp_path: Path, ruling: str | None, state: str
+) -> None:
+    setting = "sys/kernel/mm/transparent_hugepage/shmem_enabled"
+    finding = memory.huge_pages(runtime, tree(tmp_path, {setting: ruling} if ruling else {}))
+    assert finding.health.value == state
+    assert ("shmem_enabled" in finding.fix) == (state == "warning")
+
+
 def test_a_runtime_directory_on_a_disk(tmp_path: Path) -> None:
     place = Path("/dev/shm") if tmp_path.is_relative_to("/dev/shm") else tmp_path
     if place != tmp_path:

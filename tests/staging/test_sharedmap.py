@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 from ckptmgr.errors import HostMemoryError
 from ckptmgr.staging import sharedmap
 from ckptmgr.staging.sharedmap import SharedMap, memory_barrier
+from processes import needs_root
 
 LENGTH = 1 << 20
 
@@ -47,6 +50,42 @@ def test_a_stop_is_heard_between_pieces(file: int, monkeypatch: pytest.MonkeyPat
     mapped.populate(0, LENGTH, stop)
     assert present(file) == 0
     mapped.close()
+
+
+HUGE = 2 << 20
+SHMEM_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+
+
+@pytest.fixture
+def huge_tmpfs(tmp_path: Path) -> Iterator[Path]:
+    needs_root()
+    if not SHMEM_ENABLED.exists() or "[deny]" in SHMEM_ENABLED.read_text():
+        pytest.skip("NEEDS A KERNEL WITH HUGE PAGES ON TMPFS: they are not checked in this run")
+    place = tmp_path / "huge"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m,huge=advise", "tmpfs", place]
+    subprocess.run(mount, check=True)
+    yield place
+    subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def mapped_huge(path: Path) -> int:
+    """Bytes of a file that this process has mapped by huge pages."""
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    next(line for line in lines if line.endswith(str(path)))
+    line = next(line for line in lines if line.startswith("ShmemPmdMapped:"))
+    return int(re.findall(r"\d+", line)[0]) * 1024
+
+
+@pytest.mark.root
+def test_pages_are_huge_where_the_mount_allows_it(huge_tmpfs: Path) -> None:
+    path = huge_tmpfs / "file"
+    with path.open("w+b") as file:
+        os.ftruncate(file.fileno(), 8 * HUGE)
+        mapped = SharedMap(file.fileno(), 8 * HUGE)
+        mapped.populate(0, 6 * HUGE)
+        assert mapped_huge(path) == 6 * HUGE
+        mapped.close()
 
 
 class OldKernel:
