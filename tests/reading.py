@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from asking import Came
-from ckptmgr.daemon.reader import Reader, Session
+from ckptmgr.daemon.reader import Reader
+from ckptmgr.daemon.session import Session
 from ckptmgr.errors import DamageError
 from ckptmgr.staging.control import Load, Restore, Restored
 from ckptmgr.staging.layout import decode_layout

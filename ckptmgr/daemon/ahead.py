@@ -13,7 +13,8 @@ from ckptmgr.config import DEFAULT_SLOTS
 from ckptmgr.daemon.intake import Intake
 from ckptmgr.daemon.job import Job
 from ckptmgr.daemon.log import event
-from ckptmgr.daemon.reader import Reader, Session
+from ckptmgr.daemon.reader import Reader
+from ckptmgr.daemon.session import Session
 from ckptmgr.errors import DamageError, HostMemoryError, ObjectNotFoundError, UsageError
 from ckptmgr.repository.catalog import standing_steps
 from ckptmgr.repository.commit import Decision

@@ -5,10 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Collection, Iterable, Sequence
-from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ckptmgr.daemon.intake import Held, Intake
 from ckptmgr.daemon.job import Job
@@ -25,6 +22,7 @@ from ckptmgr.daemon.resume import (
     resume_decisions,
     usable_in_memory,
 )
+from ckptmgr.daemon.session import Chosen, Session
 from ckptmgr.errors import (
     CkptmgrError,
     DamageError,
@@ -37,8 +35,7 @@ from ckptmgr.errors import (
 )
 from ckptmgr.repository import keys
 from ckptmgr.repository.catalog import standing_steps
-from ckptmgr.repository.commit import FROM_SCRATCH, Decision, claim_of, stored_manifest
-from ckptmgr.repository.hold import held_step
+from ckptmgr.repository.commit import FROM_SCRATCH, claim_of, stored_manifest
 from ckptmgr.repository.manifest import Manifest
 from ckptmgr.repository.opening import open_manifest
 from ckptmgr.repository.rules import complete_steps
@@ -55,74 +52,6 @@ bringing it to the store already."""
 
 _LOOK_SECONDS = 0.1
 _READS_AT_ONCE = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Chosen:
-    """The step a session reads, and the ranks that wrote it; `decision` where it is committed.
-
-    `manifests` are those that were read so far, by rank.
-    """
-
-    id: StepId
-    world: int
-    decision: Decision | None
-    manifests: dict[int, Manifest] = field(default_factory=dict)
-
-
-@dataclass(slots=True, eq=False)
-class Session:
-    """One trainer's (or reader's) part in a job, for the life of its connection."""
-
-    job: Job
-    rank: int
-    world: int = 1
-    attempt: int = 0
-    nonce: str = ""
-    held: Held | None = None
-    chosen: Chosen | None = None
-    files: list[TablesFile] = field(default_factory=list)
-    fetched: set[int] = field(default_factory=set)
-    ghosts: dict[StepId, str] = field(default_factory=dict)
-    prefetch: asyncio.Task[None] | None = None
-    work: asyncio.Future[Any] | None = None
-    lending: Lending | None = None
-    holds: AsyncExitStack = field(default_factory=AsyncExitStack)
-    kept: set[StepId] = field(default_factory=set)
-    asked_at: float = 0.0
-    standings: Standings = field(default_factory=Standings)
-
-    async def keep(self, step: StepId) -> None:
-        """Keep retention away from a step that is read from the store, until `release`.
-
-        Raises:
-            DamageError: it is retired already.
-        """
-        if step not in self.kept:
-            await self.holds.enter_async_context(held_step(self.job.reading.store, step))
-            self.kept.add(step)
-
-    @property
-    def own(self) -> int:
-        """Which part of the chosen step is this rank's: worlds may differ."""
-        assert self.chosen is not None
-        return self.rank % self.chosen.world
-
-    async def release(self) -> None:
-        """End what is under way, and free what was fetched outside of the session's buffer."""
-        tasks = [task for task in (self.prefetch, self.work) if task is not None]
-        for task in tasks:
-            task.cancel()
-        # Two may release it at once, and both must know that nothing is written any more.
-        await asyncio.gather(*tasks, return_exceptions=True)
-        self.prefetch = self.work = None
-        if self.lending is not None:
-            self.lending.release(self)
-        for file in self.files:
-            file.remove()
-        self.files.clear()
-        self.kept.clear()
-        await self.holds.aclose()
 
 
 class Reader:
@@ -306,7 +235,7 @@ class Reader:
         warning("restore_skipped", job=job.label, step=str(step), why=str(error))
 
     async def _restored(self, session: Session, skipped: list[Skipped]) -> Restored:
-        chosen = _chosen_of(session)
+        chosen = session.the_chosen
         tables, damage = "", ""
         try:
             tables = str(await self._tables(session, [session.own]))
@@ -358,7 +287,7 @@ class Reader:
     async def _memory_part(
         self, session: Session, rank: int
     ) -> tuple[Held, Snapshot, Table] | None:
-        chosen = _chosen_of(session)
+        chosen = session.the_chosen
         for held, snapshot in await self._in_memory(session):
             if (snapshot.id, snapshot.rank) != (chosen.id, rank):
                 continue
@@ -372,11 +301,11 @@ class Reader:
 
     async def describe(self, session: Session) -> Path:
         """A file with the tables of all ranks; errors as `fetch`."""
-        chosen = _chosen_of(session)
+        chosen = session.the_chosen
         return await self._tables(session, range(chosen.world))
 
     async def _tables(self, session: Session, ranks: Iterable[int]) -> Path:
-        chosen = _chosen_of(session)
+        chosen = session.the_chosen
         gate = asyncio.Semaphore(_READS_AT_ONCE)
 
         async def one(rank: int) -> RankTable:
@@ -396,7 +325,7 @@ class Reader:
         Raises:
             DamageError: it does not hold, or does not come.
         """
-        chosen = _chosen_of(session)
+        chosen = session.the_chosen
         if rank in chosen.manifests:
             return chosen.manifests[rank]
         if chosen.decision is None:
@@ -415,7 +344,7 @@ class Reader:
             StoreUnreachableError: the store can not be read now.
             HostMemoryError: not enough shared memory.
         """
-        chosen = _chosen_of(session)
+        chosen = session.the_chosen
         if session.prefetch is not None:
             await session.prefetch
         parts = [await self._part(session, rank, ranges) for rank, ranges in wanted]
@@ -430,7 +359,7 @@ class Reader:
         return Fetched(tuple(parts))
 
     async def _part(self, session: Session, rank: int, ranges: Ranges) -> Lent:
-        chosen = _chosen_of(session)
+        chosen = session.the_chosen
         if not 0 <= rank < chosen.world:
             raise UsageError(
                 f"has {chosen.world} ranks, and no {rank}", subject=f"step {chosen.id}"
@@ -451,12 +380,6 @@ class Reader:
         if own is not None and lent.path == str(own.buffer.path):
             session.fetched.add(lent.generation)
         return lent
-
-
-def _chosen_of(session: Session) -> Chosen:
-    if session.chosen is None:
-        raise UsageError("restore or load first", subject="control socket")
-    return session.chosen
 
 
 def _everything(manifest: Manifest) -> Ranges:

@@ -11,7 +11,6 @@ from ckptmgr.config import STORE_TIMEOUT_SECONDS
 from ckptmgr.daemon.intake import Held
 from ckptmgr.daemon.job import Job
 from ckptmgr.daemon.log import event, warning
-from ckptmgr.daemon.reader import Session
 from ckptmgr.daemon.resume import (
     Standing,
     Standings,
@@ -19,6 +18,7 @@ from ckptmgr.daemon.resume import (
     publish_have,
     usable_in_memory,
 )
+from ckptmgr.daemon.session import Session
 from ckptmgr.errors import (
     CkptmgrError,
     DaemonError,

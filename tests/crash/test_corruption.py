@@ -15,7 +15,8 @@ import pytest
 
 from ckptmgr.daemon.intake import Intake
 from ckptmgr.daemon.job import Job
-from ckptmgr.daemon.reader import Reader, Session
+from ckptmgr.daemon.reader import Reader
+from ckptmgr.daemon.session import Session
 from ckptmgr.metrics import Metrics
 from ckptmgr.repository import keys
 from ckptmgr.repository.budget import BufferPool

@@ -30,7 +30,8 @@ from ckptmgr.daemon import committer, writer
 from ckptmgr.daemon.intake import Held, Intake
 from ckptmgr.daemon.job import Job
 from ckptmgr.daemon.pipeline import Pipeline
-from ckptmgr.daemon.reader import Reader, Session
+from ckptmgr.daemon.reader import Reader
+from ckptmgr.daemon.session import Session
 from ckptmgr.daemon.writer import Writer
 from ckptmgr.errors import (
     CkptmgrError,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from asking import Came
-from ckptmgr.daemon.reader import Session
+from ckptmgr.daemon.session import Session
 from ckptmgr.staging.control import Done, Fetch, Fetched, Release, Restore, Restored
 from ckptmgr.types import Outcome
 from driven import PATIENCE_SECONDS, Daemon, Rank, check_slot
