@@ -175,7 +175,8 @@ class Committer:
             async with asyncio.timeout(WITNESS_SECONDS_MAX):
                 await put_witness(self._store, decision)
         except (StoreError, TimeoutError) as error:
-            warning("witness_failed", step=str(decision.id), why=str(error))
+            why = str(error) or f"was not done in {WITNESS_SECONDS_MAX:.0f} s"
+            warning("witness_failed", step=str(decision.id), why=why)
 
     async def _look(self, watch: Watch) -> Decision | None:
         """One look at the store: the decision if it is made now, or was made by somebody else."""
