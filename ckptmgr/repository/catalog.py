@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from dataclasses import dataclass
+from heapq import nlargest
 
 import msgspec
 
@@ -111,7 +112,7 @@ async def standing_steps(store: Store) -> list[StepId]:
     another step, hides nothing.
     """
     decided, retired = await decided_steps(store)
-    newest = sorted(decided & retired, reverse=True)[:MARKS_CHECKED_MAX]
+    newest = nlargest(MARKS_CHECKED_MAX, decided & retired)
     gate = asyncio.Semaphore(_READS_AT_ONCE)
 
     async def hides(step: StepId) -> bool:
