@@ -1,7 +1,5 @@
-"""For everyone who writes a store or wants to break one: the suite of promises, and faults.
-
-`StoreSuite` is the contract of `ckptmgr.store.base` as tests; `FaultyStore` wraps any store and
-fails as planned.
+"""For everyone who writes a store or wants to break one: `StoreSuite` is the contract of
+`ckptmgr.store.base` as tests, and `FaultyStore` wraps any store and fails as planned.
 """
 
 from __future__ import annotations
@@ -55,12 +53,11 @@ def _with_store(test: Test) -> Callable[[StoreSuite], None]:
 class StoreSuite:
     """Every promise of `Store` as a test. Subclass it as `TestMyStore` and give `make_store`.
 
-    Tests are plain methods that run their own event loop: pytest finds them and needs no plugin,
-    and the class works with any other runner. Each test uses keys of its own, so the place may
-    be shared and need not be empty. `make_store` returns a new handle each time it is called;
-    within one test all handles must show the same objects. Set `shared_url` (an attribute or a
-    property) where other processes can open the same objects by `open_store`; without it races
-    between processes are not tested.
+    Tests are plain methods that run their own event loop: pytest finds them without a plugin, as
+    does any other runner. Each test uses keys of its own, so the place may be shared and need not
+    be empty. `make_store` returns a new handle each time; within one test all handles must show the
+    same objects. Set `shared_url` (an attribute or a property) where other processes can open the
+    same objects by `open_store`; without it races between processes are not tested.
     """
 
     shared_url: str | None = None
@@ -87,6 +84,7 @@ class StoreSuite:
         for top in getattr(self, "_tops", []):
             for key in await store.list(f"{top}/"):
                 await store.delete(key)
+            await store.prune(f"{top}/")
 
     @_with_store
     async def test_what_was_put_is_got(self, store: Store) -> None:
@@ -241,6 +239,18 @@ class StoreSuite:
         assert await store.list(key.partition("/")[0] + "/") == []
         assert await store.put_new(key, [memoryview(b"new")]) is PutResult.OK
         assert bytes(await store.get(key)) == b"new"
+
+    @_with_store
+    async def test_prune_takes_no_object(self, store: Store) -> None:
+        """What is there stays, also below the prefix, and what is put there later is found."""
+        key = self._key()
+        await store.put_new(f"{key}/a/b", [])
+        await store.put_new(f"{key}/c", [])
+        await store.delete(f"{key}/a/b")
+        await store.prune(f"{key}/")
+        assert await store.list(f"{key}/") == [f"{key}/c"]
+        assert await store.put_new(f"{key}/a/b", []) is PutResult.OK
+        assert await store.list(f"{key}/") == [f"{key}/a/b", f"{key}/c"]
 
     @_with_store
     async def test_list(self, store: Store) -> None:

@@ -285,6 +285,7 @@ async def _delete_retired(store: Store, step: StepId) -> bool:
 async def _delete(store: Store, step: StepId) -> None:
     for prefix in (keys.packs(step), keys.manifests(step)):
         await in_lanes(store.delete, await store.list(prefix), DELETES_AT_ONCE)
+        await store.prune(prefix)
 
 
 async def _sweep(

@@ -98,8 +98,8 @@ def range_of(
 
 
 class Store(ABC):
-    """Named, immutable objects: six methods to write. `get_many`, `uncache`, and `share` with
-    `unshare`, are for a store that can be faster, or read closer to its medium, with them;
+    """Named, immutable objects: six methods to write. `get_many`, `uncache`, `prune`, and `share`
+    with `unshare`, are for a store that can be faster, or read closer to its medium, with them;
     `examine` is for one that can be misconfigured.
 
     Errors of every method: `StoreUnreachableError` (or a subclass) where a retry may help, of which
@@ -176,6 +176,14 @@ class Store(ABC):
 
         A store on this host's file systems overrides it. It changes nothing else, and what can not
         be dropped is not; a key that does not exist is no error.
+        """
+
+    async def prune(self, prefix: str) -> None:  # noqa: B027 - most keep nothing but objects
+        """Let go of what is kept for `prefix` beside objects, such as directories that are empty.
+
+        `prefix` ends with "/", and nobody needs to find what is put there from now on: it belongs
+        to a step that was given up. Objects stay, also those that are put meanwhile, and nothing
+        else can be seen to change. What can not be let go of is kept.
         """
 
     async def examine(

@@ -101,6 +101,10 @@ class FaultyStore(Store):
         """As `Store.uncache`; no operation that is counted."""
         await self._inner.uncache(key)
 
+    async def prune(self, prefix: str) -> None:
+        """As `Store.prune`; no operation that is counted."""
+        await self._inner.prune(prefix)
+
     def share(self, memory: memoryview, path: str) -> None:
         """As `Store.share`."""
         self._inner.share(memory, path)

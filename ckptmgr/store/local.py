@@ -35,7 +35,7 @@ from ckptmgr.store.posix import (
     start_direct,
     write_all,
 )
-from ckptmgr.store.tree import Tree, walk
+from ckptmgr.store.tree import Tree, remove_empty, walk
 
 THREADS = 8
 """Blocking calls at a time: more than one disk can use, few enough to lose when a mount hangs."""
@@ -152,8 +152,8 @@ class LocalStore(Store):
         return await self._calls.run(prefix, lambda call: _keys(self._tree, call, prefix, parts))
 
     async def delete(self, key: str) -> None:
-        """As `Store.delete`. Directories that become empty stay: to remove one would race with a
-        writer that has just opened it, whose link would then fail.
+        """As `Store.delete`. Directories that become empty stay until `prune`: a writer that has
+        just opened one could not link its object into it, and would have to write it again.
         """
         parts = check_key(key).split("/")
 
@@ -166,6 +166,23 @@ class LocalStore(Store):
                 os.unlink(parts[-1], dir_fd=directory)
 
         await self._calls.run(key, unlink)
+
+    async def prune(self, prefix: str) -> None:
+        """As `Store.prune`: directories. A put that loses one of them is tried again.
+
+        Only of what nobody needs: what this process knows to be durable it knows by inode, which a
+        directory that another process makes anew may get again before it is durable.
+        """
+        parts = check_prefix(prefix).split("/")[:-1]
+
+        def remove(call: Call[Any]) -> None:
+            with (
+                suppress(FileNotFoundError, NotADirectoryError),
+                self._tree.directory(parts[:-1], durable=False) as directory,
+            ):
+                remove_empty(parts[-1], directory, call.check)
+
+        await self._calls.run(prefix, remove)
 
     async def make_durable(self, key: str) -> None:
         """As `Store.make_durable`."""

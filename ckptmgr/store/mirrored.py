@@ -232,6 +232,10 @@ class MirroredStore(Store):
         """As `Store.uncache`, of the first."""
         await self.first.uncache(key)
 
+    async def prune(self, prefix: str) -> None:
+        """As `Store.prune`, where is read."""
+        await (self.first if await self._stands() else self.mirror).prune(prefix)
+
     async def make_durable(self, key: str) -> None:
         """As `Store.make_durable`, where is read."""
         await (self.first if await self._stands() else self.mirror).make_durable(key)

@@ -204,9 +204,16 @@ class RetryingStore(Store):
 
     async def uncache(self, key: str) -> None:
         """As `Store.uncache`, once: what can not be dropped is not, and a read tells why."""
+        await self._perhaps(self._inner.uncache(key))
+
+    async def prune(self, prefix: str) -> None:
+        """As `Store.prune`, once: what is kept costs a little time, and nothing else."""
+        await self._perhaps(self._inner.prune(prefix))
+
+    async def _perhaps(self, work: Awaitable[None]) -> None:
         with suppress(StoreError, TimeoutError):
             async with asyncio.timeout(self._timeout_seconds):
-                await self._inner.uncache(key)
+                await work
 
     def share(self, memory: memoryview, path: str) -> None:
         """As `Store.share`."""

@@ -224,6 +224,22 @@ def _walk_below(
         yield from walk(here, prefix, before_each)
 
 
+def remove_empty(name: str, parent: int, before_each: Callable[[], None]) -> None:
+    """Remove the directory `name` below `parent` and those below it, as far as they are empty."""
+    before_each()
+    with opened(name, DIRECTORY_FLAGS, parent) as here:
+        with os.scandir(here) as entries:
+            below = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+        for one in below:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                remove_empty(one, here, before_each)
+    try:
+        os.rmdir(name, dir_fd=parent)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # POSIX allows both
+            raise
+
+
 def _is_key(key: str) -> bool:
     try:
         check_key(key)

@@ -2,9 +2,9 @@
 
     PYTHONPATH=tests python -m bench.retain_bench [STEPS ...]
 
-A local store on tmpfs holds three small commits and what is left of so many retired steps: their
-records and, as nobody removes them, the empty directories of their data. It is collected as the
-first collection of a daemon does (`whole`) and as all later ones do (`stored`).
+A local store on tmpfs holds three small commits and the records that are left of so many retired
+steps. It is collected as the first collection of a daemon does (`whole`) and as all later ones do
+(`stored`).
 """
 
 from __future__ import annotations
@@ -22,11 +22,9 @@ from pathlib import Path
 
 from ckptmgr.config import BUDGET_BYTES
 from ckptmgr.daemon.retain import collect
-from ckptmgr.repository import keys
 from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.catalog import Catalog
 from ckptmgr.store.local import LocalStore
-from ckptmgr.types import StepId
 from daemon.test_long_history import FIRST, CountingStore, grow
 from small_step import memory_store, save_steps, shelf_of, smallest_state, write_tree
 
@@ -39,10 +37,6 @@ async def fill(root: Path, steps: int) -> None:
     saved = await save_steps(store, (FIRST, FIRST + 1, FIRST + 2), state=smallest_state)
     await grow(store, saved[0].decision, steps)
     write_tree(root, {key: bytes(blob) for key, blob in shelf_of(store).items()})
-    for number in range(1, steps + 1):
-        step = StepId(saved[0].id.attempt, number)
-        (root / keys.packs(step, 0)).mkdir(parents=True)
-        (root / keys.manifests(step)).mkdir(parents=True)
 
 
 async def measured(root: Path, *, whole: bool) -> tuple[int, int, float, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from ckptmgr.repository.hold import put_hold
 from ckptmgr.repository.pack import pack_header
 from ckptmgr.repository.record import Kind
 from ckptmgr.store.base import Store
+from ckptmgr.store.local import LocalStore
 from ckptmgr.testing import FaultyStore
 from ckptmgr.types import StepId
 from small_step import (
@@ -98,6 +100,20 @@ def test_what_is_asked_behind_a_commit_does_not_grow_with_history() -> None:
     assert operations <= 150
     assert listed <= 40
     assert prefixes <= {"data", "man", "holds", "attempts"}, "a listing of what stays for ever"
+
+
+async def directories_after(root: Path, steps: int) -> int:
+    """Directories of a local store from which so many steps were collected."""
+    store = LocalStore(str(root))
+    await save_steps(store, tuple(range(1, steps + 1)), state=smallest_state)
+    await collect(Catalog(store), BufferPool(BUDGET_BYTES), 2)
+    await store.aclose()
+    return sum(path.is_dir() for path in root.rglob("*"))
+
+
+def test_a_local_store_keeps_no_directories_of_steps_that_went(tmp_path: Path) -> None:
+    few = asyncio.run(directories_after(tmp_path / "few", 4))
+    assert asyncio.run(directories_after(tmp_path / "many", 12)) == few
 
 
 # -- the same is done ------------------------------------------------------------------------------

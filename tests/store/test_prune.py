@@ -1,0 +1,110 @@
+"""A local store lets go of empty directories of steps that were given up, and of nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from ckptmgr.errors import StoreUnreachableError
+from ckptmgr.store import local
+from ckptmgr.store.base import PutResult
+from ckptmgr.store.local import LocalStore
+from ckptmgr.store.retry import RetryingStore
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+@pytest.fixture
+async def store(root: Path) -> AsyncIterator[LocalStore]:
+    made = LocalStore(str(root))
+    yield made
+    await made.aclose()
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Path:
+    path = tmp_path / "outside"
+    path.mkdir()
+    (path / "object").write_bytes(b"not of the store")
+    return path
+
+
+async def test_only_empty_directories_below_the_prefix_go(store: LocalStore, root: Path) -> None:
+    for key in ("data/1/2/0/p", "data/1/2/1/p", "data/1/3/0/p", "data/1/20/0/p"):
+        await store.put_new(key, [])
+    for key in ("data/1/2/0/p", "data/1/3/0/p", "data/1/20/0/p"):
+        await store.delete(key)
+    await store.prune("data/1/2/")
+    assert sorted(os.listdir(root / "data/1")) == ["2", "20", "3"]
+    assert os.listdir(root / "data/1/2") == ["1"]
+    await store.prune("data/1/3/")
+    assert sorted(os.listdir(root / "data/1")) == ["2", "20"]
+    await store.prune("data/1/4/")
+    await store.prune("man/1/4/")
+
+
+async def test_what_others_have_put_there_stays(
+    store: LocalStore, root: Path, outside: Path
+) -> None:
+    await store.put_new("data/1/p", [])
+    (root / "data/1/link").symlink_to(outside)
+    (root / "data/1/.notes").write_text("a file that no key can name")
+    (root / "data/1/empty").mkdir()
+    await store.delete("data/1/p")
+    await store.prune("data/1/")
+    assert sorted(os.listdir(root / "data/1")) == [".notes", "link"]
+    assert os.listdir(outside) == ["object"]
+
+
+async def test_a_prefix_that_is_a_link_is_not_followed(
+    store: LocalStore, root: Path, outside: Path
+) -> None:
+    (outside / "empty").mkdir()
+    await store.put_new("data/p", [])
+    (root / "data/1").symlink_to(outside)
+    await store.prune("data/1/")
+    assert sorted(os.listdir(outside)) == ["empty", "object"]
+
+
+async def test_a_put_that_loses_its_directory_is_made_again(root: Path) -> None:
+    """Pruned again and again, while many objects are put: each that was answered for is there."""
+    writer, pruner = RetryingStore(LocalStore(str(root))), LocalStore(str(root))
+    lost: list[StoreUnreachableError] = []
+    put_link = local._link
+
+    def slow_link(*arguments: object) -> bool:
+        time.sleep(0.001)
+        try:
+            return put_link(*arguments)  # type: ignore[arg-type]
+        except FileNotFoundError:
+            lost.append(StoreUnreachableError("lost"))
+            raise
+
+    async def prune(ended: asyncio.Event) -> None:
+        while not ended.is_set():
+            await pruner.prune("data/1/")
+            await asyncio.sleep(random.uniform(0, 0.01))  # a put that is made again gets its turn
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local, "_link", slow_link)
+        ended = asyncio.Event()
+        pruning = asyncio.create_task(prune(ended))
+        for number in range(20):
+            key = f"data/1/{number % 3}/{number}"
+            assert await writer.put_new(key, [memoryview(b"x")]) is PutResult.OK
+            assert await pruner.list("data/1/") == [key]
+            await writer.delete(key)
+        ended.set()
+        await pruning
+    assert lost, "no put has lost its directory"
+    await writer.aclose()
+    await pruner.aclose()
