@@ -17,19 +17,27 @@ from ckptmgr.config import CONTROL_TIMEOUT_SECONDS, START_SECONDS_MAX, STORE_TIM
 from ckptmgr.errors import (
     CkptmgrError,
     DaemonUnreachableError,
-    HostBufferDamagedError,
     HostMemoryError,
     UsageError,
 )
+from ckptmgr.rank.buffers import left_in, open_locked
 from ckptmgr.rank.latch import Latch
 from ckptmgr.rank.pagelocks import PageLocks
 from ckptmgr.rank.turns import Turns
-from ckptmgr.staging.control import Attach, Attached, Client, Detach, Done, Message
-from ckptmgr.staging.hostbuffer import HostBuffer
+from ckptmgr.staging.control import (
+    Attach,
+    Attached,
+    Client,
+    Detach,
+    Done,
+    Message,
+    Stated,
+    Status,
+)
 from ckptmgr.staging.inbox import drop_ticket
 from ckptmgr.staging.launch import connect, connect_or_start
 from ckptmgr.staging.slots import Sealed
-from ckptmgr.types import Outcome, Snapshot
+from ckptmgr.types import Outcome
 
 ATTACH_SECONDS_MAX = 4 * STORE_TIMEOUT_SECONDS
 """Attaching claims an attempt in the store: a few operations, each with its own deadline."""
@@ -83,7 +91,7 @@ class Link:
         self._client, attached = self._join()
         try:
             self.attempt, self.nonce = attached.attempt, attached.nonce
-            self.buffer = _open_locked(attached)
+            self.buffer = open_locked(attached)
         except BaseException:
             self._client.close()
             raise
@@ -115,7 +123,7 @@ class Link:
         self.locks = locks = PageLocks()
         self._populated = [threading.Event() for _ in range(buffer.capacity.slots)]
         done = self._populated
-        left = _left_in(buffer)
+        left = left_in(buffer)
         resumes = bool(left) or self.attempt > 1
 
         def populate() -> None:
@@ -182,7 +190,7 @@ class Link:
         old, self._wanted = self._wanted, wanted
         try:
             attached = self._again(lambda: self._attach(self._client, same_buffer=False))
-            buffer = _open_locked(attached)
+            buffer = open_locked(attached)
         except BaseException:
             self._wanted = old
             self._client.close()  # the daemon may have changed: attach the old one
@@ -438,18 +446,23 @@ class Link:
             self._liveness.close()
             self._liveness = self._revive()
 
-    def _reconnect_if_gone(self) -> None:
-        """Attach again, unless a question has met the daemon's death before: a second time the
-        new one would forget what it was asked since.
+    def _reach(self) -> None:
+        """Attach again, unless the daemon that we are attached to answers: if a question has met
+        the death of the one before, the new one would forget what it was asked since.
+
+        Only an answer tells. Connections of a process that is being killed end one after the
+        other, and systemd's socket takes new ones without any daemon.
         """
-        client = self._client
-        if not client.is_open or select.select([client.fileno()], [], [], 0)[0]:
-            self._reconnect()
+
+        def ask() -> None:
+            self._client.ask(Status(), Stated, self._seconds(CONTROL_TIMEOUT_SECONDS))
+
+        self._again(ask)
 
     def _revive(self) -> Client:
         while not self._ended.is_set():
             try:
-                self._alone(self._reconnect_if_gone)
+                self._alone(self._reach)
                 return connect(self._runtime)
             except (CkptmgrError, OSError) as error:
                 warnings.warn(f"ckptmgr: no daemon yet: {error}", RuntimeWarning, stacklevel=1)
@@ -477,23 +490,3 @@ class Link:
             )
         self._client.shutdown()
         self._client.close()
-
-
-def _left_in(buffer: HostBuffer) -> list[Snapshot]:
-    """What a restore may read, newest first; of a damaged record the daemon tells."""
-    found = []
-    for slot in range(buffer.capacity.slots):
-        with contextlib.suppress(HostBufferDamagedError):
-            found.append(buffer.snapshot(slot))
-    sealed = [snapshot for snapshot in found if snapshot is not None]
-    return sorted(sealed, key=lambda one: one.generation, reverse=True)
-
-
-def _open_locked(attached: Attached) -> HostBuffer:
-    if attached.note:
-        warnings.warn(f"ckptmgr: {attached.note}", RuntimeWarning, stacklevel=2)
-    buffer = HostBuffer.open(Path(attached.path))
-    if not buffer.lock_for_writing():
-        buffer.close()
-        raise HostMemoryError("has another writer", subject=attached.path)
-    return buffer
