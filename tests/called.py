@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import typer
+
+from ckptmgr import cli
 from ckptmgr.types import Outcome
 from driven import PYTHON_PATH, Daemon, Rank
 from nursery import nursery
@@ -26,6 +29,11 @@ class Called:
     @property
     def document(self) -> Any:
         return json.loads(self.out)
+
+
+def warm() -> None:
+    """Import what the parser imports only when it parses."""
+    typer.main.get_command(cli.app).make_context("ckptmgr", ["status"])
 
 
 def call(*arguments: object, runtime: Path | None = None, **environment: str) -> Called:

@@ -22,8 +22,8 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -187,7 +187,7 @@ def _ends(
 @cache
 def nursery() -> Nursery:
     """The nursery of this process for daemons, commands, and ranks without torch."""
-    return Nursery("ckptmgr.cli", "ckptmgr.daemon.service", "driven", "asking")
+    return Nursery("ckptmgr.daemon.service", "called", "driven", "asking")
 
 
 @cache
@@ -215,7 +215,7 @@ def serve(number: int, modules: Sequence[str]) -> None:
             pid = os.fork()
             if not pid:
                 requests.close()
-                become(descriptors, **request)
+                _ended_by(partial(become, descriptors, **request))
                 return
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -226,6 +226,25 @@ def serve(number: int, modules: Sequence[str]) -> None:
                 statuses[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             answer = {"status": statuses[pid]}
         requests.send(json.dumps(answer).encode())
+
+
+def _ended_by(run: Callable[[], None]) -> None:
+    """Run a program and end as it does, without the last step of an interpreter: to take apart all
+    that was imported copies every page that is shared with the nursery, which takes a second.
+    """
+    status: object = 0
+    try:
+        run()
+    except SystemExit as error:
+        status = error.code or 0
+    if isinstance(status, int):
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        with contextlib.suppress(OSError, ValueError):  # which the interpreter tells at its end
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status & 0xFF)
+    sys.exit(status)  # type: ignore[arg-type]
 
 
 def become(
