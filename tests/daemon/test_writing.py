@@ -292,6 +292,8 @@ def left_by_killed_processes(runtime: Path, rig: Rig, *rules: tuple[str, str, st
     with Daemon(runtime) as daemon, Trainer.of(runtime, rig, steps=2) as trainer:
         trainer.await_event("finished")
         until(lambda: rig.asked(*rules[0][:2]), "the daemon is at work")
+        told = len(daemon.events("committed"))  # what is not marked yet, the next one tells again
+        until(lambda: sum(not s.undecided for s in slots_below(runtime)) >= told, "it is marked")
         daemon.process.kill()
         trainer.kill()
         daemon.process.wait()
