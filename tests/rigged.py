@@ -64,6 +64,9 @@ class RiggedStore(Store):
     async def make_durable(self, key: str) -> None:
         await self._obey("make_durable", key, lambda: self._inner.make_durable(key))
 
+    async def prune(self, prefix: str) -> None:
+        await self._inner.prune(prefix)
+
     async def aclose(self) -> None:
         log(self._path, "aclose")
         await self._inner.aclose()
