@@ -111,17 +111,18 @@ async def standing_steps(store: Store) -> list[StepId]:
     A mark of retirement is read before it hides a step: one that is damaged, or was copied from
     another step, hides nothing.
     """
-    decided, retired = await decided_steps(store)
-    newest = nlargest(MARKS_CHECKED_MAX, decided & retired)
-    gate = asyncio.Semaphore(_READS_AT_ONCE)
+    # As in `decided_steps`, by names: a step each of a long history takes twice the time.
+    decided = keys.named("commit/", await store.list("commit/"))
+    decided |= keys.named("tags/", await store.list("tags/"))
+    retired = keys.named("retired/", await store.list("retired/"))
+    newest = map(keys.step_named, nlargest(MARKS_CHECKED_MAX, decided & retired))
 
-    async def hides(step: StepId) -> bool:
-        async with gate:
-            return await is_retired(store, step)
+    async def shown(step: StepId) -> StepId | None:
+        return None if await is_retired(store, step) else step
 
-    hidden = await asyncio.gather(*map(hides, newest))
-    shown = {step for step, hides_it in zip(newest, hidden, strict=True) if not hides_it}
-    return sorted(shown.union(decided - retired), reverse=True)
+    standing = await in_lanes(shown, newest, _READS_AT_ONCE)
+    standing += map(keys.step_named, decided - retired)
+    return sorted((step for step in standing if step is not None), reverse=True)
 
 
 async def is_retired(store: Store, step: StepId) -> bool:

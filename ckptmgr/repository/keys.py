@@ -10,6 +10,7 @@ from ckptmgr.types import StepId
 FORMAT = "format"
 
 _STEP_KEY = re.compile(r"[a-z]+/(\d{8})/(\d{12})(?:/.+)?", re.ASCII)
+_STEP_NAME = re.compile(r"\d{8}/\d{12}", re.ASCII).fullmatch
 
 
 def _attempt(attempt: int) -> str:
@@ -106,10 +107,22 @@ def parse_step(key: str) -> StepId | None:
     return StepId(int(match[1]), int(match[2])) if match else None
 
 
+def named(prefix: str, found: list[str]) -> set[str]:
+    """The names of the steps with their one record right below `prefix`, which sort as the steps
+    do; a stray key there names nothing.
+    """
+    start = len(prefix)
+    return {name for name in (key[start:] for key in found) if _STEP_NAME(name)}
+
+
+def step_named(name: str) -> StepId:
+    """The step of a name that `named` gave."""
+    return StepId(int(name[:8]), int(name[9:]))
+
+
 def marked(prefix: str, found: list[str]) -> frozenset[StepId]:
-    """The steps with their one record right below `prefix`; a stray key there marks nothing."""
-    match = re.compile(rf"{prefix}(\d{{8}})/(\d{{12}})", re.ASCII).fullmatch
-    return frozenset(StepId(int(one[1]), int(one[2])) for one in map(match, found) if one)
+    """As `named`, the steps."""
+    return frozenset(map(step_named, named(prefix, found)))
 
 
 def parse_rank(key: str) -> int | None:
