@@ -28,12 +28,16 @@ pytestmark = [pytest.mark.kill, pytest.mark.reliability, pytest.mark.timeout(sca
 
 
 def preempted(job: Job, end: Callable[..., None], *more: Any) -> None:
-    """End the job at one random instant after the other; at last it resumes from what is owed."""
+    """End the job at one random instant after the other; at last it resumes from what is owed, and
+    goes on to a commit: what one rank has sealed and another has not is open until then.
+    """
     chance = seeded()
     for _ in range(INSTANTS):
         end(job, chance, *more)
+    before = job.latest()
     job.start()
     job.await_resumed()
+    until(lambda: job.latest() > before, "a commit of the last attempt")
     job.kill()
     print(f"{end.__name__} x{job.world}: {dict(sorted(job.facts.items()))}")
     assert job.facts["attempts"] == INSTANTS
