@@ -453,11 +453,9 @@ class Link:
         Only an answer tells. Connections of a process that is being killed end one after the
         other, and systemd's socket takes new ones without any daemon.
         """
-
-        def ask() -> None:
-            self._client.ask(Status(), Stated, self._seconds(CONTROL_TIMEOUT_SECONDS))
-
-        self._again(ask)
+        self._again(
+            lambda: self._client.ask(Status(), Stated, self._seconds(CONTROL_TIMEOUT_SECONDS))
+        )
 
     def _revive(self) -> Client:
         while not self._ended.is_set():

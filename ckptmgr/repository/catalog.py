@@ -111,10 +111,9 @@ async def standing_steps(store: Store) -> list[StepId]:
     A mark of retirement is read before it hides a step: one that is damaged, or was copied from
     another step, hides nothing.
     """
-    # As in `decided_steps`, by names: a step each of a long history takes twice the time.
-    decided = keys.named("commit/", await store.list("commit/"))
-    decided |= keys.named("tags/", await store.list("tags/"))
-    retired = keys.named("retired/", await store.list("retired/"))
+    # By names: to make a step of each of a long history takes twice the time.
+    decided = await _decided_names(store)
+    retired = await _names(store, "retired/")
     newest = map(keys.step_named, nlargest(MARKS_CHECKED_MAX, decided & retired))
 
     async def shown(step: StepId) -> StepId | None:
@@ -155,9 +154,13 @@ async def decided_steps(store: Store) -> tuple[frozenset[StepId], frozenset[Step
 
 
 async def _decided(store: Store) -> frozenset[StepId]:
-    decided = await _marked(store, "commit/")
+    return frozenset(map(keys.step_named, await _decided_names(store)))
+
+
+async def _decided_names(store: Store) -> set[str]:
+    decided = await _names(store, "commit/")
     # A step with a copy of its commit was decided, even if the register itself is gone.
-    return decided | await _marked(store, "tags/")
+    return decided | await _names(store, "tags/")
 
 
 async def list_steps(store: Store) -> Listing:
@@ -216,7 +219,11 @@ async def _named(
 
 
 async def _marked(store: Store, prefix: str) -> frozenset[StepId]:
-    return keys.marked(prefix, await store.list(prefix))
+    return frozenset(map(keys.step_named, await _names(store, prefix)))
+
+
+async def _names(store: Store, prefix: str) -> set[str]:
+    return keys.named(prefix, await store.list(prefix))
 
 
 def _ranks(found: list[str]) -> dict[StepId, frozenset[int]]:

@@ -120,11 +120,6 @@ def step_named(name: str) -> StepId:
     return StepId(int(name[:8]), int(name[9:]))
 
 
-def marked(prefix: str, found: list[str]) -> frozenset[StepId]:
-    """As `named`, the steps."""
-    return frozenset(map(step_named, named(prefix, found)))
-
-
 def parse_rank(key: str) -> int | None:
     """The rank whose manifest a key is."""
     match = re.fullmatch(r"man/\d{8}/\d{12}/(\d{6})", key, re.ASCII)
