@@ -127,13 +127,18 @@ def test_a_daemon_that_speaks_otherwise(runtime: Path) -> None:
 # ---- memory -----------------------------------------------------------------
 
 
+def with_shm(options: str) -> list[str]:
+    """What runs a command in a mount namespace with a /dev/shm of its own."""
+    script = f'mount -t tmpfs -o {options} none /dev/shm && exec "$@"'
+    return ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh"]
+
+
 @pytest.mark.root
 def test_a_container_s_shared_memory_is_too_small(runtime: Path) -> None:
     """A mount namespace with the 64 MiB that Docker gives."""
     if os.getuid() != 0:
         pytest.skip("NEEDS ROOT: a small /dev/shm is not checked in this run")
-    script = 'mount -t tmpfs -o size=64m none /dev/shm && exec "$@"'
-    prefix = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh"]
+    prefix = with_shm("size=64m")
     row = looked(runtime, "--state-gib=0.1", prefix=prefix)["shared memory"]
     assert row["state"] == "failure"
     assert row["evidence"].startswith("64.0 MiB of tmpfs, ")
@@ -150,9 +155,7 @@ def test_a_container_s_shared_memory_is_too_small(runtime: Path) -> None:
 def test_whether_the_mount_allows_huge_pages(runtime: Path, option: str, state: str) -> None:
     if os.getuid() != 0:
         pytest.skip("NEEDS ROOT: mounts with huge pages are not checked in this run")
-    script = f'mount -t tmpfs -o size=64m{option} none /dev/shm && exec "$@"'
-    prefix = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh"]
-    row = looked(runtime, prefix=prefix)["huge pages"]
+    row = looked(runtime, prefix=with_shm(f"size=64m{option}"))["huge pages"]
     assert row["state"] == state
     assert row["evidence"] == f"/dev/shm is mounted with {option[1:] or 'huge=never'}"
     assert ("mount -o remount,huge=advise /dev/shm" in row["fix"]) == (state == "warning")

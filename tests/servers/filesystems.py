@@ -73,10 +73,10 @@ def mounted_file(system: FileSystem, file: Path, mount_point: Path) -> Iterator[
 
 
 @contextmanager
-def mounted_tmpfs(mount_point: Path, size: str) -> Iterator[Path]:
-    """A tmpfs of this size (as mount takes it), mounted."""
+def mounted_tmpfs(mount_point: Path, size: str, *options: str) -> Iterator[Path]:
+    """A tmpfs of this size, mounted; size and options are as mount takes them."""
     mount_point.mkdir(exist_ok=True)
-    run("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", mount_point)
+    run("mount", "-t", "tmpfs", "-o", ",".join((f"size={size}", *options)), "tmpfs", mount_point)
     try:
         yield mount_point
     finally:

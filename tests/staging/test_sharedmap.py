@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from ckptmgr.errors import HostMemoryError
 from ckptmgr.staging import sharedmap
 from ckptmgr.staging.sharedmap import SharedMap, memory_barrier
 from processes import needs_root
+from servers.filesystems import mounted_tmpfs
 
 LENGTH = 1 << 20
 
@@ -61,12 +61,8 @@ def huge_tmpfs(tmp_path: Path) -> Iterator[Path]:
     needs_root()
     if not SHMEM_ENABLED.exists() or "[deny]" in SHMEM_ENABLED.read_text():
         pytest.skip("NEEDS A KERNEL WITH HUGE PAGES ON TMPFS: they are not checked in this run")
-    place = tmp_path / "huge"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64m,huge=advise", "tmpfs", place]
-    subprocess.run(mount, check=True)
-    yield place
-    subprocess.run(["umount", "--lazy", place], check=True)
+    with mounted_tmpfs(tmp_path / "huge", "64m", "huge=advise") as place:
+        yield place
 
 
 def mapped_huge(path: Path) -> int:

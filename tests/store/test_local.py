@@ -9,7 +9,7 @@ import stat
 import subprocess
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,21 +45,6 @@ class TestPromises(StoreSuite):
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     return tmp_path / "new" / "store"
-
-
-@pytest.fixture
-async def store(root: Path) -> AsyncIterator[LocalStore]:
-    made = LocalStore(str(root))
-    yield made
-    await made.aclose()
-
-
-@pytest.fixture
-def outside(tmp_path: Path) -> Path:
-    path = tmp_path / "outside"
-    path.mkdir()
-    (path / "object").write_bytes(b"not of the store")
-    return path
 
 
 def temporaries(root: Path) -> list[str]:

@@ -9,7 +9,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import Awaitable, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,18 +31,6 @@ from processes import needs_root
 from scale import scaled
 
 WRITER = Path(__file__).with_name("killed_writer.py")
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "store"
-
-
-@pytest.fixture
-async def store(root: Path) -> AsyncIterator[LocalStore]:
-    made = LocalStore(str(root))
-    yield made
-    await made.aclose()
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import errno
 import os
 import random
 import threading
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -15,13 +14,6 @@ import pytest
 from ckptmgr.config import MIB
 from ckptmgr.store.base import Wanted
 from ckptmgr.store.local import LocalStore
-
-
-@pytest.fixture
-async def store(tmp_path: Path) -> AsyncIterator[LocalStore]:
-    made = LocalStore(str(tmp_path / "store"))
-    yield made
-    await made.aclose()
 
 
 @pytest.mark.parametrize("answer", ["all", "some", "EAGAIN", "EOPNOTSUPP", "none", "unknown"])
