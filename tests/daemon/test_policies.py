@@ -33,13 +33,12 @@ def test_a_policy_outlives_the_daemon_that_was_told(runtime: Path, rig: Rig) -> 
             assert rank.wait(step).outcome == Outcome.COMMITTED
         until(lambda: standing(rig) == [2, 4, 6, 7], "the others go")
         first.end(signal.SIGKILL)
-        with Daemon(runtime) as second:
-            until(lambda: rank.link.rejoined >= 1, "the rank has noticed")
-            for step in range(8, 11):
-                rank.save(step)
-                assert rank.wait(step).outcome == Outcome.COMMITTED
-            until(lambda: standing(rig) == [2, 4, 8, 9, 10], "by the same policy")
-            assert {one["why"] for one in second.events("retired")} == {f"keep={policy}"}
+        until(lambda: rank.link.rejoined >= 1, "the rank has started another")
+        for step in range(8, 11):
+            rank.save(step)
+            assert rank.wait(step).outcome == Outcome.COMMITTED
+        until(lambda: standing(rig) == [2, 4, 8, 9, 10], "by the same policy")
+        assert {one["why"] for one in first.events("retired")} == {f"keep={policy}"}
     assert len(standing(rig)) >= NEWER_MIN
 
 
