@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -162,7 +163,7 @@ class Requests:
         job.metrics.attempt.labels(job.label).set(attempt)
         job.metrics.commit_awaited.labels(job.label).set_to_current_time()
         event("attached", job=job.label, attempt=attempt, rank=request.rank, new=new_buffer)
-        return control.Attached(str(held.buffer.path), attempt, nonce, held.note)
+        return control.Attached(str(held.buffer.path), attempt, nonce, os.getpid(), held.note)
 
     async def _publish(self, job: Job, attempt: int) -> None:
         """Tell the other hosts of an attempt what this one holds, before its first rank joins."""

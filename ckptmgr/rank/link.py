@@ -91,6 +91,7 @@ class Link:
         self._client, attached = self._join()
         try:
             self.attempt, self.nonce = attached.attempt, attached.nonce
+            self._daemon = attached.pid
             self.buffer = open_locked(attached)
         except BaseException:
             self._client.close()
@@ -372,8 +373,7 @@ class Link:
         self._leave_at = min(self._leave_at, time.monotonic() + seconds)
         if self._turns.is_ours:
             return
-        try:
-            # Another thread may be amid a question that has more time than that.
+        try:  # another thread may be amid a question that has more time than that
             self._turns.take(lambda: None, self._left_seconds())
         except TimeoutError:
             self._leave_at = -math.inf
@@ -412,6 +412,7 @@ class Link:
         client, attached = self._join()
         try:
             self.rejoined += 1
+            self._daemon = attached.pid
             self.lost = not self.buffer.follow(Path(attached.path))
             if self._lasting is not None:
                 client.ask(self._lasting, Done, self._seconds(CONTROL_TIMEOUT_SECONDS))
@@ -437,14 +438,23 @@ class Link:
     # -- the daemon's life --------------------------------------------------------------------
 
     def _watch_daemon(self) -> None:
-        """Wait for the end of the connection; nothing is ever sent on it."""
+        """Wait for the end of the connection; nothing more is sent on it."""
         while not self._ended.is_set():
-            with contextlib.suppress(OSError):
-                select.select([self._liveness.fileno()], [], [])
+            if self._is_of_our_daemon(self._liveness):
+                with contextlib.suppress(OSError):
+                    select.select([self._liveness.fileno()], [], [])
             if self._ended.is_set():
                 return
             self._liveness.close()
             self._liveness = self._revive()
+
+    def _is_of_our_daemon(self, client: Client) -> bool:
+        """Whether it was taken by the daemon that we are attached to, and not kept by systemd's
+        socket for the next one: its end would tell of that one only.
+        """
+        with contextlib.suppress(CkptmgrError):
+            return bool(client.ask(Status(), Stated).state["pid"] == self._daemon)
+        return False
 
     def _reach(self) -> None:
         """Attach again, unless the daemon that we are attached to answers: if a question has met

@@ -65,11 +65,14 @@ class Attach(Message, frozen=True):
 
 
 class Attached(Message, frozen=True):
-    """The buffer to use and the attempt to write under; `note` is something a person should do."""
+    """The buffer to use and the attempt to write under; `pid` is that of the daemon, `note` is
+    something a person should do.
+    """
 
     path: str
     attempt: int
     nonce: str
+    pid: int
     note: str = ""
 
 

@@ -20,7 +20,9 @@ import pytest
 
 from ckptmgr.daemon.notify import Supervisor
 from ckptmgr.errors import DaemonError
+from ckptmgr.staging.control import Client
 from ckptmgr.staging.inbox import SOCKET, prepare
+from ckptmgr.staging.launch import connect
 from ckptmgr.types import Outcome
 from driven import PATIENCE_SECONDS, Daemon, Rank, until
 from processes import end_processes_of
@@ -206,6 +208,27 @@ def test_a_socket_elsewhere_is_refused(tmp_path: Path) -> None:
         supervisor = Supervisor(given=(("control", os.dup(found.fileno())),))
         with pytest.raises(DaemonError, match="ListenStream"):
             supervisor.socket(tmp_path / SOCKET)
+
+
+def test_a_death_is_noticed_before_the_daemon_had_time_for_a_connection(
+    runtime: Path, rig: Rig, manager: Manager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manager's socket keeps it for the next daemon: its end would not tell of the first."""
+    with listening_at(runtime) as fd:
+        first = started(runtime, rig, fd, names="control", more=manager.environment)
+
+        def connect_while_it_is_busy(runtime: Path) -> Client:
+            first.process.send_signal(signal.SIGSTOP)
+            return connect(runtime)
+
+        monkeypatch.setattr("ckptmgr.rank.link.connect", connect_while_it_is_busy)
+        with Rank(runtime, rig.url) as rank:
+            monkeypatch.undo()
+            first.end(signal.SIGKILL)
+            with started(runtime, rig, fd, names="control", more=manager.environment):
+                until(lambda: rank.link.rejoined, "the trainer has attached again")
+                rank.save(1)
+                assert rank.wait(1).outcome == Outcome.COMMITTED
 
 
 # ---- kept ------------------------------------------------------------------
