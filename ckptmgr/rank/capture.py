@@ -26,10 +26,11 @@ from ckptmgr.rank.gpuclones import cloned
 from ckptmgr.rank.latch import Latch
 from ckptmgr.rank.objects import Objects, find_objects
 from ckptmgr.rank.optimizers import by_name, held_state
-from ckptmgr.rank.overlap import LOOK_SECONDS_MAX, CopyThread, Job, Turn
+from ckptmgr.rank.overlap import CopyThread, Job, Turn
 from ckptmgr.rank.pagelocks import cuda_in_use
 from ckptmgr.rank.parallel import Parallel, look_around, ranks_of_job
 from ckptmgr.rank.parts import PLAIN_TYPES, leaf_types, local_tensor
+from ckptmgr.rank.quiet import LOOK_SECONDS_MAX
 from ckptmgr.rank.randomness import RNG_KEY, Generators
 from ckptmgr.rank.tensors import is_leaf
 from ckptmgr.rank.twins import predicted_state_dict

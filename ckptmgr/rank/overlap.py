@@ -9,10 +9,12 @@
 PyTorch counts a write when it is over. A counter that is read while a write is under way says
 nothing, so the second reading waits until the training thread was seen to leave the call that it
 was in when the copy ended. Where another thread waits for the copy, the one that started it may be
-idle for good: there it is enough that the kernel has it in one sleep from one look to the next.
+idle for good: there it is enough that the kernel has it in one sleep from one look to the next, and
+none of the threads that torch lets work for it awake.
 
-Writes that PyTorch does not count (through `.data`, by CUDA graphs, by kernels outside PyTorch) are
-not found: overlap=False is for code that makes them.
+Writes that PyTorch does not count (through `.data`, by CUDA graphs, by fused kernels of optimizers
+that are called by hand, by kernels outside PyTorch or written in Python) are not found:
+overlap=False is for code that makes them.
 """
 
 from __future__ import annotations
@@ -26,8 +28,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import FrameType
 
 import torch
 from torch import Tensor
@@ -36,10 +36,8 @@ from ckptmgr.bucket import Bucket
 from ckptmgr.errors import CkptmgrError, TornSnapshotError
 from ckptmgr.rank.latch import Latch
 from ckptmgr.rank.pieces import Pair, paced, shares
+from ckptmgr.rank.quiet import LOOK_SECONDS_MAX, wait_until_quiet
 from ckptmgr.rank.tensors import carried
-
-LOOK_SECONDS_MIN, LOOK_SECONDS_MAX = 0.001, 0.05
-"""Pause between two looks at the training thread: from a small operation to a long backward."""
 
 SHARE_BYTES_MIN = 8 << 20
 """What one more thread must have to copy: 1 ms, for one wait of 0.1 ms."""
@@ -154,7 +152,7 @@ class Job:
         error: BaseException | None = None
         try:
             self._copy(turn)
-            self._wait_until_quiet(turn)
+            wait_until_quiet(self.trainer, self.task, turn)
             error = self._judge()
         except Exception as failure:  # noqa: BLE001 - handed to the owner of the snapshot
             error = failure
@@ -185,20 +183,6 @@ class Job:
                 start_copy([target for target, _ in there], [source for _, source in there])
         _copy_pairs([pair for pair in pairs if pair[1].device not in self.streams])
 
-    def _wait_until_quiet(self, turn: Turn) -> None:
-        """Wait until every write that may have met the copy has ended, and is counted."""
-        seen = _place(self.trainer)
-        pause = LOOK_SECONDS_MIN
-        sleep, since = _sleep(self.task), time.monotonic()
-        while seen is not None and not turn.rests() and _place(self.trainer) == seen:
-            before, sleep = sleep, _sleep(self.task)
-            if sleep is None or sleep != before:
-                since = time.monotonic()
-            elif turn.awaited and time.monotonic() - since >= LOOK_SECONDS_MAX:
-                return
-            turn.wait_for_rest(pause)
-            pause = min(2 * pause, LOOK_SECONDS_MAX)
-
     def _judge(self) -> TornSnapshotError | None:
         now = [tensor._version for tensor in self.counted]
         if now == self.versions:
@@ -210,26 +194,6 @@ class Job:
         return TornSnapshotError(
             "was changed while it was copied", subject=", ".join(torn[:LEAVES_NAMED_MAX]) + more
         )
-
-
-def _place(thread: int) -> tuple[FrameType, int] | None:
-    """Where a thread is: its innermost Python frame and the instruction in it; None if it ended.
-
-    Equal places may be two visits; different ones prove that the call in between has ended.
-    """
-    frame = sys._current_frames().get(thread)
-    return None if frame is None else (frame, frame.f_lasti)
-
-
-def _sleep(thread: int) -> int | None:
-    """Which sleep a thread is in, by the kernel's count; None if it is awake, or ended."""
-    try:
-        told = Path(f"/proc/self/task/{thread}/status").read_text(errors="replace")
-    except OSError:
-        return None
-    facts = dict(line.split(":", 1) for line in told.splitlines() if ":" in line)
-    asleep = facts.get("State", "").split()[:1] == ["S"]
-    return int(facts["voluntary_ctxt_switches"]) if asleep else None
 
 
 @dataclass(slots=True)

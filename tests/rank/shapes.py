@@ -32,9 +32,9 @@ Names: an optimizer's state is saved under the names that its parameters have in
 snapshots. A parameter that no module in `state` has is called by its position (`#3`).
 
 With `overlap=True` a write that PyTorch does not count is not seen while a copy goes on: through
-`.data`, by a CUDA graph, by a kernel outside PyTorch. Use `overlap=False` with code that makes such
-writes. By default, on a GPU, only what an optimizer changes in steps that its hooks see is
-overlapped, so that graphs are found.
+`.data`, by a CUDA graph, by a fused kernel called by hand, by a kernel outside PyTorch. Use
+`overlap=False` with code that makes such writes. By default, on a GPU, only what an optimizer
+changes in steps that its hooks see is overlapped, so that graphs are found.
 
 Devices: a layout says nothing of them. What is written in place stays where it is; a new tensor
 goes where the one is that it takes the place of, also in what objects are given to load; one that

@@ -1,4 +1,4 @@
-"""Optimizers wait at their gates, those in the state and no others; and which are overlapped."""
+"""Optimizers wait at their gates; and which are overlapped."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from ckptmgr.rank.capture import Capture
+from ckptmgr.rank.overlap import Job, Turn
 from ckptmgr.types import PAGE_BYTES
 from rank.loop import WAIT_SECONDS_MAX, Loop, copied, differs, reference
 from rank.slot import buffer_for, read, seal
@@ -57,6 +59,35 @@ def test_by_default_only_optimizers_that_come_to_their_gate_are_overlapped(
         capture.close()
     assert overlapped == [False, hooked, hooked, hooked]
     assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_an_optimizer_in_no_state_waits_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It shares parameters with one that is; torch counts nothing that its fused step writes."""
+    model = nn.Linear(30, 30)
+    known = torch.optim.SGD(model.parameters(), lr=0.1)
+    other = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    capture = Capture({"model": model, "known": known}, rng=False, overlap=True)
+    model(torch.ones(4, 30)).sum().backward()
+    now = Job._copy
+
+    def later(job: Job, turn: Turn) -> None:
+        turn.wait_for_rest(0.2)
+        now(job, turn)
+
+    monkeypatch.setattr(Job, "_copy", later)
+    prepared, expected = capture.prepare(), reference(capture._state)
+    with buffer_for(prepared) as buffer:
+        heard: list[BaseException | None] = []
+        copy = capture.copy(prepared, buffer.data(0), heard.append)
+        other.step()
+        assert copy.wait(WAIT_SECONDS_MAX)
+        assert heard == [None]
+        seal(buffer, 0, prepared)
+        saved = read(buffer, 0)
+        assert differs(saved, expected) == []
+        saved.data.release()
+    capture.close()
+    assert not _global_optimizer_pre_hooks
 
 
 def test_overlap_by_default_is_off_without_a_gpu() -> None:
