@@ -14,6 +14,11 @@ GAIN_MIN = 1.03
 """Compress only where a snapshot finishes so much sooner: less is not worth the cores that it
 takes from training, and is within the noise of what was measured."""
 
+MIXED_GAIN_MIN = 1.10
+"""The same where the store is faster than all encoders together. Then every encoder is busy until
+the end for what a part of the packs saves, and a restore, which reads faster still, has to wait for
+the decoder: that must bring more."""
+
 
 @dataclass(frozen=True, slots=True)
 class Seen:
@@ -44,6 +49,11 @@ def gain(seen: Seen) -> float:
     return min(seen.ratio, 1 + seen.codec / seen.store * (1 - 1 / seen.ratio))
 
 
+def gain_wanted(seen: Seen) -> float:
+    """The least gain for which anything is compressed."""
+    return GAIN_MIN if seen.codec >= seen.store else MIXED_GAIN_MIN
+
+
 Arrival = tuple[float, float]
 """When something is ready to be put, in seconds from now, and its stored bytes."""
 
@@ -60,6 +70,6 @@ def compression_pays(seen: Seen, raw: Iterable[Arrival], compressed: Iterable[Ar
     """Whether all that is to be put has been put sooner if the pack at hand is compressed: `raw`
     and `compressed` are what arrives at the store either way, that pack included.
     """
-    if gain(seen) < GAIN_MIN:
+    if gain(seen) < gain_wanted(seen):
         return False
     return finish_seconds(seen.store, compressed) < finish_seconds(seen.store, raw)

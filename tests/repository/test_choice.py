@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptmgr.repository.choice import GAIN_MIN, Seen, compression_pays, finish_seconds, gain
+from ckptmgr.repository.choice import (
+    GAIN_MIN,
+    MIXED_GAIN_MIN,
+    Seen,
+    compression_pays,
+    finish_seconds,
+    gain,
+    gain_wanted,
+)
 
 rates = st.floats(1e6, 1e11)
 seen = st.builds(Seen, rates, rates, st.floats(0.5, 100))
@@ -49,10 +57,25 @@ def test_a_pack_is_compressed_only_if_all_ends_sooner(
     compressed = [*others, (ready, nbytes / seen.ratio)]
     pays = compression_pays(seen, raw, compressed)
     sooner = finish_seconds(seen.store, compressed) < finish_seconds(seen.store, raw)
-    assert pays == (sooner and gain(seen) >= GAIN_MIN)
+    assert pays == (sooner and gain(seen) >= gain_wanted(seen))
     if seen.ratio <= 1:
         assert not pays
     assert not compression_pays(seen, raw, [*others, (math.inf, nbytes / seen.ratio)])
+
+
+def test_a_store_that_is_faster_than_the_codec_is_not_compressed_for_to_gain_little() -> None:
+    """Both states gain 9 %: of a slow store by compressing all, of a fast one with every core."""
+    slow, fast = Seen(50e6, 350e6, 1.09), Seen(390e6, 350e6, 1.11)
+    assert GAIN_MIN < gain(fast) < MIXED_GAIN_MIN
+
+    def pays(seen: Seen) -> bool:
+        others = [(0.0, 1e9)]
+        raw, compressed = [*others, (0.0, 1e8)], [*others, (0.1, 1e8 / seen.ratio)]
+        return compression_pays(seen, raw, compressed)
+
+    assert pays(slow)
+    assert not pays(fast)
+    assert pays(Seen(fast.store, fast.codec, 1.5))
 
 
 @pytest.mark.parametrize("missing", ["store", "codec", "ratio"])
