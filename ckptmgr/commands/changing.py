@@ -7,7 +7,6 @@ from typing import Annotated, Any
 import typer
 
 from ckptmgr.commands.app import Json, Url, command, out, with_store
-from ckptmgr.errors import UsageError
 
 
 @command
@@ -41,16 +40,13 @@ def release(
     as_json: Json = False,
 ) -> None:
     """Release a hold."""
-    from ckptmgr.repository.catalog import list_steps
     from ckptmgr.repository.hold import release_hold
-    from ckptmgr.restore.choose import find
+    from ckptmgr.restore.choose import find_held
 
     async def use(catalog: Any) -> dict[str, Any]:
-        decision = await find(catalog, step)
-        if hold_id not in (await list_steps(catalog.store)).holds.get(decision.id, ()):
-            raise UsageError(f"has no hold {hold_id}", subject=f"step {decision.id}")
-        await release_hold(catalog.store, decision.id, hold_id)
-        return {**decision.id.document(), "released": hold_id}
+        held = await find_held(catalog, step, hold_id)
+        await release_hold(catalog.store, held, hold_id)
+        return {**held.document(), "released": hold_id}
 
     document = with_store(url, use)
     out(document, as_json, lambda: typer.echo(f"released {hold_id}"))

@@ -127,17 +127,19 @@ async def collect(
                 warning("retention_blocked", step=str(step), why=why)
                 break
             verified.add(stands_in)
-        done.append(Given(step, "retire", f"{len(newer)} newer commits, keep={policy.wire}"))
-        if not dry_run:
             # Visible is not durable: those that stand in for it must survive a power cut first.
             for decision in newer[: max(policy.last, NEWER_MIN)]:
                 if decision.id not in durable:
                     await catalog.store.make_durable(keys.commit(decision.id))
                     durable.add(decision.id)
             nbytes = next(c.stored_bytes for c in commits if c.id == step)
-            if await retire(catalog.store, step, f"keep={policy.wire}", nbytes):
-                readback.retired()
-                gone.add(step)
+            if await _wanted_by_now(catalog.store, step) or not await retire(
+                catalog.store, step, f"keep={policy.wire}", nbytes
+            ):
+                continue
+            readback.retired()
+            gone.add(step)
+        done.append(Given(step, "retire", f"{len(newer)} newer commits, keep={policy.wire}"))
     if not dry_run:
         stand = [decision for decision in commits if decision.id not in gone]
         readback.left(stand, verified=verified, held=listing.holds)
@@ -166,6 +168,13 @@ def _left_alone(listing: Listing, damaged: list[StepId], done: list[Given]) -> l
     found = dict.fromkeys(damaged, "its commit record does not hold")
     found |= dict.fromkeys(undecided, "undecided: its ranks may still finish it")
     return [Given(step, "keep", why) for step, why in sorted(found.items())]
+
+
+async def _wanted_by_now(store: Store, step: StepId) -> bool:
+    """Whether somebody has come to hold a step since the listing: to read a newer one back takes
+    minutes where steps are large.
+    """
+    return bool(await store.list(keys.holds(step)))
 
 
 async def _resume_sources(store: Store, attempt: int) -> dict[StepId, str]:

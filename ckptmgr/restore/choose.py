@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ckptmgr.errors import NothingToRestoreError, ObjectNotFoundError, UsageError
 from ckptmgr.repository.breakout import Breakout
-from ckptmgr.repository.catalog import Catalog, StepEntry, standing_steps
+from ckptmgr.repository.catalog import Catalog, StepEntry, list_steps, standing_steps
 from ckptmgr.repository.commit import Decision
 from ckptmgr.repository.line import line_of, sources_of, steps_before
 from ckptmgr.types import StepId
@@ -17,13 +19,15 @@ async def candidates(catalog: Catalog, text: str | None) -> list[StepId]:
         UsageError: `text` is not a step.
     """
     standing = await standing_steps(catalog.store)
-    if text is None:
-        return standing
+    return standing if text is None else _meant(standing, text)
+
+
+def _meant(steps: Iterable[StepId], text: str) -> list[StepId]:
     try:
         attempt, number = StepId.parse(text)
     except ValueError as error:
         raise UsageError(str(error), subject="step") from None
-    return [s for s in standing if s.step == number and attempt in (None, s.attempt)]
+    return [s for s in steps if s.step == number and attempt in (None, s.attempt)]
 
 
 async def candidates_before(catalog: Catalog, text: str) -> tuple[list[StepId], StepId | None]:
@@ -85,3 +89,20 @@ async def find(catalog: Catalog, text: str | None) -> Decision:
     raise NothingToRestoreError(
         f"no committed step {text}" if text else "no committed step", subject=catalog.store.url
     )
+
+
+async def find_held(catalog: Catalog, text: str, hold_id: str) -> StepId:
+    """The newest step that is meant and has that hold. One that was retired in the instant before
+    it was held is found, too: its data stays until it is released.
+
+    Raises:
+        NothingToRestoreError: no committed step is meant.
+        UsageError: what is meant has no such hold.
+        DamageError: its register is damaged.
+    """
+    holds = (await list_steps(catalog.store)).holds
+    held = _meant((step for step, ids in holds.items() if hold_id in ids), text)
+    if held:
+        return max(held)
+    meant = (await find(catalog, text)).id
+    raise UsageError(f"has no hold {hold_id}", subject=f"step {meant}")

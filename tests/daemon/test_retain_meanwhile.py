@@ -1,0 +1,68 @@
+"""Who comes while a collection reads a newer step back, which takes minutes, is heard."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from ckptmgr.config import BUDGET_BYTES
+from ckptmgr.daemon.retain import Given, collect
+from ckptmgr.repository import keys
+from ckptmgr.repository.budget import BufferPool
+from ckptmgr.repository.catalog import Catalog, list_steps
+from ckptmgr.repository.hold import put_hold, release_hold
+from ckptmgr.restore.choose import find_held
+from ckptmgr.store.base import Store
+from ckptmgr.testing import Fault, FaultyStore
+from small_step import memory_store, save_steps
+
+
+async def collected_meanwhile(
+    inner: Store, operation: str, key: str, comes: Callable[[], object]
+) -> list[Given]:
+    """Collect down to two steps; `comes` does its work while the operation is waited for."""
+    gate = asyncio.Event()
+    store = FaultyStore(inner, [Fault(operation=operation, key=key, gate=gate)])
+    collecting = asyncio.create_task(collect(Catalog(store), BufferPool(BUDGET_BYTES), 2))
+    while not any((name, at[: len(key)]) == (operation, key) for name, at in store.operations):
+        await asyncio.sleep(0)
+    await comes()
+    gate.set()
+    return await collecting
+
+
+def test_a_hold_that_comes_during_the_read_back_holds() -> None:
+    async def main() -> None:
+        store = memory_store({})
+        saved = await save_steps(store, (10, 20, 30, 40))
+        oldest = saved[0].id
+        done = await collected_meanwhile(
+            store, "get", "data/", lambda: put_hold(store, oldest, "person", "for the paper")
+        )
+        assert [(str(one.step), one.action) for one in done] == [("1.20", "retire")]
+        assert oldest in (await list_steps(store)).standing()
+        assert (await Catalog(store).decision(oldest)).committed
+        assert await store.list(keys.packs(oldest))
+
+    asyncio.run(main())
+
+
+def test_what_is_retired_in_the_instant_of_its_hold_is_told_of_once_it_is_released() -> None:
+    """Nobody can see a hold that comes behind the last look; the data stays, and so must a way to
+    let go of it.
+    """
+
+    async def main() -> None:
+        store = memory_store({})
+        saved = await save_steps(store, (10, 20, 30))
+        oldest = saved[0].id
+        done = await collected_meanwhile(
+            store, "put_new", "retired/", lambda: put_hold(store, oldest, "person", "")
+        )
+        assert done == [], "it says that it gave up what is still there"
+        assert await find_held(Catalog(store), "10", "person") == oldest
+        await release_hold(store, oldest, "person")
+        done = await collect(Catalog(store), BufferPool(BUDGET_BYTES), 2)
+        assert [(str(one.step), one.action) for one in done] == [("1.10", "delete")]
+
+    asyncio.run(main())
