@@ -133,9 +133,9 @@ async def collect(
                     await catalog.store.make_durable(keys.commit(decision.id))
                     durable.add(decision.id)
             nbytes = next(c.stored_bytes for c in commits if c.id == step)
-            if await _wanted_by_now(catalog.store, step) or not await retire(
-                catalog.store, step, f"keep={policy.wire}", nbytes
-            ):
+            if await _wanted_by_now(catalog.store, step, commits[0].id.attempt):
+                continue
+            if not await retire(catalog.store, step, f"keep={policy.wire}", nbytes):
                 continue
             readback.retired()
             gone.add(step)
@@ -170,11 +170,13 @@ def _left_alone(listing: Listing, damaged: list[StepId], done: list[Given]) -> l
     return [Given(step, "keep", why) for step, why in sorted(found.items())]
 
 
-async def _wanted_by_now(store: Store, step: StepId) -> bool:
-    """Whether somebody has come to hold a step since the listing: to read a newer one back takes
-    minutes where steps are large.
+async def _wanted_by_now(store: Store, step: StepId, attempt: int) -> bool:
+    """Whether somebody holds a step by now, or an attempt from `attempt` on has resumed from it: to
+    read a newer one back takes minutes where steps are large.
     """
-    return bool(await store.list(keys.holds(step)))
+    if await store.list(keys.holds(step)):
+        return True
+    return step in await _resume_sources(store, attempt)
 
 
 async def _resume_sources(store: Store, attempt: int) -> dict[StepId, str]:

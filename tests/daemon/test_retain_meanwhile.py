@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from ckptmgr.config import BUDGET_BYTES
+from ckptmgr.daemon.resume import claim_attempt, decide_resume
 from ckptmgr.daemon.retain import Given, collect
 from ckptmgr.repository import keys
 from ckptmgr.repository.budget import BufferPool
@@ -43,6 +44,25 @@ def test_a_hold_that_comes_during_the_read_back_holds() -> None:
         assert oldest in (await list_steps(store)).standing()
         assert (await Catalog(store).decision(oldest)).committed
         assert await store.list(keys.packs(oldest))
+
+    asyncio.run(main())
+
+
+def test_what_an_attempt_resumes_from_during_the_read_back_stays() -> None:
+    """By a daemon of another host: the attempt may crash, and go back there once more."""
+
+    async def main() -> None:
+        store = memory_store({})
+        saved = await save_steps(store, (10, 20, 30, 40))
+        oldest = saved[0].id
+
+        async def resumes() -> None:
+            attempt, _ = await claim_attempt(store, 1, "")
+            await decide_resume(store, attempt, 0, oldest)
+
+        done = await collected_meanwhile(store, "get", "data/", resumes)
+        assert [(str(one.step), one.action) for one in done] == [("1.20", "retire")]
+        assert oldest in (await list_steps(store)).standing()
 
     asyncio.run(main())
 
