@@ -27,6 +27,7 @@ from ckptmgr.repository.commit import (
     Retired,
     abort_step,
     get_record,
+    has_locked_tags,
     put_record,
     read_record,
 )
@@ -114,7 +115,8 @@ async def collect(
     sources = dict.fromkeys(protected, "a running attempt")
     if len(commits) > NEWER_MIN:
         sources |= await _resume_sources(catalog.store, commits[0].id.attempt)
-    kept = reasons(commits, policy, listing.holds, sources)
+    locked = {one.id for one in commits if has_locked_tags(one, catalog.keyring)}
+    kept = reasons(commits, policy, listing.holds, sources, locked)
     done = [Given(step, "keep", "; ".join(kept[step])) for step in sorted(kept) if dry_run]
     durable: set[StepId] = set()
     verified, gone = set(listing.verified), set[StepId]()

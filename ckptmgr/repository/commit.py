@@ -315,6 +315,12 @@ def readable(decision: Decision, keyring: Keyring) -> Decision:
     return msgspec.structs.replace(decision, tags=tags)
 
 
+def has_locked_tags(decision: Decision, keyring: Keyring) -> bool:
+    """Whether a register has tags that none of these keys opens: `readable` gives it none."""
+    sealed = decision.sealed_tags
+    return isinstance(sealed, Envelope) and sealed.key not in keyring.known
+
+
 async def commit_step(
     store: Store,
     manifests: Sequence[SealedManifest],

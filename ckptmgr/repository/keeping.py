@@ -27,6 +27,7 @@ def reasons(
     keep: Keep,
     holds: Mapping[StepId, Collection[str]],
     sources: Mapping[StepId, str],
+    locked: Collection[StepId] = (),
 ) -> dict[StepId, list[str]]:
     """Why each commit that stays does; whatever is not in the result is wanted by no rule.
 
@@ -37,6 +38,7 @@ def reasons(
         keep: the policy.
         holds: the ids of the holds of each step that is held.
         sources: what running attempts resumed from, and who did.
+        locked: those whose tags can not be read, for want of a key. Any may be among the best.
     """
     newest_first = sorted(commits, key=lambda one: one.id, reverse=True)
     found: dict[StepId, list[str]] = {}
@@ -46,6 +48,7 @@ def reasons(
         _latest_of(newest_first, "hour", HOUR_SECONDS, keep.hourly),
         _latest_of(newest_first, "day", DAY_SECONDS, keep.daily),
         *(_best(newest_first, one) for one in keep.best),
+        *((_locked(newest_first, locked),) if keep.best else ()),
         _held(newest_first, holds),
         _resumed(newest_first, sources),
     ):
@@ -103,6 +106,12 @@ def _best(newest_first: Sequence[Decision], rule: Best) -> Iterator[Reason]:
     which = {"min": "lowest", "max": "highest"}[rule.order]
     for value, step in ranked[: rule.count]:
         yield step, f"{rule.tag}={value:g} is one of the {rule.count} {which}"
+
+
+def _locked(newest_first: Sequence[Decision], locked: Collection[StepId]) -> Iterator[Reason]:
+    for one in newest_first:
+        if one.id in locked:
+            yield one.id, "its tags can not be read without its key, and it may be among the best"
 
 
 def _held(
