@@ -63,7 +63,7 @@ class Job:
     reading: Catalog = field(init=False)
     _following: asyncio.Task[None] | None = None
     _retention: asyncio.Task[None] | None = None
-    _retain_again: bool = False
+    _retain_by: int | str | None = None
     _looked_through: bool = False
     _settled: bool = False
     _superseded: set[int] = field(default_factory=set)
@@ -174,19 +174,22 @@ class Job:
             warning("attempt_superseded", job=self.label, attempt=attempt, newest=newest)
 
     def retain_soon(self, keep: int | str) -> None:
-        """Give old steps up in the background, so that the next snapshot need not wait for it."""
-        self._retain_again = True
+        """Give old steps up in the background, so that the next snapshot need not wait for it.
+        A collection that begins from here on goes by `keep`.
+        """
+        self._retain_by = keep
         if self.mirror is not None:
             self.mirror.committed()
         if not self.collecting:
-            self._retention = asyncio.create_task(self._retain(keep), name=f"retain {self.label}")
+            self._retention = asyncio.create_task(self._retain(), name=f"retain {self.label}")
 
-    async def _retain(self, keep: int | str) -> None:
-        """Collect until no commit has come meanwhile. Failures are logged: the next commit tries
-        again. Only the first collection that works looks at the whole history.
+    async def _retain(self) -> None:
+        """Collect until no commit has come meanwhile, each time by the policy of the last one: the
+        next trainer may have come with a more generous one. Failures are logged: the next commit
+        tries again. Only the first collection that works looks at the whole history.
         """
-        while self._retain_again:
-            self._retain_again = False
+        while (keep := self._retain_by) is not None:
+            self._retain_by = None
             pool, protected = self.background or self.pool, frozenset(self.resumed_from.values())
             try:
                 await collect(

@@ -1,13 +1,16 @@
-"""Who comes while a collection reads a newer step back, which takes minutes, is heard."""
+"""Whoever comes while a collection reads a newer step back, which takes minutes, is heard."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 
-from ckptmgr.config import BUDGET_BYTES
+from ckptmgr.config import BUDGET_BYTES, DaemonSettings
+from ckptmgr.daemon.job import Job
 from ckptmgr.daemon.resume import claim_attempt, decide_resume
 from ckptmgr.daemon.retain import Given, collect
+from ckptmgr.metrics import Metrics
 from ckptmgr.repository import keys
 from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.catalog import Catalog, list_steps
@@ -84,5 +87,34 @@ def test_what_is_retired_in_the_instant_of_its_hold_is_told_of_once_it_is_releas
         await release_hold(store, oldest, "person")
         done = await collect(Catalog(store), BufferPool(BUDGET_BYTES), 2)
         assert [(str(one.step), one.action) for one in done] == [("1.10", "delete")]
+
+    asyncio.run(main())
+
+
+def test_a_policy_that_comes_during_a_collection_is_that_of_the_next(tmp_path: Path) -> None:
+    """The next trainer has come, and keeps more: none of its steps goes by what the last one
+    said.
+    """
+
+    async def main() -> None:
+        url = f"file://{tmp_path}/store"
+        job = Job.open(url, Metrics(), BufferPool(BUDGET_BYTES), DaemonSettings(tmp_path))
+        reads, goes_on = asyncio.Event(), asyncio.Event()
+
+        async def pace(_nbytes: int) -> None:
+            reads.set()
+            await goes_on.wait()
+
+        job.readback.pace = pace  # type: ignore[method-assign]
+        await save_steps(job.store, (10, 20, 30))
+        job.retain_soon(2)
+        await reads.wait()
+        await save_steps(job.store, (40, 50, 60))
+        job.retain_soon(10)
+        goes_on.set()
+        await job.collected()
+        stand = sorted((await list_steps(job.store)).standing())
+        assert [str(step) for step in stand] == ["1.20", "1.30", "2.40", "2.50", "2.60"]
+        await job.aclose()
 
     asyncio.run(main())
