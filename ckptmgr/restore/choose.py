@@ -8,6 +8,7 @@ from ckptmgr.errors import NothingToRestoreError, ObjectNotFoundError, UsageErro
 from ckptmgr.repository.breakout import Breakout
 from ckptmgr.repository.catalog import Catalog, StepEntry, list_steps, standing_steps
 from ckptmgr.repository.commit import Decision
+from ckptmgr.repository.envelope import Envelope
 from ckptmgr.repository.line import line_of, sources_of, steps_before
 from ckptmgr.types import StepId
 
@@ -38,6 +39,7 @@ async def candidates_before(catalog: Catalog, text: str) -> tuple[list[StepId], 
 
     Raises:
         UsageError: `text` is no expression.
+        LockedError: a step that it might have held for first has tags whose key is not given.
     """
     breakout = Breakout.parse(text)
     standing = await standing_steps(catalog.store)
@@ -49,6 +51,10 @@ async def candidates_before(catalog: Catalog, text: str) -> tuple[list[StepId], 
     sources = await sources_of(catalog.store, {step.attempt for step in commits})
     line = line_of(newest, commits, sources)
     before, broke_out = steps_before(breakout, commits.values(), line)
+    looked_at = line if broke_out is None else line[: line.index(broke_out)]
+    for one in (commits[step] for step in looked_at if step in commits):
+        if isinstance(one.sealed_tags, Envelope):
+            catalog.keyring.key_of(one.sealed_tags, subject=f"step {one.id} on the way there")
     return [step for step in before if step in set(standing)], broke_out
 
 
