@@ -73,6 +73,7 @@ class Adopter:
         self._root, self._job, self._pipeline, self._codec = root, job, pipeline, codec
         self._keyring = job.catalog.keyring
         self._attempt, self._nonce = 0, ""
+        self._in_doubt = False
         self.known = Known()
 
     async def learn(self) -> None:
@@ -88,14 +89,17 @@ class Adopter:
                 for entry in await self._job.catalog.entries():
                     if entry.decision is not None and entry.decision.committed:
                         known.add(entry.decision)
-        self.known = known
+        self.known, self._in_doubt = known, False
 
     async def is_known(self, candidate: Candidate) -> bool:
         """Whether a candidate was adopted: it has the times it had then, or the bytes.
 
         Raises:
             TornSnapshotError: it changes.
+            StoreError: what became of the last one can not be read.
         """
+        if self._in_doubt:
+            await self.learn()
         if (candidate.name, candidate.digest) in self.known.stats:
             return True
         if candidate.name not in self.known.names:
@@ -124,7 +128,9 @@ class Adopter:
         event("watch_adopting", source=candidate.name, step=str(step), bytes=candidate.nbytes)
         try:
             decision = await self._commit(candidate, step)
-        except CkptmgrError:
+        except CkptmgrError as error:
+            # The store may have the COMMIT, and only its answer was lost.
+            self._in_doubt = isinstance(error, StoreError)
             attempt, self._attempt = self._attempt, 0
             with contextlib.suppress(StoreError):  # else collection deletes it
                 if await self._discarded(step):

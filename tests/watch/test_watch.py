@@ -168,6 +168,34 @@ def test_of_two_that_watch_for_one_store_the_older_ends(root: Path, store: Path)
     asyncio.run(main())
 
 
+def test_a_commit_whose_answer_was_lost_is_not_made_twice(
+    root: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_new, lost = LocalStore.put_new, 0
+
+    async def lose_an_answer(self: LocalStore, key: str, buffers: Buffers) -> PutResult:
+        nonlocal lost
+        found = await put_new(self, key, buffers)
+        if key.startswith("commit/") and not lost:
+            lost += 1
+            (root / "model-8.safetensors").write_bytes(saved_by_safetensors(b"next"))
+            raise StorePermissionError("no", subject=key)
+        return found
+
+    async def watched() -> None:
+        given = root, str(store), Keep.of("3"), [], 0.1, "auto"
+        watch = asyncio.create_task(_watch(*given, once=False))
+        while not any((store / "commit").rglob("*8")):
+            await asyncio.sleep(0.05)
+        watch.cancel()
+        await asyncio.gather(watch, return_exceptions=True)
+
+    monkeypatch.setattr(LocalStore, "put_new", lose_an_answer)
+    (root / "model-7.safetensors").write_bytes(saved_by_safetensors(b"first"))
+    asyncio.run(watched())
+    assert [entry.id.step for entry in commits_of(store)] == [7, 8]
+
+
 def test_files_that_are_replaced_after_their_manifest_was_put_are_adopted_as_they_are(
     root: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
