@@ -20,10 +20,17 @@ from ckptmgr.errors import (
 from ckptmgr.repository import keys
 from ckptmgr.repository.budget import in_thread
 from ckptmgr.repository.catalog import exists
-from ckptmgr.repository.commit import Decision, check_format, commit_step, put_witness
+from ckptmgr.repository.commit import (
+    Decision,
+    check_format,
+    commit_step,
+    has_locked_tags,
+    put_witness,
+)
+from ckptmgr.repository.envelope import Envelope
 from ckptmgr.repository.hold import host_name
 from ckptmgr.restore.adopted import CONTENT, SOURCE, STAT
-from ckptmgr.types import StepId
+from ckptmgr.types import StepId, StepState
 from ckptmgr.watch.found import Candidate
 from ckptmgr.watch.origin import FilesOrigin, Pieces, content_of, snapshot_of
 from ckptmgr.watch.settling import Newest, step_for
@@ -79,16 +86,26 @@ class Adopter:
     async def learn(self) -> None:
         """Read what the store holds.
 
+        A retired step whose key was taken away tells nothing any more, and need not: what is
+        older than the newest step is not adopted.
+
         Raises:
             UsageError: it holds the steps of something else.
+            LockedError: it holds a step that stands, and whose key is not given.
             StoreError: it can not be read.
         """
         known = Known()
         with contextlib.suppress(NothingToRestoreError):
             if await check_format(self._job.store, create=False):
                 for entry in await self._job.catalog.entries():
-                    if entry.decision is not None and entry.decision.committed:
-                        known.add(entry.decision)
+                    found = entry.decision
+                    if found is None or not found.committed:
+                        continue
+                    if has_locked_tags(found, self._keyring) and entry.state is StepState.RETIRED:
+                        continue
+                    if isinstance(found.sealed_tags, Envelope):
+                        self._keyring.key_of(found.sealed_tags, subject=f"step {found.id}")
+                    known.add(found)
         self.known, self._in_doubt = known, False
 
     async def is_known(self, candidate: Candidate) -> bool:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 import signal
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ import typer
 from called import call
 from ckptmgr.cli import app
 from ckptmgr.commands.watching import _watch
-from ckptmgr.errors import StorePermissionError, SupersededError, UsageError
+from ckptmgr.daemon.retain import retire
+from ckptmgr.errors import LockedError, StorePermissionError, SupersededError, UsageError
 from ckptmgr.keep import Keep
-from ckptmgr.store.base import Buffers, PutResult
+from ckptmgr.store.base import Buffers, PutResult, Store
 from ckptmgr.store.local import LocalStore
 from ckptmgr.types import StepId
-from small_step import made_in_memory, write_tree
+from security.forged import OURS, RING
+from small_step import made_in_memory, save_steps, write_tree
 from watch.test_whole import dcp, trainer, write
 from watch.trainer_writer import files_of, saved_by_safetensors, saved_by_torch
 from watch.watching import Watch, commits_of, restored, tree_of
@@ -140,6 +143,20 @@ def test_the_steps_of_a_job_are_not_mixed_with(root: Path, tmp_path: Path) -> No
         adopt(root, tmp_path / "job")
     with pytest.raises(UsageError, match="is a state, and not files"):
         restored(tmp_path / "job", StepId(1, 20))
+
+
+def test_a_key_whose_steps_are_all_retired_may_go(root: Path, store: Path) -> None:
+    async def use(work: Callable[[Store], Awaitable[object]]) -> None:
+        opened = LocalStore(str(store))
+        await work(opened)
+        await opened.aclose()
+
+    trainer(root)
+    asyncio.run(use(lambda opened: save_steps(opened, (10,), keyring=RING)))
+    with pytest.raises(LockedError, match=f"step 1.10: was encrypted with key {OURS.id}"):
+        adopt(root, store)
+    asyncio.run(use(lambda opened: retire(opened, StepId(1, 10), "by the test")))
+    assert [one["id"] for one in adopt(root, store)["adopted"]] == ["2.20"]
 
 
 def test_it_hears_of_what_appears_and_ends_when_told(root: Path, store: Path) -> None:
