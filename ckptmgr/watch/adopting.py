@@ -132,6 +132,7 @@ class Adopter:
 
         Raises:
             TornSnapshotError: it changed meanwhile; nothing of it is left.
+            OSError: a file of it can not be read; nothing of it is left.
             SupersededError: another process watches for the same store.
             StoreError: the store failed.
         """
@@ -145,7 +146,7 @@ class Adopter:
         event("watch_adopting", source=candidate.name, step=str(step), bytes=candidate.nbytes)
         try:
             decision = await self._commit(candidate, step)
-        except CkptmgrError as error:
+        except (CkptmgrError, OSError) as error:
             # The store may have the COMMIT, and only its answer was lost.
             self._in_doubt = isinstance(error, StoreError)
             attempt, self._attempt = self._attempt, 0

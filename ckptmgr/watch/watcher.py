@@ -160,10 +160,13 @@ class Watcher:
             try:
                 await self._judge(candidate)
                 self._judged[candidate.name] = candidate
-            except (TornSnapshotError, OSError) as error:
+            except (TornSnapshotError, FileNotFoundError, NotADirectoryError) as error:
                 warning("watch_torn", source=candidate.name, why=str(error).partition("\n")[0])
                 self._seen.pop(candidate.name, None)  # to be quiet anew
                 return self._quiet_seconds
+            except OSError as error:  # until somebody changes it, or its mode
+                self._leave(candidate, f"can not be read: {error}".partition("\n")[0])
+                self._judged[candidate.name] = candidate
         return next_look(self._seen, self._quiet_seconds, time.monotonic())
 
     async def _judge(self, candidate: Candidate) -> None:

@@ -22,11 +22,13 @@ from ckptmgr.keep import Keep
 from ckptmgr.store.base import Buffers, PutResult, Store
 from ckptmgr.store.local import LocalStore
 from ckptmgr.types import StepId
+from ckptmgr.watch import adopting, watcher
+from ckptmgr.watch.found import Candidate
 from security.forged import OURS, RING
 from small_step import made_in_memory, save_steps, write_tree
 from watch.test_whole import dcp, trainer, write
 from watch.trainer_writer import files_of, saved_by_safetensors, saved_by_torch
-from watch.watching import Watch, commits_of, restored, tree_of
+from watch.watching import PATIENCE_SECONDS, Watch, commits_of, restored, tree_of
 
 
 def adopt(root: Path, store: Path, keep: str = "3") -> Any:
@@ -115,6 +117,35 @@ def test_what_is_not_whole_is_left_and_told(root: Path, store: Path) -> None:
     assert document["adopted"] == []
     assert [one["source"] for one in document["left"]] == ["checkpoint-20", "model-5.pt"]
     assert not store.exists(), "a store was made for nothing"
+
+
+@pytest.mark.parametrize("at", ["flaw_of", "Pieces"])
+def test_what_can_not_be_read_is_left_and_holds_nothing_up(
+    root: Path, store: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """Of another user's files, for example; with --once it must end all the same."""
+    for step in (7, 8):
+        (root / f"model-{step}.safetensors").write_bytes(saved_by_safetensors(b"whole"))
+        os.utime(root / f"model-{step}.safetensors", (step, step))
+    module: Any = {"flaw_of": watcher, "Pieces": adopting}[at]
+    reads = getattr(module, at)
+
+    def refused(where: Any, candidate: Candidate) -> Any:
+        if candidate.number == 7:
+            raise PermissionError(13, "Permission denied", candidate.name)
+        return reads(where, candidate)
+
+    async def once() -> Any:
+        watching = _watch(root, str(store), Keep(), [], 0.1, "auto", once=True)
+        return await asyncio.wait_for(watching, PATIENCE_SECONDS)
+
+    monkeypatch.setattr(module, at, refused)
+    document = asyncio.run(once())
+    assert [one["source"] for one in document["adopted"]] == ["model-8.safetensors"]
+    (left,) = document["left"]
+    assert left["source"] == "model-7.safetensors"
+    assert left["why"].startswith("can not be read: ")
+    assert "Permission denied" in left["why"]
 
 
 @pytest.mark.parametrize(
