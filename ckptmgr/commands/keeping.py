@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated, Any
 
 import typer
@@ -9,7 +10,7 @@ import typer
 from ckptmgr import present
 from ckptmgr.commands.app import Json, Url, command, out, with_store
 from ckptmgr.config import BUDGET_BYTES
-from ckptmgr.errors import UsageError
+from ckptmgr.errors import DamageError, UsageError
 from ckptmgr.keep import Keep
 
 Last = Annotated[
@@ -71,15 +72,29 @@ def gc(
 
     A step stays if one of the --keep options wants it, if it is held, or if a running attempt
     resumed from it. One is given up only behind two newer ones, one of which was read back whole.
+    What does not hold then is told, and the exit status is 3.
     """
+    from ckptmgr.daemon import log
+    from ckptmgr.daemon.readback import ReadBack
     from ckptmgr.daemon.retain import collect
     from ckptmgr.repository.budget import BufferPool
 
     policy = policy_of(keep, keep_every, keep_hourly, keep_daily, keep_best)
 
+    log.configure(level=logging.WARNING)
+    readback = ReadBack()
+
     async def use(catalog: Any) -> list[dict[str, Any]]:
-        done = await collect(catalog, BufferPool(BUDGET_BYTES), policy, dry_run=dry_run)
+        pool = BufferPool(BUDGET_BYTES)
+        done = await collect(catalog, pool, policy, readback=readback, dry_run=dry_run)
         return [{**g.step.document(), "action": g.action, "why": g.why} for g in done]
 
     done = with_store(url, use)
     out(done, as_json, lambda: present.collected(done, dry_run=dry_run))
+    if readback.found_damaged:
+        steps = ", ".join(map(str, sorted(readback.found_damaged, reverse=True)))
+        raise DamageError(
+            f"read back, these steps do not hold: {steps}",
+            subject=url,
+            hint="Run `ckptmgr verify URL --all`; docs/runbook.md tells what to do.",
+        )

@@ -68,11 +68,11 @@ class _HumanLines(logging.Formatter):
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
-def configure(stream: TextIO = sys.stderr, *, debug: bool = False) -> None:
-    """Send the events of this process to `stream`."""
+def configure(stream: TextIO = sys.stderr, *, level: int = logging.INFO) -> None:
+    """Send the events of this process to `stream`, from `level` on."""
     target = logging.StreamHandler(stream)
     target.setFormatter(_HumanLines() if stream.isatty() else _JsonLines())
     for logger in LOGGERS:
         logger.handlers[:] = [target]
-    _LOGGER.setLevel(logging.DEBUG if debug else logging.INFO)
+    _LOGGER.setLevel(level)
     _LOGGER.propagate = False

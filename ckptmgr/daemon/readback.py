@@ -18,7 +18,10 @@ store that is written to all the time must still be collected, or it fills up.""
 
 
 class ReadBack:
-    """How fast commits of one job may be read back, and what came of it."""
+    """How fast commits of one job may be read back, and what came of it.
+
+    `found_damaged` are commits that this collection read back, and that do not hold.
+    """
 
     def __init__(self, label: str = "", metrics: Metrics | None = None, gbps: float = 0.0) -> None:
         self._label = label
@@ -28,10 +31,12 @@ class ReadBack:
         self._quiet = asyncio.Event()
         self._quiet.set()
         self._patience_seconds = 0.0
+        self.found_damaged: set[StepId] = set()
 
     def begin(self) -> None:
         """A collection begins: it may wait for saves anew."""
         self._patience_seconds = GIVE_WAY_SECONDS_MAX
+        self.found_damaged.clear()
 
     @contextmanager
     def saving(self) -> Iterator[None]:
@@ -62,8 +67,9 @@ class ReadBack:
         if self._metrics is not None:
             self._metrics.verified.labels(self._label).inc()
 
-    def damaged(self) -> None:
+    def damaged(self, step: StepId) -> None:
         """A commit was read back, and does not hold."""
+        self.found_damaged.add(step)
         if self._metrics is not None:
             self._metrics.readback_damage.labels(self._label).inc()
 

@@ -236,7 +236,7 @@ async def _one_verified(
             await mark_verified(catalog.store, decision.id)
             readback.verified()
             return decision.id
-        readback.damaged()
+        readback.damaged(decision.id)
         job, found = label_of(catalog.store.url), damage[0]
         warning("damaged", job=job, step=str(decision.id), key=found.key, what=found.what)
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
@@ -175,6 +176,18 @@ def test_3_damage(store: Path, kind: str) -> None:
 def test_3_show(store: Path) -> None:
     spoil(store, 2, 2, "man")
     check_error(call("show", store), 3, "man/00000002/000000000002/000000", "hint: ")
+
+
+def test_3_what_a_collection_reads_back_and_does_not_hold(store: Path) -> None:
+    for attempt, step in ((2, 2), (1, 3)):
+        spoil(store, attempt, step)
+    found = call("gc", store, "--keep=2", "--json")
+    assert (found.status, [one["id"] for one in found.document]) == (3, ["1.1"])
+    *told, error, hint = found.err.splitlines()
+    codes = {json.loads(one)["code"] for one in told}
+    assert codes == {"CKM1802", "CKM1804"}, "damaged, and retention_blocked for the next step"
+    assert error == f"ckptmgr: {store}: read back, these steps do not hold: 2.2, 1.3"
+    assert hint.startswith("hint: Run `ckptmgr verify URL --all`")
 
 
 def test_3_nothing_holds(store: Path, tmp_path: Path) -> None:
