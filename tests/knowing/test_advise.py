@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -21,11 +22,13 @@ from ckptmgr.advise import (
     overhead,
     young_daly,
 )
+from ckptmgr.commands.knowing import _measured
 from ckptmgr.config import GIB
 from ckptmgr.goodput import Goodput, Restart
 from ckptmgr.rank.schedule import parse_every
 from ckptmgr.repository.history import History
 from ckptmgr.types import StepId
+from driven import Daemon
 from knowing.jobs import trained
 
 stalls = st.floats(1e-3, 600)
@@ -141,6 +144,15 @@ def test_the_command_reads_the_history(runtime: Path, store_url: str) -> None:
     lines = call("advise", store_url, "--mtbf-hours=3").out.splitlines()
     assert lines[0].startswith('every="')
     assert "as you say" in "\n".join(lines)
+
+
+def test_the_daemon_of_this_host_is_asked_past_any_proxy(
+    runtime: Path, store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setattr(urllib.request, "_opener", None)  # as in a process that is new
+    with Daemon(runtime):
+        assert _measured(store_url) == Measured(None, None), "the daemon knows no job yet"
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,17 @@ def test_the_sidecars_commands_work(runtime: Path, capfd: pytest.CaptureFixture[
     assert "refused" in capfd.readouterr().err
 
 
+def test_the_probes_ask_no_proxy(runtime: Path) -> None:
+    """Of a cluster whose pods are given HTTP_PROXY and no NO_PROXY; it would be a healthy sidecar
+    that is killed.
+    """
+    environment = {**os.environ, "PYTHONPATH": PYTHON_PATH, "http_proxy": "http://127.0.0.1:9"}
+    with Daemon(runtime, "--metrics-port", "0") as daemon:
+        port = str(daemon.status()["metrics_port"])
+        probing = [sys.executable, "-m", "ckptmgr_kubernetes.probe", "/healthz", port]
+        subprocess.run(probing, env=environment, check=True)
+
+
 def test_a_pod_has_the_grace_of_its_manifest(monkeypatch: pytest.MonkeyPatch) -> None:
     assert PodSource().seconds_left(signal.SIGTERM) == 30
     monkeypatch.setenv("CKPTMGR_GRACE_SECONDS", "90")

@@ -13,12 +13,15 @@ from ckptmgr_kubernetes import METRICS_PORT
 
 SECONDS_MAX = 5.0
 
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Past the proxies that the environment names: at none of them is 127.0.0.1 this pod."""
+
 
 def main(path: str, port: int = METRICS_PORT) -> int:
     """Ask; 0 for an answer that is well, 1 for any other and for none."""
     url = f"http://127.0.0.1:{port}{path}"
     try:
-        with urllib.request.urlopen(url, timeout=SECONDS_MAX):
+        with DIRECT.open(url, timeout=SECONDS_MAX):
             return 0
     except (urllib.error.URLError, OSError) as error:
         sys.stderr.write(f"{url}: {error}\n")
