@@ -17,6 +17,7 @@ from ckptmgr.errors import (
     RegisterConflictError,
     StoreError,
     StoreUnreachableError,
+    UsageError,
 )
 from ckptmgr.repository import keys
 from ckptmgr.repository.catalog import Catalog, decided_steps, exists
@@ -37,7 +38,7 @@ from ckptmgr.repository.record import Kind
 from ckptmgr.repository.rules import LOTS, next_attempt, resume_order
 from ckptmgr.store.base import PutResult, Store
 from ckptmgr.store.lanes import in_lanes
-from ckptmgr.types import Outcome, Reach, Snapshot, StepId
+from ckptmgr.types import ATTEMPT_MAX, Outcome, Reach, Snapshot, StepId
 
 DECISION_SECONDS_MAX = 30.0
 """How long a daemon leaves a resume decision to that of rank 0; then it decides itself."""
@@ -79,12 +80,19 @@ async def claim_attempt(store: Store, world: int, run_id: str) -> tuple[int, str
 
     Raises:
         UnsupportedFormatError: the store was written by a newer ckptmgr.
+        UsageError: the job has used up the numbers of attempts.
     """
     await check_format(store, create=True)
     nonce = secrets.token_hex(16)
     while True:
         taken = [keys.parse_attempt(key) or 0 for key in await store.list("attempts/")]
         attempt = next_attempt(taken, lot=0 if store.exclusive else 1 + secrets.randbelow(LOTS - 1))
+        if attempt > ATTEMPT_MAX:
+            raise UsageError(
+                f"has no number left after attempt {max(taken)}",
+                subject=store.url,
+                hint="Give the job a new URL; `ckptmgr.load` reads the steps of this one.",
+            )
         claim = Claim(attempt, nonce, world, host_name(), run_id, time.time())
         result = await put_record(store, Kind.CLAIM, keys.claim(attempt), claim)
         if result is PutResult.OK:

@@ -34,7 +34,7 @@ from ckptmgr.rank.resuming import Resuming
 from ckptmgr.rank.saving import Saving
 from ckptmgr.rank.schedule import parse_every
 from ckptmgr.staging.hostbuffer import TAGS_BYTES_MAX, round_up
-from ckptmgr.types import PAGE_BYTES, StepId
+from ckptmgr.types import PAGE_BYTES, STEP_MAX, StepId
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -345,6 +345,12 @@ class Checkpointer:
             number = -1
         if number < 0:
             raise UsageError(f"{step!r} is not a step", subject="step")
+        if number > STEP_MAX:
+            raise UsageError(
+                f"is greater than {STEP_MAX}, the greatest step that can be named",
+                subject=f"step {number}",
+                hint="Count steps of the optimizer, not tokens or milliseconds: tags= takes those.",
+            )
         if number <= self._last_step:
             raise StepOrderError(f"comes after step {self._last_step}", subject=f"step {number}")
         self._last_step = number

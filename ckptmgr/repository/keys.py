@@ -9,6 +9,7 @@ from ckptmgr.types import StepId
 
 FORMAT = "format"
 
+_ATTEMPT_KEY = re.compile(r"attempts/(\d{8})/.+", re.ASCII)
 _STEP_KEY = re.compile(r"[a-z]+/(\d{8})/(\d{12})(?:/.+)?", re.ASCII)
 _STEP_NAME = re.compile(r"\d{8}/\d{12}", re.ASCII).fullmatch
 
@@ -128,7 +129,5 @@ def parse_rank(key: str) -> int | None:
 
 def parse_attempt(key: str) -> int | None:
     """The attempt that a key of attempts/ belongs to."""
-    parts = key.split("/")
-    return (
-        int(parts[1]) if parts[0] == "attempts" and len(parts) > 2 and parts[1].isdigit() else None
-    )
+    match = _ATTEMPT_KEY.fullmatch(key)
+    return int(match[1]) if match else None

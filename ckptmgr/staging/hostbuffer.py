@@ -36,6 +36,7 @@ from ckptmgr.staging.sharedmap import SharedMap, memory_barrier
 from ckptmgr.types import (
     MALFORMED,
     PAGE_BYTES,
+    STEP_MAX,
     Binding,
     Outcome,
     SlotState,
@@ -304,14 +305,13 @@ class HostBuffer:
         fields = _SEALED.unpack(record)
         inside = (
             fields[0] == generation
+            and fields[2] <= STEP_MAX
             and not any(reserved)
             and table_bytes_needed(fields[6], fields[7]) <= self.capacity.table_bytes
             and fields[8] <= self.capacity.data_bytes
         )
         if xxhash.xxh3_128_digest(record) != digest or not inside:
-            raise HostBufferDamagedError(
-                f"sealed record of slot {slot} does not hold", subject=str(self.path)
-            )
+            raise self._damaged(f"sealed record of slot {slot} does not hold")
         return Snapshot(
             slot=slot,
             generation=generation,
@@ -326,6 +326,9 @@ class HostBuffer:
             sealed_at=fields[9],
             stall_seconds=fields[10],
         )
+
+    def _damaged(self, why: str) -> HostBufferDamagedError:
+        return HostBufferDamagedError(why, subject=str(self.path))
 
     def snapshots(self) -> list[Snapshot]:
         """All sealed snapshots, oldest first."""
@@ -356,15 +359,11 @@ class HostBuffer:
             )
         hashes = (xxhash.xxh3_128_digest(layout), xxhash.xxh3_128_digest(values))
         if hashes != (fields[11], fields[12]):
-            raise HostBufferDamagedError(
-                f"table of slot {snapshot.slot} does not hold", subject=str(self.path)
-            )
+            raise self._damaged(f"table of slot {snapshot.slot} does not hold")
         try:
             tags, plain = _decode_values(values)
         except MALFORMED as error:
-            raise HostBufferDamagedError(
-                f"values can not be read: {error}", subject=str(self.path)
-            ) from error
+            raise self._damaged(f"values can not be read: {error}") from error
         return Table(layout, plain, tags)
 
     def begin(self, slot: int) -> SlotWriter:

@@ -14,6 +14,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from ckptmgr.restore.adopted import check_path
+from ckptmgr.types import STEP_MAX
 
 FILES_MAX = 100_000
 """Files of one candidate; a directory that has more is no checkpoint that anybody writes."""
@@ -85,7 +86,8 @@ class Candidate:
     def number(self) -> int | None:
         """The step in its name: the last number in it."""
         numbers = re.findall(r"\d+", self.name.rpartition(".")[0] or self.name)
-        return int(numbers[-1]) if numbers and len(numbers[-1]) <= 12 else None
+        number = int(numbers[-1]) if numbers else None
+        return number if number is not None and number <= STEP_MAX else None
 
     @property
     def digest(self) -> str:

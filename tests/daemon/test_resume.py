@@ -26,15 +26,17 @@ from ckptmgr.daemon.resume import (
     standing_of,
     usable_in_memory,
 )
-from ckptmgr.errors import RegisterConflictError, StoreUnreachableError
+from ckptmgr.errors import RegisterConflictError, StoreUnreachableError, UsageError
 from ckptmgr.repository import keys
 from ckptmgr.repository.catalog import Catalog
 from ckptmgr.repository.commit import (
     FROM_SCRATCH,
     Active,
+    Claim,
     Decision,
     Have,
     abort_step,
+    check_format,
     decide,
     get_record,
     put_record,
@@ -46,7 +48,7 @@ from ckptmgr.store.base import Store
 from ckptmgr.store.memory import MemoryStore
 from ckptmgr.store.registry import open_store
 from ckptmgr.testing import Fault, FaultyStore
-from ckptmgr.types import Outcome, Snapshot, StepId
+from ckptmgr.types import ATTEMPT_MAX, Outcome, Snapshot, StepId
 
 STEPS = st.builds(StepId, st.integers(1, 4), st.integers(0, 6))
 
@@ -82,6 +84,32 @@ def test_memory_is_usable_unless_its_step_was_given_up(pairs: list[tuple[int, Ou
 
 
 # ---- claims -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exclusive", [True, False])
+def test_the_numbers_of_attempts_end_with_an_error(exclusive: bool) -> None:
+    async def main() -> None:
+        store = memory_store()
+        store.exclusive = exclusive
+        await check_format(store, create=True)
+        last = ATTEMPT_MAX if exclusive else ATTEMPT_MAX - 5
+        claim = Claim(last, "a" * 32, 1, "host", "", 0.0)
+        await put_record(store, Kind.CLAIM, keys.claim(last), claim)
+        with pytest.raises(UsageError, match=f"no number left after attempt {last}"):
+            await claim_attempt(store, 1, "")
+        assert await store.list("attempts/") == [keys.claim(last)]
+
+    asyncio.run(main())
+
+
+def test_a_stray_key_is_no_attempt() -> None:
+    async def main() -> None:
+        store = memory_store()
+        for stray in ("999999999/claim", "9999999/claim", "99999999x/claim", "99999999"):
+            await store.put_new(f"attempts/{stray}", [])
+        assert (await claim_attempt(store, 1, ""))[0] == 1
+
+    asyncio.run(main())
 
 
 def test_attempts_are_counted_from_one() -> None:

@@ -34,6 +34,7 @@ from ckptmgr.errors import (
 )
 from ckptmgr.staging.control import Stated, Status
 from ckptmgr.staging.launch import connect
+from ckptmgr.types import STEP_MAX
 from processes import end_processes_of, needs_root, owners_of
 
 
@@ -108,6 +109,8 @@ def test_steps_must_increase(runtime: Path, store_url: str) -> None:
         for wrong in (-1, 1.0, "4", True):
             with pytest.raises(UsageError):
                 ckpt.step(wrong)  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match="the greatest step that can be named"):
+            ckpt.save(STEP_MAX + 1)
         ckpt.step(np.int64(4))  # type: ignore[arg-type]
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from ckptmgr.errors import HostBufferDamagedError, HostMemoryError, TornSnapshotError
 from ckptmgr.staging.bufferfile import Capacity
 from ckptmgr.staging.hostbuffer import HostBuffer
-from ckptmgr.types import PAGE_BYTES, Binding, Outcome, SlotState, Snapshot, Tags
+from ckptmgr.types import PAGE_BYTES, STEP_MAX, Binding, Outcome, SlotState, Snapshot, Tags
 from crash import peek
 from processes import needs_root
 from sealing import BINDING, CAPACITY, LAYOUT, LAYOUT_HASH, seal
@@ -112,6 +112,12 @@ def test_a_snapshot_that_does_not_fit_is_not_sealed(buffer: HostBuffer) -> None:
     with pytest.raises(HostMemoryError, match="does not fit"):
         seal(buffer, 0, 1, values=bytes(CAPACITY.table_bytes))
     assert buffer.snapshot(0) is None
+
+
+def test_a_step_without_a_name_is_refused(buffer: HostBuffer) -> None:
+    assert seal(buffer, 0, STEP_MAX).step == STEP_MAX
+    with pytest.raises(HostBufferDamagedError, match="slot 1 does not hold"):
+        seal(buffer, 1, STEP_MAX + 1)
 
 
 def test_a_reused_slot_is_noticed(buffer: HostBuffer) -> None:

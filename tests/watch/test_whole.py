@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from ckptmgr.types import STEP_MAX
 from ckptmgr.watch.found import Kind, opened_root, scan, scan_one
 from ckptmgr.watch.whole import flaw_of, said_of
 from watch.trainer_writer import Files, files_of, saved_by_safetensors, saved_by_torch
@@ -73,6 +74,7 @@ def test_what_is_whole_has_no_flaw(tmp_path: Path) -> None:
     assert flaw(tmp_path, "checkpoint-20") == ""
     (tmp_path / "model-5.pt").write_bytes(saved_by_torch(b"x" * 100))
     (tmp_path / "model-6.safetensors").write_bytes(saved_by_safetensors(b"x" * 100))
+    (tmp_path / f"at-{STEP_MAX + 1}.pt").write_bytes(saved_by_torch(b"x"))  # no step: too great
     for name in ("model-5.pt", "model-6.safetensors"):
         assert flaw(tmp_path, name) == ""
     kinds = {one.name: (one.kind, one.number) for one in scan(tmp_path)}
