@@ -24,7 +24,6 @@ from ckptmgr.errors import (
     CkptmgrError,
     DaemonError,
     DamageError,
-    ObjectNotFoundError,
     StoreError,
     UsageError,
 )
@@ -317,11 +316,12 @@ class Requests:
         if not self._known((session.nonce, step)):
             return control.Waited(int(Outcome.UNDECIDED), failure or "still being written")
         try:
-            decision = await session.job.catalog.decision(StepId(session.attempt, step))
-        except ObjectNotFoundError:
-            return control.Waited(int(Outcome.ABORTED), "superseded before it was stored")
+            # Who put it may have been killed amid its put: visible is not durable.
+            decision = await session.job.catalog.registered(StepId(session.attempt, step))
         except StoreError as error:
             return control.Waited(int(Outcome.UNDECIDED), str(error))
+        if decision is None:
+            return control.Waited(int(Outcome.ABORTED), "superseded before it was stored")
         ours = decision.committed and decision.nonce == session.nonce
         outcome = Outcome.COMMITTED if ours else Outcome.ABORTED
         return control.Waited(int(outcome), decision.why)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -348,6 +349,19 @@ def test_an_abort_is_told_only_when_it_is_durable(runtime: Path, rig: Rig) -> No
         rig.obey()
         daemon.await_event("given_up")
     assert states(rig)["1.2"] is StepState.ABORTED
+
+
+def test_what_the_next_daemon_tells_of_a_step_is_durable_before(runtime: Path, rig: Rig) -> None:
+    """The register may be one that a killed daemon had put, and not yet made durable."""
+    with Daemon(runtime) as first, Rank(runtime, rig.url) as rank:
+        rank.save(1)
+        assert rank.wait(1).outcome == Outcome.COMMITTED
+        first.end(signal.SIGKILL)
+        asked = len(rig.operations())
+        with Daemon(runtime):
+            assert rank.wait(1).outcome == Outcome.COMMITTED
+        of_register = [name for name, key in rig.operations()[asked:] if key == f"commit/{ONE}"]
+        assert of_register[0] == "make_durable"
 
 
 def test_files_that_are_no_buffers_are_left_alone(runtime: Path, rig: Rig) -> None:
