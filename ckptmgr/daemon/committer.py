@@ -96,7 +96,7 @@ class Committer:
 
         Raises:
             RegisterConflictError: something of the step belongs to another incarnation.
-            DamageError: a manifest or the register does not hold.
+            DamageError: a manifest or the register does not hold, or is not to be trusted.
         """
         step, world = manifest.manifest.id, manifest.manifest.world
         watch = self._watches.get(step)
@@ -198,7 +198,7 @@ class Committer:
         if watch.world > 1:
             gap = await in_thread(self._uncovered, manifests)
             if gap:
-                return await abort_step(self._store, step, gap)
+                return await abort_step(self._store, step, gap, self._catalog.keyring)
         parent = self._parents.get(watch.nonce) or await parent_of(self._catalog, step)
         return await commit_step(self._store, manifests, parent, self._catalog.keyring)
 
@@ -259,7 +259,7 @@ class Committer:
         if not decides:
             return abort_of(watch.id, "the daemon of rank 0, which decides, is silent")
         why = f"no manifest of {_ranks(missing)} of {watch.world} in {self._stuck_seconds:g} s"
-        return await abort_step(self._store, watch.id, why)
+        return await abort_step(self._store, watch.id, why, self._catalog.keyring)
 
     async def _all_manifests(self, watch: Watch) -> list[SealedManifest]:
         """All manifests of a step, those of others checked and made durable."""

@@ -263,10 +263,16 @@ class Drainer:
             return
         may = may_decide(self._job.store.exclusive, (part.rank,))
         if may and not isinstance(error, RegisterConflictError):
-            decision = await abort_step(self._job.store, part.id, why)
-            if decision.committed:
-                await self._finish(part, decision)
-                return
+            keyring = self._job.catalog.keyring
+            try:
+                decision = await abort_step(self._job.store, part.id, why, keyring)
+            except DamageError as damage:
+                # Nobody can decide the step any more, and what is behind it must not wait.
+                error = damage
+            else:
+                if decision.committed:
+                    await self._finish(part, decision)
+                    return
         await self._given_up(part, str(error))
 
     async def drained(self, seconds: float) -> bool:

@@ -16,6 +16,7 @@ from ckptmgr.daemon.resume import Standing, newest_active, put_active, standing_
 from ckptmgr.daemon.spool import Spool
 from ckptmgr.errors import (
     CkptmgrError,
+    DamageError,
     RegisterConflictError,
     StoreError,
     StoreFullError,
@@ -353,11 +354,16 @@ class Writer:
         await self._held.settle(snapshot, Outcome.ABORTED, str(error))
 
     async def _abort(self, step: StepId, why: str) -> Decision:
-        """ABORT first, and only if it wins delete."""
+        """ABORT first, and only if it wins delete. What a register that does not hold has decided
+        nobody knows: the step is given up for this rank, and all of it stays.
+        """
         store = self._job.store
         if not may_decide(store.exclusive, (self._held.binding.rank,)):
             return abort_of(step, why)  # for this rank; the one who decides will miss its part
-        decision = await abort_step(store, step, why)
+        try:
+            decision = await abort_step(store, step, why, self._job.catalog.keyring)
+        except DamageError as error:
+            return abort_of(step, str(error))
         if not decision.committed:
             for prefix in (keys.packs(step), keys.manifests(step)):
                 for key in await store.list(prefix):

@@ -327,18 +327,22 @@ async def commit_step(
     parent: StepId,
     keyring: Keyring = NO_KEYS,
 ) -> Decision:
-    """Decide a step whose manifests are all durable; returns what the register holds.
+    """Decide a step whose manifests are all durable; returns what the register holds, as it is for
+    who has these keys.
 
     Raises:
         RegisterConflictError: it holds the commit of other manifests.
+        UntrustedError: it holds a COMMIT that no reader with these keys takes; or this would be
+            one, and was not put.
     """
     commit = commit_of(manifests, parent)
     if keyring.signer is not None:
         commit = signed(commit, keyring.signer)
+    readable(commit, keyring)
     decided = await decide(store, Kind.COMMIT, keys.commit(commit.id), commit)
     if decided.committed and decided.manifests != commit.manifests:
         raise RegisterConflictError("holds another commit", subject=keys.commit(commit.id))
-    return decided
+    return readable(decided, keyring)
 
 
 def abort_of(step: StepId, why: str) -> Decision:
@@ -346,20 +350,25 @@ def abort_of(step: StepId, why: str) -> Decision:
     return Decision(decision="ABORT", attempt=step.attempt, step=step.step, why=why)
 
 
-async def abort_step(store: Store, step: StepId, why: str) -> Decision:
+async def abort_step(store: Store, step: StepId, why: str, keyring: Keyring = NO_KEYS) -> Decision:
     """Give a step up, unless it is committed already; returns what the register holds.
 
     In single-decider mode the mark of retirement comes first: a COMMIT that a stopped daemon put,
     and that arrives only now, would overwrite the ABORT, and the mark hides it all the same.
+
+    Raises:
+        UntrustedError: it holds a COMMIT that no reader with these keys takes.
     """
     if store.exclusive is False:
         with contextlib.suppress(ObjectNotFoundError):
             await store.make_durable(keys.commit(step))
-            return await get_record(store, Kind.COMMIT, keys.commit(step), Decision)
+            found = await get_record(store, Kind.COMMIT, keys.commit(step), Decision)
+            return readable(found, keyring)
         mark = Retired(step.attempt, step.step, why)
         if await put_record(store, Kind.RETIRED, keys.retired(step), mark) is PutResult.CONFLICT:
             await store.make_durable(keys.retired(step))
-    return await decide(store, Kind.COMMIT, keys.commit(step), abort_of(step, why))
+    decided = await decide(store, Kind.COMMIT, keys.commit(step), abort_of(step, why))
+    return readable(decided, keyring)
 
 
 async def put_witness(store: Store, commit: Decision) -> None:

@@ -216,5 +216,8 @@ def test_signed_commits_of_a_daemon_are_read_by_who_trusts_it(
     shutil.rmtree(runtime / "buffers")
     with Daemon(runtime), Rank(runtime, store_url) as rank:
         assert rank.restore().step == 2
+        rank.save(3)
+        waited = rank.wait(3)
+        assert (waited.outcome, "is not signed" in waited.why) == (Outcome.ABORTED, True)
     taken = call("restore", store_url, "--to", tmp_path / "b", "--json")
     assert (taken.status, taken.document["id"]) == (0, "2.2")

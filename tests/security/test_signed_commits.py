@@ -16,17 +16,20 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
 )
 
+from ckptmgr.daemon.committer import Committer
 from ckptmgr.errors import ChunkDamagedError, DamageError, UntrustedError
 from ckptmgr.repository import keys
 from ckptmgr.repository.catalog import Catalog
-from ckptmgr.repository.commit import Decision, commit_step, signed
+from ckptmgr.repository.commit import Decision, abort_step, commit_step, signed
 from ckptmgr.repository.keyring import NO_KEYS, Keyring
+from ckptmgr.repository.manifest import SealedManifest
 from ckptmgr.repository.signature import Signer, parse_signer
 from ckptmgr.restore import verify
 from ckptmgr.restore.check import restore_files
+from ckptmgr.store.memory import MemoryStore
 from ckptmgr.types import StepId
 from security.forged import NEWEST, RING, Forger, made, restored, restores, verified
-from small_step import Objects, memory_store
+from small_step import Objects, memory_store, shelf_of
 
 
 def signer_of(secret: bytes) -> Signer:
@@ -142,6 +145,47 @@ def test_a_commit_without_digests_of_its_chunks_vouches_for_nothing(tmp_path: Pa
     assert error.subject == keys.manifest(NEWEST, 0)
 
 
+def undecided() -> tuple[MemoryStore, list[SealedManifest]]:
+    """The newest step as its ranks have written it, before anybody decided."""
+    objects = made(WRITER)
+    commit = Forger(objects).commit(NEWEST)
+    store = memory_store(objects)
+    del shelf_of(store)[keys.commit(NEWEST)]
+    of_step = Catalog(store).manifests(commit)
+    return store, asyncio.run(of_step)
+
+
+BOTH = replace(READER, signer=SIGNER)
+
+
+def test_a_commit_that_is_not_trusted_is_not_told() -> None:
+    """A daemon without the signing key was faster: readers would refuse what it put."""
+
+    async def main() -> None:
+        store, manifests = undecided_step
+        unsigned = await commit_step(store, manifests, StepId(2, 10))
+        told: list[Decision] = []
+        committer = Committer(Catalog(store, BOTH), told.append, 120.0)
+        with pytest.raises(UntrustedError, match="is not signed"):
+            await committer.decision(unsigned.nonce, manifests[0])
+        with pytest.raises(UntrustedError, match="is not signed"):
+            await abort_step(store, NEWEST, "it is late", BOTH)
+        with pytest.raises(UntrustedError, match="is not signed"):
+            await commit_step(store, manifests, StepId(2, 10), BOTH)
+        assert not told
+        assert unsigned == await Catalog(store).decision(NEWEST), "it is left as it is"
+
+    undecided_step = undecided()
+    asyncio.run(main())
+
+
+def test_who_can_not_sign_puts_no_commit_that_he_would_refuse() -> None:
+    store, manifests = undecided()
+    with pytest.raises(UntrustedError, match="is not signed"):
+        asyncio.run(commit_step(store, manifests, StepId(2, 10), READER))
+    assert keys.commit(NEWEST) not in shelf_of(store)
+
+
 def test_manifests_and_chunks_can_not_be_changed(
     written: tuple[Objects, Keyring], tmp_path: Path
 ) -> None:
@@ -168,6 +212,7 @@ def test_daemons_that_race_put_the_same_bytes() -> None:
             await catalog.manifest(forger.commit(NEWEST), rank, closed=True) for rank in (0, 1)
         ]
         parent = StepId(*forger.commit(NEWEST).parent)
-        return await commit_step(store, manifests, parent, replace(RING, signer=SIGNER))
+        await commit_step(store, manifests, parent, replace(RING, signer=SIGNER))
+        return await Catalog(store).decision(NEWEST)
 
     assert asyncio.run(again()) == forger.commit(NEWEST)

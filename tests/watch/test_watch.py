@@ -19,6 +19,7 @@ from ckptmgr.commands.watching import _watch
 from ckptmgr.daemon.retain import retire
 from ckptmgr.errors import LockedError, StorePermissionError, SupersededError, UsageError
 from ckptmgr.keep import Keep
+from ckptmgr.repository.keyring import KEY_FILE
 from ckptmgr.store.base import Buffers, PutResult, Store
 from ckptmgr.store.local import LocalStore
 from ckptmgr.types import StepId
@@ -74,6 +75,22 @@ def test_every_kind_comes_back_byte_for_byte(root: Path, store: Path, tmp_path: 
     found = call("restore", store, "--to", out, "--json").document
     assert found["id"] == newest["id"]
     assert tree_of(out) == below(root, newest["source"])
+    assert adopt(root, store, "100") == {"adopted": [], "left": []}, "adopted twice"
+
+
+def test_with_a_key_every_run_adopts_what_is_new(
+    root: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A commit tells what was adopted by its tags, which are sealed where it is put."""
+    key = tmp_path / "key"
+    key.touch(mode=0o600)
+    key.write_text(OURS.secret.hex())
+    monkeypatch.setenv(KEY_FILE, str(key))
+    for step in (1, 2):
+        for name in (f"model-{step}.pt", f"model-{step}0.pt"):
+            (root / name).write_bytes(saved_by_torch(b"x" * step))
+        sources = [one["source"] for one in adopt(root, store, "100")["adopted"]]
+        assert sources == [f"model-{step}.pt", f"model-{step}0.pt"]
     assert adopt(root, store, "100") == {"adopted": [], "left": []}, "adopted twice"
 
 
