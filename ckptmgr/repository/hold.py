@@ -10,6 +10,8 @@ import socket
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from hashlib import blake2b
+from pathlib import Path
 
 from ckptmgr.config import STORE_TIMEOUT_SECONDS
 from ckptmgr.errors import (
@@ -25,7 +27,15 @@ from ckptmgr.repository.record import Kind
 from ckptmgr.store.base import Store
 from ckptmgr.types import StepId
 
-_READER = re.compile(r"reader\.(?P<host>[A-Za-z0-9._-]*)\.(?P<pid>\d+)\.[0-9a-f]{16}")
+_READER = re.compile(
+    r"reader\.(?P<host>[A-Za-z0-9._-]*)\.(?P<place>[0-9a-f]{16})\.(?P<pid>\d+)\.[0-9a-f]{16}"
+)
+
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+_NAMESPACE = Path("/proc/self/ns/pid")
+
+_NOWHERE = secrets.token_hex(8)
+"""The place of a process that can not tell where it is: nobody else is there."""
 
 _UNRELEASED: deque[str] = deque(maxlen=1000)
 """Ids of this process's holds that could not be released: of the whole process, because whoever
@@ -38,14 +48,26 @@ def host_name() -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname()).lstrip("._-")[:64] or "host"
 
 
+def place_of_pids() -> str:
+    """Where the ids of processes are those that this process sees: its pid namespace, in 16 hex
+    digits. Containers of one pod have one host name, and each a namespace of its own; the inode
+    of a namespace is its own until it ends, or the machine is booted again.
+    """
+    try:
+        place = f"{_BOOT.read_text()}{_NAMESPACE.stat().st_ino}"
+    except OSError:
+        return _NOWHERE
+    return blake2b(place.encode(), digest_size=8).hexdigest()
+
+
 def left_behind(hold_id: str) -> bool:
-    """Whether nobody reads behind a hold any more: it is of a reading process of this host that is
-    dead, or of this process, which could not release it.
+    """Whether nobody reads behind a hold any more: it is of a process that this one would see, and
+    that is dead, or of this process, which could not release it.
     """
     if hold_id in _UNRELEASED:
         return True
     match = _READER.fullmatch(hold_id)
-    if match is None or match["host"] != host_name():
+    if match is None or (match["host"], match["place"]) != (host_name(), place_of_pids()):
         return False
     try:
         os.kill(int(match["pid"]), 0)
@@ -95,7 +117,8 @@ async def held_step(store: Store, step: StepId) -> AsyncIterator[None]:
     Raises:
         DamageError: the step is retired already.
     """
-    hold_id = f"reader.{host_name()}.{os.getpid()}.{secrets.token_hex(8)}"
+    place = f"{host_name()}.{place_of_pids()}"
+    hold_id = f"reader.{place}.{os.getpid()}.{secrets.token_hex(8)}"
     held = True
     try:
         await put_hold(store, step, hold_id, "being read")

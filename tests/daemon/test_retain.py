@@ -24,7 +24,7 @@ from ckptmgr.repository import keys
 from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.catalog import Catalog, Listing, Verified, list_steps
 from ckptmgr.repository.commit import abort_step, put_record
-from ckptmgr.repository.hold import held_step, host_name, put_hold
+from ckptmgr.repository.hold import held_step, host_name, place_of_pids, put_hold
 from ckptmgr.repository.pack import pack_header
 from ckptmgr.repository.record import Kind
 from ckptmgr.restore.check import verify_store
@@ -370,7 +370,7 @@ def test_holds_of_dead_readers_are_dropped() -> None:
     async def main() -> None:
         store = memory_store({})
         saved = await save_steps(store, (10, 20, 30))
-        dead = f"reader.{host_name()}.4194999.0123456789abcdef"
+        dead = f"reader.{host_name()}.{place_of_pids()}.4194999.0123456789abcdef"
         await put_hold(store, saved[0].id, dead, "killed")
         assert await gather(store) == [("1.10", "retire")]
         assert await store.list("holds/") == []

@@ -7,6 +7,7 @@ import contextlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,13 +18,14 @@ from ckptmgr.errors import (
     StorePermissionError,
     StoreUnreachableError,
 )
-from ckptmgr.repository import keys
+from ckptmgr.repository import hold, keys
 from ckptmgr.repository.catalog import list_steps
 from ckptmgr.repository.commit import Retired, put_record
 from ckptmgr.repository.hold import (
     held_step,
     host_name,
     left_behind,
+    place_of_pids,
     put_hold,
     release_hold,
 )
@@ -31,6 +33,7 @@ from ckptmgr.repository.record import Kind
 from ckptmgr.store.base import check_key
 from ckptmgr.testing import Fault, FaultyStore
 from ckptmgr.types import StepId
+from processes import needs_root
 from small_step import memory_store
 
 STEP = StepId(1, 10)
@@ -136,12 +139,39 @@ def test_only_a_dead_reader_of_this_host_left_its_hold_behind() -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     tail = "0123456789abcdef"
-    assert left_behind(f"reader.{host_name()}.{dead.pid}.{tail}")
-    assert not left_behind(f"reader.{host_name()}.{os.getpid()}.{tail}")
-    assert not left_behind(f"reader.{host_name()}.1.{tail}")
-    assert not left_behind(f"reader.another-host.{dead.pid}.{tail}")
-    for person in ("abc", "reader", f"reader.{host_name()}.{dead.pid}", f"reader..x.{tail}", ""):
+    here = f"{host_name()}.{place_of_pids()}"
+    assert left_behind(f"reader.{here}.{dead.pid}.{tail}")
+    assert not left_behind(f"reader.{here}.{os.getpid()}.{tail}")
+    assert not left_behind(f"reader.{here}.1.{tail}")
+    assert not left_behind(f"reader.another-host.{place_of_pids()}.{dead.pid}.{tail}")
+    assert not left_behind(f"reader.{host_name()}.{tail}.{dead.pid}.{tail}")
+    for person in ("abc", "reader", f"reader.{here}.{dead.pid}", f"reader..x.{tail}", ""):
         assert not left_behind(person)
+
+
+def test_a_collector_in_another_container_leaves_a_reader_its_hold() -> None:
+    """Both have one host name, and the id of the reader is nobody's where the other looks."""
+    needs_root()
+
+    async def main() -> str:
+        store = memory_store({})
+        async with held_step(store, STEP):
+            return hold_id_of((await store.list("holds/"))[0])
+
+    hold_id = asyncio.run(main())
+    code = "import os, sys; from ckptmgr.repository.hold import left_behind; "
+    code += "print(os.getpid(), left_behind(sys.argv[1]))"
+    container = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", code, hold_id]
+    told = subprocess.run(container, capture_output=True, text=True, check=True).stdout
+    assert told == "1 False\n"
+
+
+def test_who_can_not_tell_where_he_is_has_a_place_of_his_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = place_of_pids()
+    monkeypatch.setattr(hold, "_NAMESPACE", tmp_path / "ns")
+    assert place_of_pids() == place_of_pids() != here
 
 
 def test_the_name_of_the_host_is_a_segment_of_a_key() -> None:
