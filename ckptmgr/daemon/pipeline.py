@@ -33,7 +33,12 @@ from ckptmgr.repository.manifest import (
     SealedManifest,
     seal_manifest,
 )
-from ckptmgr.repository.opening import close_manifest, digest_of_chunk, with_digests
+from ckptmgr.repository.opening import (
+    close_manifest,
+    digest_of_chunk,
+    signed_manifest,
+    with_digests,
+)
 from ckptmgr.repository.pack import pack_header, padded
 from ckptmgr.staging.hostbuffer import HostBuffer, Table
 from ckptmgr.staging.layout import decode_layout
@@ -406,10 +411,13 @@ def _manifest(
         written_at=time.time(),
     )
     proofs = [proof for pack in packs for proof in pack.proofs]
+    signer = source.keyring.signer
     if data_key is not None and source.keyring.encrypting is not None:
-        return seal_manifest(close_manifest(manifest, data_key, proofs, source.keyring.encrypting))
-    if source.keyring.signer is not None:
-        return seal_manifest(with_digests(manifest, proofs))
+        manifest = close_manifest(manifest, data_key, proofs, source.keyring.encrypting)
+    elif signer is not None:
+        manifest = with_digests(manifest, proofs)
+    if signer is not None:
+        manifest = signed_manifest(manifest, signer)
     return seal_manifest(manifest)
 
 

@@ -34,10 +34,11 @@ from ckptmgr.errors import (
     UsageError,
 )
 from ckptmgr.repository import keys
+from ckptmgr.repository.budget import in_thread
 from ckptmgr.repository.catalog import standing_steps
 from ckptmgr.repository.commit import FROM_SCRATCH, claim_of, stored_manifest
 from ckptmgr.repository.manifest import Manifest
-from ckptmgr.repository.opening import open_manifest
+from ckptmgr.repository.opening import check_vouched, open_manifest
 from ckptmgr.repository.rules import complete_steps
 from ckptmgr.restore.choose import candidates_before
 from ckptmgr.restore.plan import check_ranges
@@ -401,13 +402,15 @@ async def _manifest_to_come(job: Job, step: StepId, rank: int) -> Manifest:
     """The manifest of a part that another host held in memory when it joined.
 
     Raises:
-        DamageError: it is of another incarnation, or does not come in PART_SECONDS_MAX.
+        DamageError: it is of another incarnation, does not come in PART_SECONDS_MAX, or is not
+            of a daemon that is trusted.
     """
     key = keys.manifest(step, rank)
     deadline = time.monotonic() + PART_SECONDS_MAX
     while True:
         try:
             sealed = await stored_manifest(job.store, step, rank)
+            await in_thread(check_vouched, sealed, job.reading.keyring)
             manifest = open_manifest(sealed, job.reading.keyring).manifest
             break
         except ObjectNotFoundError:

@@ -26,13 +26,14 @@ from ckptmgr.errors import (
     UsageError,
 )
 from ckptmgr.repository import keys
+from ckptmgr.repository.budget import in_thread
 from ckptmgr.repository.envelope import Envelope
 from ckptmgr.repository.exclusion import is_exclusive
 from ckptmgr.repository.keyring import CLEAR, CLEAR_HINT, NO_KEYS, Keyring
 from ckptmgr.repository.manifest import SealedManifest, read_manifest
-from ckptmgr.repository.opening import open_tags
+from ckptmgr.repository.opening import check_vouched, open_tags
 from ckptmgr.repository.record import HEADER_BYTES, VERSION, Kind, declared_bytes, seal, unseal
-from ckptmgr.repository.signature import Signer, is_signed
+from ckptmgr.repository.signature import COMMIT, Signer, is_signed
 from ckptmgr.store.base import PutResult, Store
 from ckptmgr.store.mirrored import from_either
 from ckptmgr.types import Reach, StepId, Tags
@@ -285,7 +286,7 @@ def as_stored(commit: Decision) -> Decision:
 def signed(commit: Decision, signer: Signer) -> Decision:
     """A COMMIT that says who made it."""
     named = msgspec.structs.replace(as_stored(commit), signer=signer.id, signature=UNSET)
-    return msgspec.structs.replace(named, signature=signer.sign(msgspec.json.encode(named)))
+    return msgspec.structs.replace(named, signature=signer.sign(COMMIT, msgspec.json.encode(named)))
 
 
 def readable(decision: Decision, keyring: Keyring) -> Decision:
@@ -303,7 +304,8 @@ def readable(decision: Decision, keyring: Keyring) -> Decision:
         payload = msgspec.json.encode(msgspec.structs.replace(as_stored(decision), signature=UNSET))
         if not (isinstance(decision.signer, str) and isinstance(decision.signature, str)):
             raise UntrustedError("is not signed", subject=subject)
-        if not is_signed(keyring.trusted, decision.signer, decision.signature, payload):
+        signed_by = decision.signer, decision.signature
+        if not is_signed(keyring.trusted, *signed_by, COMMIT, payload):
             why = f"is not signed by any of the keys {', '.join(keyring.trusted)}"
             raise UntrustedError(f"{why}; it names {decision.signer[:16]}", subject=subject)
     if not isinstance(decision.sealed_tags, Envelope):
@@ -333,16 +335,22 @@ async def commit_step(
     Raises:
         RegisterConflictError: it holds the commit of other manifests.
         UntrustedError: it holds a COMMIT that no reader with these keys takes; or this would be
-            one, and was not put.
+            one, and was not put; or one of the parts was not written by whom the keys trust.
     """
     commit = commit_of(manifests, parent)
     if keyring.signer is not None:
+        await in_thread(_check_all_vouched, manifests, keyring)
         commit = signed(commit, keyring.signer)
     readable(commit, keyring)
     decided = await decide(store, Kind.COMMIT, keys.commit(commit.id), commit)
     if decided.committed and decided.manifests != commit.manifests:
         raise RegisterConflictError("holds another commit", subject=keys.commit(commit.id))
     return readable(decided, keyring)
+
+
+def _check_all_vouched(manifests: Sequence[SealedManifest], keyring: Keyring) -> None:
+    for one in manifests:
+        check_vouched(one, keyring)
 
 
 def abort_of(step: StepId, why: str) -> Decision:

@@ -51,6 +51,15 @@ class Keyring:
         """Whether what is not encrypted is not taken: anybody could have put it."""
         return bool(self.known) and not self.take_clear
 
+    @property
+    def vouching(self) -> Trusted | None:
+        """Public keys, one of which must have signed a part that no commit names yet; None takes
+        every part. Who signs a COMMIT vouches for all that it names, trusted keys given or not.
+        """
+        if self.trusted is None and self.signer is not None:
+            return {self.signer.id: self.signer.public}
+        return self.trusted
+
     def key_of(self, envelope: Envelope, *, subject: str) -> Key:
         """The key that opens an envelope.
 

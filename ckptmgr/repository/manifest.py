@@ -50,7 +50,8 @@ class Manifest(msgspec.Struct, frozen=True):
 
     With an `envelope` the part is encrypted, and the manifest *closed*: layout, values, tags and
     raw hashes are in the envelope. `opening.open_manifest` opens it. `chunk_digests` are there
-    where the commit is signed and the part is not encrypted.
+    where the commit is signed and the part is not encrypted; `signer` and `signature` where the
+    daemon that wrote the part signs, for who reads it before a commit names it.
     `stall_seconds` is how long training waited for the snapshot, `written_at` the Unix time when
     its packs were durable; 0 where nobody knows. For people only: nothing is decided by them.
     """
@@ -74,6 +75,8 @@ class Manifest(msgspec.Struct, frozen=True):
     envelope: Envelope | UnsetType = UNSET
     sealed_tags: Envelope | UnsetType = UNSET
     chunk_digests: bytes | UnsetType = UNSET
+    signer: str | UnsetType = UNSET
+    signature: str | UnsetType = UNSET
 
     @property
     def id(self) -> StepId:

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 import zstandard
+from msgspec import UNSET
 
 from ckptmgr.errors import ChunkDamagedError, RecordDamagedError, UntrustedError
 from ckptmgr.repository.chunk import Chunk
@@ -32,6 +33,7 @@ from ckptmgr.repository.manifest import (
     check_layout,
 )
 from ckptmgr.repository.record import PAYLOAD_BYTES_MAX
+from ckptmgr.repository.signature import MANIFEST, Signer, is_signed
 from ckptmgr.types import MALFORMED, Tags
 
 HASH_BYTES = 16
@@ -114,7 +116,8 @@ def _opened(
     key = keyring.key_of(envelope, subject=subject)
     data_key = DataKey.unwrap(key, envelope.wrapped, subject=subject)
     empty = msgspec.structs.replace(envelope, sealed=b"")
-    context = ["manifest", msgspec.structs.replace(manifest, envelope=empty)]
+    closed = msgspec.structs.replace(manifest, envelope=empty, signer=UNSET, signature=UNSET)
+    context = ["manifest", closed]
     plain = open_bytes(data_key, What.SECRETS, context, envelope.sealed, subject=subject)
     secrets = _secrets_of(plain, len(manifest.chunks), subject)
     hashes = _pieces(secrets.raw_hashes, HASH_BYTES)
@@ -166,6 +169,35 @@ def open_tags(envelope: Envelope, step: tuple[int, int, str], keyring: Keyring, 
         return msgspec.msgpack.decode(plain, type=Tags)
     except MALFORMED as error:
         raise RecordDamagedError(f"has malformed tags: {error}", subject=key) from error
+
+
+# -- signed ---------------------------------------------------------------------------------------
+
+
+def signed_manifest(manifest: Manifest, signer: Signer) -> Manifest:
+    """A manifest, as it is stored, that says who wrote it."""
+    named = msgspec.structs.replace(manifest, signer=signer.id, signature=UNSET)
+    signature = signer.sign(MANIFEST, msgspec.msgpack.encode(named))
+    return msgspec.structs.replace(named, signature=signature)
+
+
+def check_vouched(sealed: SealedManifest, keyring: Keyring) -> None:
+    """Refuse a manifest that no commit names yet, unless a daemon that is trusted wrote it: until
+    then whoever can write the store can exchange it, and one that is encrypted is not opened.
+
+    Raises:
+        UntrustedError: none of the keys that the keyring asks for has signed it.
+    """
+    manifest, keys = sealed.manifest, keyring.vouching
+    if keys is None:
+        return
+    signer, signature = manifest.signer, manifest.signature
+    if not (isinstance(signer, str) and isinstance(signature, str)):
+        raise UntrustedError("is not signed", subject=sealed.key)
+    payload = msgspec.msgpack.encode(msgspec.structs.replace(manifest, signature=UNSET))
+    if not is_signed(keys, signer, signature, MANIFEST, payload):
+        why = f"is not signed by any of the keys {', '.join(keys)}"
+        raise UntrustedError(f"{why}; it names {signer[:16]}", subject=sealed.key)
 
 
 # -- signed, not encrypted ------------------------------------------------------------------------

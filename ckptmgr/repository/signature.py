@@ -1,4 +1,4 @@
-"""Ed25519 signatures of commits: who signed one, and whether that is somebody who is trusted."""
+"""Ed25519 signatures of commits and manifests: who signed one, and whether he is trusted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 Trusted = Mapping[str, "Ed25519PublicKey"]
 """Public keys by their ids."""
 
-_DOMAIN = b"ckptmgr commit\0"
+COMMIT, MANIFEST = b"ckptmgr commit\0", b"ckptmgr manifest\0"
+"""What is signed, in front of it: a signature of the one is none of the other."""
+
 _PEM = re.compile(rb"-----BEGIN PUBLIC KEY-----.*?-----END PUBLIC KEY-----", re.DOTALL)
 _HINT = "Make keys with `openssl genpkey -algorithm ed25519` (docs/encryption.md)."
 
@@ -32,20 +34,20 @@ class Signer:
     public: Ed25519PublicKey = field(repr=False)
     private: Ed25519PrivateKey = field(repr=False)
 
-    def sign(self, payload: bytes) -> str:
-        """The signature of a commit, in hex: equal inputs, equal signatures."""
-        return self.private.sign(_DOMAIN + payload).hex()
+    def sign(self, what: bytes, payload: bytes) -> str:
+        """The signature of a commit or manifest, in hex: equal inputs, equal signatures."""
+        return self.private.sign(what + payload).hex()
 
 
-def is_signed(trusted: Trusted, signer: str, signature: str, payload: bytes) -> bool:
-    """Whether one of the trusted keys signed this commit."""
+def is_signed(trusted: Trusted, signer: str, signature: str, what: bytes, payload: bytes) -> bool:
+    """Whether one of the trusted keys signed this commit or manifest."""
     from cryptography.exceptions import InvalidSignature
 
     public = trusted.get(signer)
     if public is None:
         return False
     try:
-        public.verify(bytes.fromhex(signature), _DOMAIN + payload)
+        public.verify(bytes.fromhex(signature), what + payload)
     except (InvalidSignature, ValueError):
         return False
     return True
