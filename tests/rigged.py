@@ -34,6 +34,8 @@ class RiggedStore(Store):
     def __init__(self, url: str) -> None:
         self._url = url
         self._path = Path(url.removeprefix("rigged://"))
+        if rule_for(self._path, "open", "") == "fault":
+            raise ZeroDivisionError("a fault by the test's will")
         self._inner = inner_of(self._path)
         self.durable_on_return = self._inner.durable_on_return
         self.visibility_lag_seconds = self._inner.visibility_lag_seconds

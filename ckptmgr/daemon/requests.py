@@ -145,7 +145,7 @@ class Requests:
             await self._drained(job)
             await self._publish(job, attempt)
         held, new_buffer = self._service.intake.place_for(binding, capacity, request.buffer)
-        if new_buffer:
+        if held.worker is None:  # it is new, or was stranded: its store could not be opened
             self._service.employ(held)
         old, self._session = self._session, session
         if old is not None and old.attempt != attempt:

@@ -294,7 +294,7 @@ class Service:
             await asyncio.gather(task, return_exceptions=True)
 
     def employ(self, held: Held) -> None:
-        """Start the worker of a new buffer."""
+        """Start the worker of a buffer that has none."""
         self._employ(held)
 
     def _employ(self, held: Held) -> None:

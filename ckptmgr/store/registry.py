@@ -9,7 +9,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import cast
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
-from ckptmgr.errors import UsageError
+from ckptmgr.errors import CkptmgrError, UsageError
 from ckptmgr.store.base import Store
 from ckptmgr.store.local import LocalStore
 from ckptmgr.store.memory import MemoryStore
@@ -39,18 +39,19 @@ def open_store(url: str) -> Store:
     """Open the store that `url` (or a plain path) names. It creates and checks nothing yet.
 
     Raises:
-        UsageError: not a URL, an unknown scheme, one that carries credentials, or a path on a file
-            system whose plugin is not installed.
+        UsageError: not a URL, an unknown scheme, one that carries credentials, a path on a file
+            system whose plugin is not installed, or a plugin that fails.
+        StoreError: what the plugin says of the store.
     """
     url = normalise_url(url)
     scheme = url.partition("://")[0]
     if scheme == "file":
         path = path_of_file_url(url)
         ruled_by = _SCHEME_OF_FILE_SYSTEM.get(mount_of(path).kind)
-        return _plugin(ruled_by)(url) if ruled_by else LocalStore(path)
+        return _by_plugin(ruled_by, url) if ruled_by else LocalStore(path)
     if scheme == "memory":
         return MemoryStore(url.removeprefix("memory://"))
-    return _plugin(scheme)(url)
+    return _by_plugin(scheme, url)
 
 
 def normalise_url(url: str) -> str:
@@ -133,7 +134,26 @@ def _split(url: str) -> SplitResult:
     return parts
 
 
-def _plugin(scheme: str) -> Callable[[str], Store]:
+def _by_plugin(scheme: str, url: str) -> Store:
+    """A store of a plugin, which is the code of others: whatever it raises is an error of this one
+    store, and ends no daemon that has others.
+    """
+    point = _plugin(scheme)
+    opened = _loaded(point)
+    try:
+        return opened(url)
+    except CkptmgrError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the code of others, raised as an error of ours
+        raise UsageError(
+            f"its plugin fails to open the store: {type(error).__name__}",
+            subject=f"{scheme}://",
+            hint=f"Call {point.value} with the URL in Python; it is not told here what the error "
+            "says, because that may hold a secret.",
+        ) from None
+
+
+def _plugin(scheme: str) -> EntryPoint:
     found: dict[str, EntryPoint] = {
         point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)
     }
@@ -145,11 +165,15 @@ def _plugin(scheme: str) -> Callable[[str], Store]:
             subject=f"{scheme}://",
             hint=f"Run `pip install {plugin}`." if plugin else "Use one of these, or a plugin.",
         )
+    return found[scheme]
+
+
+def _loaded(point: EntryPoint) -> Callable[[str], Store]:
     try:
-        return cast("Callable[[str], Store]", found[scheme].load())
+        return cast("Callable[[str], Store]", point.load())
     except (ImportError, AttributeError) as error:
         raise UsageError(
             f"its plugin can not be imported: {error}",
-            subject=f"{scheme}://",
-            hint=f"Install {found[scheme].value.partition(':')[0]} again, with what it needs.",
+            subject=f"{point.name}://",
+            hint=f"Install {point.value.partition(':')[0]} again, with what it needs.",
         ) from error

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ckptmgr.errors import CkptmgrError
+from ckptmgr.errors import CkptmgrError, UsageError
 from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.catalog import Catalog
 from ckptmgr.restore.verify import verify_step
@@ -387,6 +387,24 @@ def test_a_lost_ticket_loses_nothing(runtime: Path, rig: Rig) -> None:
         rank.save(2)
         assert rank.wait(2).outcome == Outcome.COMMITTED
         assert rank.wait(1).outcome == Outcome.COMMITTED
+
+
+def test_a_plugin_that_fails_strands_its_own_buffer_until_a_trainer_comes(
+    runtime: Path, rig: Rig, tmp_path: Path
+) -> None:
+    left_by_killed_processes(runtime, rig, ("put_new", "attempts/00000001/active", "hold"))
+    rig.obey(("open", "", "fault"))
+    with Daemon(runtime) as daemon:
+        assert "ZeroDivisionError" in daemon.await_event("buffer_stranded")["why"]
+        with Rank(runtime, f"file://{tmp_path}/other") as rank:
+            rank.save(1)
+            assert rank.wait(1).outcome == Outcome.COMMITTED
+        with pytest.raises(UsageError, match="fails to open the store: ZeroDivisionError"):
+            Rank(runtime, rig.url)
+        rig.obey()
+        with Rank(runtime, rig.url) as rank:
+            assert rank.restore().step == 2
+            until(lambda: daemon.status()["undecided"] == 0, "they are committed")
 
 
 def test_a_store_that_needs_a_plugin_which_is_gone_strands_nothing_else(

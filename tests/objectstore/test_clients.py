@@ -114,7 +114,76 @@ async def test_a_profile_is_read_by_the_package(
     assert bucket.read("run/a") == b"x"
 
 
+PROFILES = f"""
+[profile nothing]
+region = us-east-1
+[profile refused]
+credential_process = sh -c "echo {SECRET} >&2; exit 1"
+[profile rubbish]
+credential_process = echo {SECRET}
+[profile gone]
+credential_process = /nowhere/{SECRET}
+"""
+
+
+@pytest.mark.parametrize(
+    ("profile", "kind", "said"),
+    [
+        ("missing", UsageError, "names no profile"),
+        ("nothing", StorePermissionError, "credentials can not be had"),
+        ("refused", StorePermissionError, "credentials can not be had"),
+        ("rubbish", StorePermissionError, "credentials can not be had"),
+        ("gone", StorePermissionError, "credentials can not be had"),
+    ],
+)
+def test_a_profile_without_credentials_says_so(
+    profile: str, kind: type[Exception], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "config"
+    config.write_text(PROFILES)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "nothing"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_PROFILE", profile)
+    with pytest.raises(kind, match=said) as caught:
+        open_store("s3://bucket/run")
+    assert type(caught.value) is kind
+    assert SECRET not in str(caught.value)
+    assert caught.value.__suppress_context__, "a traceback would show what others said"
+
+
+async def test_a_profile_whose_credentials_end_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A vault gives some that end in a second, and none any more."""
+    once, used = tmp_path / "once", tmp_path / "used"
+    given = (
+        '{"Version": 1, "AccessKeyId": "A", "SecretAccessKey": "B", "SessionToken": "C", '
+        '"Expiration": "2020-01-01T00:00:00Z"}'
+    )
+    refused = f"{{ echo {SECRET} >&2; exit 1; }}"
+    once.write_text(f"#!/bin/sh\nmkdir {used} || {refused}\necho '{given}'\n")
+    once.chmod(0o700)
+    (tmp_path / "config").write_text(f"[profile vault]\ncredential_process = {once}\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_PROFILE", "vault")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
+    for error in await errors_of("s3://bucket/run"):
+        assert type(error) is StorePermissionError, error
+        assert "credentials can not be had" in str(error)
+        assert SECRET not in str(error)
+
+
 # ---- failures -----------------------------------------------------------------
+
+
+async def test_a_client_that_may_not_put_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    aws(monkeypatch, AWS_ENDPOINT_URL=f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("AWS_CONDITIONAL_PUT", "disabled")
+    with pytest.raises(StoreError, match="Leave AWS_CONDITIONAL_PUT away") as caught:
+        await open_store("s3://bucket/run").put_new("a/b", [memoryview(b"x")])
+    assert type(caught.value) is StoreError, "which nobody tries again"
 
 
 async def errors_of(url: str) -> list[CkptmgrError]:

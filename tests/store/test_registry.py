@@ -11,6 +11,7 @@ import pytest
 
 from ckptmgr.errors import UsageError
 from ckptmgr.store import registry
+from ckptmgr.store.base import Store
 from ckptmgr.store.local import LocalStore
 from ckptmgr.store.memory import MemoryStore
 from ckptmgr.store.registry import normalise_url, open_store, path_of_file_url
@@ -145,6 +146,22 @@ def test_a_plugin_can_not_take_a_built_in_scheme(
     points = [EntryPoint("file", "ckptmgr.store.memory:MemoryStore", registry.ENTRY_POINT_GROUP)]
     monkeypatch.setattr(registry, "entry_points", lambda group: points)
     assert isinstance(open_store(str(tmp_path)), LocalStore)
+
+
+def test_a_plugin_that_fails_is_an_error_of_its_store_and_tells_no_secret(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def failing(url: str) -> Store:
+        raise LookupError(f"token 1234 is refused for {url}")
+
+    monkeypatch.setattr(MemoryStore, "opened", failing, raising=False)
+    value = "ckptmgr.store.memory:MemoryStore.opened"
+    points = [EntryPoint("zz", value, registry.ENTRY_POINT_GROUP)]
+    monkeypatch.setattr(registry, "entry_points", lambda group: points)
+    with pytest.raises(UsageError, match="fails to open the store: LookupError") as caught:
+        open_store("zz://place")
+    assert "1234" not in str(caught.value)
+    assert caught.value.__suppress_context__
 
 
 @pytest.mark.parametrize("value", ["ckptmgr_no_such_thing:open", "ckptmgr.store.memory:Nothing"])

@@ -11,7 +11,7 @@ from obstore.exceptions import BaseError
 from obstore.store import AzureStore, GCSStore, S3Store
 
 from ckptmgr.config import STORE_TIMEOUT_SECONDS
-from ckptmgr.errors import UsageError
+from ckptmgr.errors import StorePermissionError, UsageError
 from ckptmgr.store.retry import BYTES_PER_SECOND_MIN
 from ckptmgr_objectstore.failures import harmless
 from ckptmgr_objectstore.store import SINGLE_PUT_BYTES_MAX, ObjectStore
@@ -126,8 +126,14 @@ def _exclusive(variables: tuple[str, ...], hosts: tuple[str, ...]) -> bool | Non
 
 
 def _profile() -> Any:
-    """The credentials of AWS_PROFILE, which the client itself does not read."""
+    """The credentials of AWS_PROFILE, which the client itself does not read.
+
+    Raises:
+        UsageError: there is no such profile, or nobody to read it.
+        StorePermissionError: it gives no credentials, perhaps for now.
+    """
     try:
+        from botocore.exceptions import BotoCoreError, ClientError, ProfileNotFound  # type: ignore[import-untyped]
         from obstore.auth.boto3 import Boto3CredentialProvider
     except ImportError:
         raise UsageError(
@@ -135,4 +141,18 @@ def _profile() -> Any:
             subject="AWS_PROFILE",
             hint="Run `pip install ckptmgr-objectstore[profile]`, or set AWS_ACCESS_KEY_ID.",
         ) from None
-    return Boto3CredentialProvider()
+    try:
+        return Boto3CredentialProvider()
+    except ProfileNotFound:
+        raise UsageError(
+            "names no profile in ~/.aws",
+            subject="AWS_PROFILE",
+            hint="Make it, or correct the name.",
+        ) from None
+    except (BotoCoreError, ClientError, OSError, ValueError) as error:
+        # The words of a command, a vault or a server: they may hold a secret.
+        raise StorePermissionError(
+            f"credentials can not be had: {type(error).__name__}",
+            subject="AWS_PROFILE",
+            hint="Try `aws sts get-caller-identity` as the user of the daemon.",
+        ) from None

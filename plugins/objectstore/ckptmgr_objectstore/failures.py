@@ -30,9 +30,10 @@ HOPELESS_STATUS = {301, 405, 413, 501}
 
 _CREDENTIALS = re.compile(
     r"/latest/(api/token|meta-data)|/metadata/identity|metadata\.google|computeMetadata"
-    r"|sts\.[\w.-]*amazonaws|AssumeRoleWithWebIdentity|oauth2|/v2/credentials"
+    r"|sts\.[\w.-]*amazonaws|AssumeRoleWithWebIdentity|oauth2|/v2/credentials|\bPyErr\b"
 )
-"""Where the client asks for credentials, so that a failure is not of the store."""
+"""Where the client asks for credentials, so that a failure is not of the store; it calls Python for
+nothing else than those of a profile."""
 
 _NO_RANGE = re.compile(r"\b(StartTooLarge|ParseContentRange)\b")
 """The client's words for an answer that has no such range but says 206: Azure's emulator."""
@@ -59,7 +60,7 @@ def typed(key: str) -> Iterator[None]:
     """Raise the client's errors as ours."""
     try:
         yield
-    except (BaseError, OSError, ValueError) as error:
+    except (BaseError, OSError, ValueError, NotImplementedError) as error:
         raise error_of(error, key) from None  # its text may show a signed URL
 
 
@@ -75,6 +76,12 @@ def error_of(error: Exception, key: str) -> StoreError:
             "the endpoint is http, which is not allowed",
             subject=key,
             hint="Give an https endpoint, or set AWS_ALLOW_HTTP=true (AZURE_, GOOGLE_).",
+        )
+    if isinstance(error, NotImplementedError):
+        return StoreError(
+            "the client's settings switch off what this needs",
+            subject=key,
+            hint="Leave AWS_CONDITIONAL_PUT away: a put must not overwrite what is there.",
         )
     if isinstance(error, FileNotFoundError):
         return ObjectNotFoundError("does not exist", subject=key)
