@@ -68,7 +68,16 @@ def age(then: float) -> str:
 
 def read_mirror(key: str, why: str) -> None:
     """Say, beside whatever is printed, that something came from the mirror."""
-    line = f"ckptmgr: read from the mirror: {key}: {why}".partition("\n")[0]
+    _beside(f"read from the mirror: {key}: {why}")
+
+
+def refused_mirror() -> None:
+    """Say, beside whatever is printed, that the mirror is not read."""
+    _beside("the mirror holds another incarnation of this job, and is not read")
+
+
+def _beside(what: str) -> None:
+    line = f"ckptmgr: {what}".partition("\n")[0]
     Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(printable(line))
 
 

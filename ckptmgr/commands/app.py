@@ -74,14 +74,15 @@ def with_store(
     """
     from ckptmgr.repository import keys
     from ckptmgr.repository.catalog import Catalog
-    from ckptmgr.repository.commit import check_format
+    from ckptmgr.repository.commit import check_format, same_job
     from ckptmgr.repository.keyring import load_keyring
-    from ckptmgr.store.mirrored import open_for_reading
+    from ckptmgr.store.mirrored import Terms, open_for_reading
 
     keyring = load_keyring(os.environ)
+    terms = Terms(keys.FORMAT, same_job, present.read_mirror, present.refused_mirror)
 
     async def run() -> T:
-        store = open_for_reading(url, mirror, present.read_mirror, keys.FORMAT, objects=objects)
+        store = open_for_reading(url, mirror, terms, objects=objects)
         try:
             if not await check_format(store, create=False):
                 hint = "Check the URL; the first trainer of a job makes its store."

@@ -62,6 +62,7 @@ CODES: dict[str, tuple[str, str]] = {
     "mirror_failed": ("CKM1503", "warning"),
     "mirror_skipped": ("CKM1504", "warning"),
     "mirror_read": ("CKM1505", "warning"),
+    "mirror_refused": ("CKM1506", "warning"),
     "store_failed": ("CKM1601", "warning"),
     "prefetched": ("CKM1701", "info"),
     "prefetch_failed": ("CKM1702", "info"),

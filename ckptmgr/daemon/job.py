@@ -23,10 +23,10 @@ from ckptmgr.metrics import Metrics
 from ckptmgr.repository import keys
 from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.catalog import Catalog
-from ckptmgr.repository.commit import Decision, check_format
+from ckptmgr.repository.commit import Decision, check_format, same_job
 from ckptmgr.repository.keyring import NO_KEYS, Keyring
 from ckptmgr.store.base import Store
-from ckptmgr.store.mirrored import MirroredStore, patient
+from ckptmgr.store.mirrored import MirroredStore, Terms, patient
 from ckptmgr.store.registry import open_store
 from ckptmgr.store.retry import RetryingStore
 from ckptmgr.types import StepId
@@ -83,7 +83,8 @@ class Job:
         tell = StoreCounts(self.metrics, self.label).failed
         first = patient(self.url, settings.store_timeout_seconds, keys.FORMAT, tell)
         self.mirror = mirror = Mirror(self, copy, pool)
-        store = MirroredStore(first, copy, mirror.read, keys.FORMAT)
+        terms = Terms(keys.FORMAT, same_job, mirror.read, mirror.refused)
+        store = MirroredStore(first, copy, terms)
         self.reading = Catalog(store, self.catalog.keyring)
         self._following = asyncio.create_task(mirror.run(), name=f"mirror {self.label}")
         self._following.add_done_callback(_tell_fault)

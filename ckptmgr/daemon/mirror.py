@@ -22,7 +22,7 @@ from ckptmgr.errors import (
 from ckptmgr.repository import keys
 from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.catalog import Catalog, decided_steps, is_retired
-from ckptmgr.repository.commit import Decision, check_format, read_record
+from ckptmgr.repository.commit import Decision, check_format, read_record, same_job
 from ckptmgr.restore.copying import copy_packs, put_manifest
 from ckptmgr.restore.records import check_record
 from ckptmgr.store.base import PutResult, Store
@@ -67,6 +67,10 @@ class Mirror:
         self._job.metrics.mirror_reads.labels(self._job.label).inc()
         warning("mirror_read", job=self._job.label, key=key, why=why)
 
+    def refused(self) -> None:
+        """This place holds another incarnation of the job, and is not read."""
+        warning("mirror_refused", job=self._job.label, url=self._store.url)
+
     def state(self) -> dict[str, Any]:
         """What `status` says of it."""
         return {
@@ -101,7 +105,12 @@ class Mirror:
         """
         if not await check_format(self._first, create=False):
             return
-        await self._check_same_job()
+        if await same_job(self._first, self._store) is False:
+            raise RegisterConflictError(
+                "the mirror holds another incarnation of this job",
+                subject=self._store.url,
+                hint="Empty that place, or give the daemon another mirror.",
+            )
         await check_format(self._store, create=True)
         await _drop_dead_holds(self._store)
         attempts = await self._first.list("attempts/")
@@ -126,22 +135,6 @@ class Mirror:
     def _tell_behind(self, steps: int) -> None:
         self._behind = steps
         self._job.metrics.mirror_behind.labels(self._job.label).set(steps)
-
-    async def _check_same_job(self) -> None:
-        """The newest attempt of the mirror is one of the first store's."""
-        attempts = [keys.parse_attempt(key) for key in await self._store.list("attempts/")]
-        newest = max((attempt for attempt in attempts if attempt is not None), default=None)
-        if newest is None:
-            return
-        key = keys.claim(newest)
-        with contextlib.suppress(ObjectNotFoundError):
-            if await read_record(self._store, key) == await read_record(self._first, key):
-                return
-        raise RegisterConflictError(
-            "the mirror holds another incarnation of this job",
-            subject=self._store.url,
-            hint="Empty that place, or give the daemon another mirror.",
-        )
 
     async def _copy_records(self, found: list[str]) -> None:
         await in_lanes(self._copy_record, found, _RECORDS_AT_ONCE)

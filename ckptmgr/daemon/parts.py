@@ -17,8 +17,8 @@ from ckptmgr.staging.hostbuffer import HostBuffer
 from ckptmgr.staging.slots import free_slot
 from ckptmgr.types import Binding, Snapshot, StepId
 
-Key = tuple[str, StepId, int]
-"""URL of the job, step, saved rank."""
+Key = tuple[str, StepId, int, str]
+"""URL of the job, step, saved rank, and nonce: another incarnation has steps of the same name."""
 
 
 @dataclass(slots=True, eq=False)
@@ -71,7 +71,7 @@ class Lending:
             HostMemoryError: not enough shared memory.
         """
         wanted = chunks_of(manifest, ranges)
-        key = job.url, manifest.id, manifest.rank
+        key = job.url, manifest.id, manifest.rank, manifest.nonce
         while True:
             part = self._parts.get(key)
             if part is None:

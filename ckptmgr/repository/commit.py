@@ -200,6 +200,27 @@ async def claim_of(store: Store, attempt: int) -> Claim | None:
         return None
 
 
+async def same_job(first: Store, copy: Store) -> bool | None:
+    """Whether `copy` is of the incarnation of the job that `first` holds: the claim of its newest
+    attempt, of those that hold in both, is one of `first`'s. None where nothing can be compared.
+
+    Raises:
+        StoreError: one of the stores failed.
+    """
+    found = [key for key in await copy.list("attempts/") if key.endswith("/claim")]
+    for attempt in sorted({keys.parse_attempt(key) or 0 for key in found}, reverse=True):
+        theirs = await claim_of(copy, attempt)
+        if theirs is None:
+            continue
+        try:
+            return theirs == await get_record(first, Kind.CLAIM, keys.claim(attempt), Claim)
+        except ObjectNotFoundError:
+            return False if await first.list("attempts/") else None
+        except DamageError:
+            continue
+    return None
+
+
 async def decide(store: Store, kind: Kind, key: str, payload: T) -> T:
     """Put `payload` into a register, or return what somebody else decided, made durable."""
     if await put_record(store, kind, key, payload) is PutResult.OK:

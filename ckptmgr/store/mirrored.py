@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TypeVar
 from urllib.parse import urlsplit
@@ -30,7 +31,26 @@ _HEALED = ("data/", "man/", "commit/")
 """What the mirror is asked for where the first store answers that it is not there. Everything else
 may be missing by right, and only the first store knows."""
 
+_HASHED = ("data/", "man/")
+"""What a commit tells the hashes of: whoever gives the bytes, they are the right ones or damage."""
+
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """On which a mirror is read, from whoever knows what the objects mean.
+
+    `landmark` is the object without which a place is no store. `same` tells whether the second
+    store is a copy of the first, and not of another job that was there before; None where nothing
+    tells. `read` hears of each object that came from the mirror, and why; `refused` that the mirror
+    is no copy, and not read.
+    """
+
+    landmark: str
+    same: Callable[[Store, Store], Awaitable[bool | None]]
+    read: Callable[[str, str], None]
+    refused: Callable[[], None]
 
 
 def place_of(mirror: str, url: str) -> str:
@@ -47,9 +67,7 @@ def place_of(mirror: str, url: str) -> str:
     return f"{base}/{parts.scheme}/{path}{question}{query}"
 
 
-def open_for_reading(
-    url: str, mirror: str, tell: Callable[[str, str], None], landmark: str, *, objects: bool
-) -> Store:
+def open_for_reading(url: str, mirror: str, terms: Terms, *, objects: bool) -> Store:
     """The store at `url`, behind it its place below `mirror` if there is one.
 
     Raises:
@@ -61,11 +79,12 @@ def open_for_reading(
             open_store(url),
             timeout_seconds=seconds,
             deadline_seconds=4 * seconds,
-            landmark=landmark,
+            landmark=terms.landmark,
         )
 
-    first, copy = (patient(place, seconds, landmark) for place in (url, place_of(mirror, url)))
-    return MirroredStore(first, copy, tell, landmark, objects=objects)
+    places = url, place_of(mirror, url)
+    first, copy = (patient(place, seconds, terms.landmark) for place in places)
+    return MirroredStore(first, copy, terms, objects=objects)
 
 
 def patient(
@@ -87,32 +106,26 @@ def patient(
 
 class MirroredStore(Store):
     """For readers: `first`, and where that fails its copy `mirror`. The puts of readers are holds,
-    which go where is read. `tell` hears of each object that came from the mirror, and why.
+    which go where is read.
 
-    All of the mirror stands in for a first store that does not answer, or that has lost even
-    `landmark`. With `objects`, single objects do, too.
+    All of the mirror stands in for a first store that does not answer, or that has lost even its
+    landmark. With `objects`, single objects do, too. A register is believed only of a mirror that
+    is proven to be a copy at that moment; one that is proven to be none is not read at all. A first
+    store that never answered contradicts nothing.
     """
 
-    def __init__(
-        self,
-        first: Store,
-        mirror: Store,
-        tell: Callable[[str, str], None],
-        landmark: str,
-        *,
-        objects: bool = True,
-    ) -> None:
+    def __init__(self, first: Store, mirror: Store, terms: Terms, *, objects: bool = True) -> None:
         self.durable_on_return = first.durable_on_return and mirror.durable_on_return
         self.visibility_lag_seconds = max(
             first.visibility_lag_seconds, mirror.visibility_lag_seconds
         )
         self.exclusive = first.exclusive
         self.first, self.mirror = first, mirror
-        self._tell = tell
-        self._landmark = landmark
+        self._terms = terms
         self._objects = objects
         self._again_at = {first: 0.0, mirror: 0.0}
         self._known = False
+        self._same: bool | None = None
 
     @property
     def url(self) -> str:
@@ -121,12 +134,13 @@ class MirroredStore(Store):
 
     def healed(self, key: str, why: str) -> None:
         """An object was read from the mirror."""
-        self._tell(key, why)
+        self._terms.read(key, why)
 
-    @property
-    def heals(self) -> bool:
-        """Whether single objects are read from the mirror now."""
-        return self._objects and self._answers(self.mirror)
+    async def heals(self, key: str) -> bool:
+        """Whether an object may be read from the mirror now, though the first store answers."""
+        if not (self._objects and self._answers(self.mirror)):
+            return False
+        return key.startswith(_HASHED) or await self._compared() is True
 
     def _answers(self, store: Store) -> bool:
         return time.monotonic() >= self._again_at[store]
@@ -134,25 +148,55 @@ class MirroredStore(Store):
     def _silent(self, store: Store) -> None:
         self._again_at[store] = time.monotonic() + AGAIN_SECONDS
 
+    def _refused(self) -> bool:
+        return self._same is False
+
+    async def _compared(self) -> bool | None:
+        """Whether the mirror is a copy of the first store; None where they do not tell now."""
+        try:
+            same = await self._terms.same(self.first, self.mirror)
+        except StoreError:
+            return None
+        if same is False and self._same is not False:
+            self._terms.refused()
+        self._same = same
+        return same
+
+    async def _stand_in(self, error: StoreUnreachableError) -> None:
+        """Let the mirror stand in for a first store that did not answer.
+
+        Raises:
+            StoreUnreachableError: `error`, where the mirror is no copy.
+        """
+        await self._compared()  # whatever did not answer one question may answer another
+        if self._refused():
+            raise error
+        self._silent(self.first)
+
     async def _stands(self) -> bool:
-        """Whether the first store is to be asked: it answers, and is one."""
+        """Whether the first store is to be asked: it answers, and is one, or there is no other."""
+        if self._refused():
+            return True
         if not self._answers(self.first):
             return False
         if self._known:
             return True
         try:
-            await self.first.get(self._landmark, length=0)
+            await self.first.get(self._terms.landmark, length=0)
             self._known = True
         except StoreUnreachableError as error:
             self._silent(self.first)
-            self._tell(self.first.url, error.message)
+            self._terms.read(self.first.url, error.message)
         except ObjectNotFoundError:
             try:
-                await self.mirror.get(self._landmark, length=0)
+                await self.mirror.get(self._terms.landmark, length=0)
             except StoreError:
                 return True  # neither is a store yet
+            await self._compared()
+            if self._refused():
+                return True
             self._silent(self.first)
-            self._tell(self.first.url, "is not a store any more")
+            self._terms.read(self.first.url, "is not a store any more")
         return self._answers(self.first)
 
     async def get(
@@ -168,10 +212,10 @@ class MirroredStore(Store):
         try:
             return await self.first.get(key, offset, length, into)
         except StoreUnreachableError as error:
-            self._silent(self.first)
+            await self._stand_in(error)
             return await self._from_mirror(error, key, offset, length, into)
         except StoreError as error:
-            if not (self._objects and key.startswith(_HEALED)):
+            if not (key.startswith(_HEALED) and await self.heals(key)):
                 raise
             return await self._from_mirror(error, key, offset, length, into)
 
@@ -200,7 +244,7 @@ class MirroredStore(Store):
             raise error from None
         except StoreError:
             raise error from None
-        self._tell(key, error.message)
+        self._terms.read(key, error.message)
         return found
 
     async def list(self, prefix: str) -> list[str]:
@@ -209,8 +253,8 @@ class MirroredStore(Store):
             try:
                 return await self.first.list(prefix)
             except StoreUnreachableError as error:
-                self._silent(self.first)
-                self._tell(self.first.url, error.message)
+                await self._stand_in(error)
+                self._terms.read(self.first.url, error.message)
         return await self.mirror.list(prefix)
 
     async def put_new(self, key: str, buffers: Buffers) -> PutResult:
@@ -220,8 +264,8 @@ class MirroredStore(Store):
                 return await self.first.put_new(key, buffers)
             except (StoreFullError, StorePermissionError):
                 raise
-            except StoreUnreachableError:
-                self._silent(self.first)
+            except StoreUnreachableError as error:
+                await self._stand_in(error)
         return await self.mirror.put_new(key, buffers)
 
     async def delete(self, key: str) -> None:
@@ -258,7 +302,7 @@ async def from_either(store: Store, key: str, read: Callable[[Store], Awaitable[
     try:
         return await _read_twice(store, read)
     except DamageError as error:
-        if not (isinstance(store, MirroredStore) and store.heals):
+        if not (isinstance(store, MirroredStore) and await store.heals(key)):
             raise
         try:
             found = await _read_twice(store.mirror, read)

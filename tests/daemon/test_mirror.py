@@ -189,15 +189,27 @@ def test_a_daemon_reads_from_the_mirror_while_the_first_store_is_silent(
             assert rank.restore().step == 2
 
 
-def test_a_mirror_of_another_incarnation_is_left_alone(
-    runtime: Path, store_url: str, mirror: Path
+def test_a_mirror_of_another_incarnation_is_left_alone_and_not_read(
+    runtime: Path, store_url: str, mirror: Path, tmp_path: Path
 ) -> None:
+    """Its steps have the same names; one damaged register would bring back another job's state."""
+    first = Path(store_url.removeprefix("file://"))
     with Daemon(runtime) as daemon, Rank(runtime, store_url) as rank:
-        save(rank, 1)
-        until(lambda: follows(daemon, 1), "it follows")
-    shutil.rmtree(store_url.removeprefix("file://"))
+        save(rank, 6, 7)
+        until(lambda: follows(daemon, 2), "it follows")
+    shutil.rmtree(first)
     shutil.rmtree(runtime / "buffers")
     with Daemon(runtime) as daemon, Rank(runtime, store_url) as rank:
-        save(rank, 7)
+        save(rank, 5, 7)
         assert "another incarnation" in daemon.await_event("mirror_failed")["why"]
-    assert steps_at(place_of(f"file://{mirror}", store_url)) == ["1.1"]
+    assert steps_at(place_of(f"file://{mirror}", store_url)) == ["1.7", "1.6"]
+    shutil.rmtree(runtime / "buffers")
+    spoil(first, 1, 7, "commit")
+    with Daemon(runtime) as daemon, Rank(runtime, store_url) as rank:
+        came = rank.restore()
+        assert (came.step, [step for step, _ in came.skipped]) == (5, ["1.7"])
+        assert daemon.events("mirror_refused")
+        assert not daemon.events("mirror_read")
+    found = call("restore", store_url, "--to", tmp_path / "out", "--json")
+    assert (found.status, found.document["id"]) == (7, "1.5")
+    assert found.err.count("the mirror holds another incarnation of this job") == 1
