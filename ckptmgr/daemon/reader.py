@@ -31,12 +31,13 @@ from ckptmgr.errors import (
     NothingToRestoreError,
     ObjectNotFoundError,
     RecordDamagedError,
+    StoreError,
     UsageError,
 )
 from ckptmgr.repository import keys
 from ckptmgr.repository.budget import in_thread
-from ckptmgr.repository.catalog import standing_steps
-from ckptmgr.repository.commit import FROM_SCRATCH, claim_of, stored_manifest
+from ckptmgr.repository.catalog import Catalog, standing_steps
+from ckptmgr.repository.commit import FROM_SCRATCH, Decision, claim_of, stored_manifest
 from ckptmgr.repository.manifest import Manifest
 from ckptmgr.repository.opening import check_vouched, open_manifest
 from ckptmgr.repository.rules import complete_steps
@@ -85,7 +86,7 @@ class Reader:
             if await self._in_memory(session):
                 return
             if steps is None:
-                steps = await standing_steps(session.job.reading.store)
+                steps = await standing_steps(_deciding(session).store)
             for step in steps:
                 if await self._prefetched(session, step, read):
                     event("prefetched", step=str(step))
@@ -97,7 +98,7 @@ class Reader:
     async def _prefetched(self, session: Session, step: StepId, read: Manifest | None) -> bool:
         try:
             if read is None or read.id != step:
-                decision = await session.job.reading.decision(step)
+                decision = await _decision(session, step)
                 if not decision.committed:
                     return False
                 await session.keep(step)
@@ -174,10 +175,10 @@ class Reader:
         if session.world > 1:
             held = await held_by_hosts(session.job.store, session.attempt)
             others = complete_steps(held.ranks, held.worlds)
-        standing = await standing_steps(session.job.reading.store)
+        standing = await standing_steps(_deciding(session).store)
         offered = candidates(standing, {*complete, *others}, rejected, step, of_attempt)
         if before:  # of what is only in memory nobody can tell where it belongs
-            allowed, _ = await candidates_before(session.job.reading, before)
+            allowed, _ = await candidates_before(_deciding(session), before)
             offered = [one for one in allowed if one not in rejected]
         for candidate in offered:
             try:
@@ -209,7 +210,7 @@ class Reader:
         """The step if it may be used; None if it was given up."""
         if step not in complete and step in standing:
             try:
-                decision = await session.job.reading.decision(step)
+                decision = await _decision(session, step)
             except ObjectNotFoundError:
                 return None
             return Chosen(step, decision.world, decision) if decision.committed else None
@@ -221,7 +222,7 @@ class Reader:
             if snapshot.id == step:
                 return Chosen(step, snapshot.world, None)
         try:
-            decision = await session.job.reading.decision(step)
+            decision = await _decision(session, step)
             return Chosen(step, decision.world, decision)
         except ObjectNotFoundError:
             claim = await claim_of(session.job.store, step.attempt)
@@ -381,6 +382,35 @@ class Reader:
         if own is not None and lent.path == str(own.buffer.path):
             session.fetched.add(lent.generation)
         return lent
+
+
+def _deciding(session: Session) -> Catalog:
+    """Where it is read which steps there are. What an attempt resumes from is decided on what the
+    first store says: a mirror may lag behind it.
+    """
+    return session.job.catalog if session.attempt else session.job.reading
+
+
+async def _decision(session: Session, step: StepId) -> Decision:
+    """The register of a step; errors as `Catalog.decision`.
+
+    An attempt takes a mirror's copy of one that is there and does not hold, if it is of the
+    incarnation that claimed its attempt.
+    """
+    job = session.job
+    try:
+        return await _deciding(session).decision(step)
+    except DamageError as damage:
+        if not session.attempt or job.reading is job.catalog:
+            raise
+        try:
+            copy = await job.reading.decision(step)
+        except (StoreError, DamageError):
+            raise damage from None
+        claim = await claim_of(job.store, step.attempt)
+        if claim is None or claim.nonce != copy.nonce:
+            raise
+        return copy
 
 
 def _everything(manifest: Manifest) -> Ranges:

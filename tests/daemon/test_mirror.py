@@ -213,3 +213,40 @@ def test_a_mirror_of_another_incarnation_is_left_alone_and_not_read(
     found = call("restore", store_url, "--to", tmp_path / "out", "--json")
     assert (found.status, found.document["id"]) == (7, "1.5")
     assert found.err.count("the mirror holds another incarnation of this job") == 1
+
+
+def test_what_an_attempt_resumes_from_is_not_decided_by_a_mirror_that_lags(
+    runtime: Path, rig: Rig, mirror: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One listing that gets no answer for as long as the mirror is asked instead."""
+    monkeypatch.setenv("CKPTMGR_STORE_TIMEOUT_SECONDS", "0.5")
+    with Daemon(runtime) as daemon, Rank(runtime, rig.url, keep=9) as rank:
+        save(rank, 1, 2)
+        until(lambda: follows(daemon, 2), "it follows")
+    with monkeypatch.context() as unmirrored:
+        unmirrored.delenv("CKPTMGR_MIRROR")
+        with Daemon(runtime), Rank(runtime, rig.url, keep=9) as rank:
+            assert rank.restore().step == 2
+            save(rank, 3, 4)
+    shutil.rmtree(runtime / "buffers")
+    rig.obey(("list", "commit/", "dead"))
+    with Daemon(runtime) as daemon, Rank(runtime, rig.url, keep=9) as rank:
+        # The mirror has waited for an answer four times as long as who has a mirror waits.
+        assert "is dead" in daemon.await_event("mirror_failed")["why"]
+        rig.obey()
+        came = rank.restore()
+        assert (came.attempt, came.step, came.skipped) == (2, 4, ())
+
+
+def test_a_register_that_is_damaged_is_read_from_the_mirror(
+    runtime: Path, store_url: str, mirror: Path
+) -> None:
+    with Daemon(runtime) as daemon, Rank(runtime, store_url) as rank:
+        save(rank, 1, 2)
+        until(lambda: follows(daemon, 2), "it follows")
+    shutil.rmtree(runtime / "buffers")
+    spoil(Path(store_url.removeprefix("file://")), 1, 2, "commit")
+    with Daemon(runtime) as daemon, Rank(runtime, store_url) as rank:
+        came = rank.restore()
+        assert (came.step, came.skipped) == (2, ())
+        assert daemon.events("mirror_read")[0]["key"].startswith("commit/")
