@@ -395,11 +395,14 @@ async def _decision(session: Session, step: StepId) -> Decision:
     """The register of a step; errors as `Catalog.decision`.
 
     An attempt takes a mirror's copy of one that is there and does not hold, if it is of the
-    incarnation that claimed its attempt.
+    incarnation that claimed its attempt. One that is gone is damage: training would go on from what
+    the first store does not know to be committed.
     """
     job = session.job
     try:
         return await _deciding(session).decision(step)
+    except MissingObjectError:
+        raise
     except DamageError as damage:
         if not session.attempt or job.reading is job.catalog:
             raise

@@ -238,6 +238,20 @@ def test_what_an_attempt_resumes_from_is_not_decided_by_a_mirror_that_lags(
         assert (came.attempt, came.step, came.skipped) == (2, 4, ())
 
 
+def test_a_register_that_is_gone_costs_its_step_though_the_mirror_has_it(
+    runtime: Path, store_url: str, mirror: Path
+) -> None:
+    """What training goes on from must be durable in the first store: a mirror decides nothing."""
+    with Daemon(runtime) as daemon, Rank(runtime, store_url) as rank:
+        save(rank, 1, 2)
+        until(lambda: follows(daemon, 2), "it follows")
+    shutil.rmtree(runtime / "buffers")
+    (Path(store_url.removeprefix("file://")) / "commit/00000001/000000000002").unlink()
+    with Daemon(runtime), Rank(runtime, store_url) as rank:
+        came = rank.restore()
+        assert (came.step, [step for step, _ in came.skipped]) == (1, ["1.2"])
+
+
 def test_a_register_that_is_damaged_is_read_from_the_mirror(
     runtime: Path, store_url: str, mirror: Path
 ) -> None:
