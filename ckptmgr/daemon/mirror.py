@@ -7,7 +7,7 @@ there only after everything that stands in the first store has come.
 from __future__ import annotations
 
 import asyncio
-import contextlib
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ckptmgr.config import RETRY_SECONDS_MAX, RETRY_SECONDS_MIN
@@ -17,16 +17,18 @@ from ckptmgr.errors import (
     CkptmgrError,
     DamageError,
     ObjectNotFoundError,
+    RecordDamagedError,
     RegisterConflictError,
 )
 from ckptmgr.repository import keys
 from ckptmgr.repository.budget import BufferPool
-from ckptmgr.repository.catalog import Catalog, decided_steps, is_retired
+from ckptmgr.repository.catalog import Catalog, exists, is_retired, marked
 from ckptmgr.repository.commit import Decision, check_format, read_record, same_job
 from ckptmgr.restore.copying import copy_packs, put_manifest
 from ckptmgr.restore.records import check_record
 from ckptmgr.store.base import PutResult, Store
 from ckptmgr.store.lanes import in_lanes
+from ckptmgr.store.mirrored import from_either
 from ckptmgr.types import StepId
 
 if TYPE_CHECKING:
@@ -114,13 +116,17 @@ class Mirror:
         await check_format(self._store, create=True)
         await _drop_dead_holds(self._store)
         attempts = await self._first.list("attempts/")
-        await self._copy_records([k for k in attempts if k.endswith(("/claim", "/active"))])
-        decided, retired = await decided_steps(self._first)
-        there, gone = await decided_steps(self._store)
+        for end in ("/claim", "/active"):  # whose incarnation it is, before anything of it
+            await self._copy_records([key for key in attempts if key.endswith(end)])
+        decided, witnessed, retired = await _marked(self._first)
+        there, seen, gone = await _marked(self._store)
+        decided |= witnessed  # and lost, where a register is missing
         # The mark before the register: what is not there must never look as if it stood.
         ended = sorted((decided & retired) - there)
-        await self._copy_records([keys.retired(step) for step in ended])
+        told = await self._copy_records([keys.retired(step) for step in ended])
+        ended = [step for step, is_there in zip(ended, told, strict=True) if is_there]
         await self._copy_records([keys.commit(step) for step in ended])
+        await self._copy_records([keys.tags(s) for s in (there & witnessed) - retired - seen])
         missing = sorted(decided - retired - there, reverse=True)
         self._tell_behind(len(missing))
         left = 0
@@ -136,21 +142,20 @@ class Mirror:
         self._behind = steps
         self._job.metrics.mirror_behind.labels(self._job.label).set(steps)
 
-    async def _copy_records(self, found: list[str]) -> None:
-        await in_lanes(self._copy_record, found, _RECORDS_AT_ONCE)
+    async def _copy_records(self, found: list[str]) -> list[bool]:
+        return await in_lanes(self._copy_record, found, _RECORDS_AT_ONCE)
 
-    async def _copy_record(self, key: str) -> None:
-        """One small object; one that is gone or damaged in the first store is left out."""
-        with contextlib.suppress(ObjectNotFoundError):
-            await self._store.get(key, length=0)
-            return
+    async def _copy_record(self, key: str) -> bool:
+        """One small object; False if it is gone or damaged in the first store, and left out."""
+        if await exists(self._store, key):
+            return True
         try:
-            record = await read_record(self._first, key)
-            check_record(key, record)
+            record = await from_either(self._first, key, partial(_read_checked, key))
         except (ObjectNotFoundError, DamageError):
-            return
+            return False
         if await self._store.put_new(key, [record]) is PutResult.CONFLICT:
             await self._store.make_durable(key)
+        return True
 
     async def _bring(self, step: StepId) -> bool:
         """One step; False if it does not hold in the first store and stands there all the same."""
@@ -158,12 +163,14 @@ class Mirror:
             decision = await self._job.catalog.decision(step)
             if decision.committed:
                 await self._copy_step(decision)
+            if not await self._copy_record(keys.commit(step)):
+                raise RecordDamagedError("does not hold any more", subject=keys.commit(step))
         except (DamageError, ObjectNotFoundError) as error:
             if await is_retired(self._first, step):
                 return True
             warning("mirror_skipped", job=self._job.label, step=str(step), why=str(error))
             return False
-        await self._copy_records([keys.commit(step), keys.tags(step)])
+        await self._copy_record(keys.tags(step))  # the witness of a register that is there
         if decision.committed:
             self._job.history.mirrored(step)
             self._job.metrics.mirrored.labels(self._job.label).inc()
@@ -182,3 +189,14 @@ class Mirror:
         await self._copy_record(keys.retired(step))
         if await is_retired(self._store, step):
             await _delete_retired(self._store, step)
+
+
+async def _marked(store: Store) -> list[frozenset[StepId]]:
+    """Steps with a register, with a copy of one, and with a mark of retirement."""
+    return [await marked(store, prefix) for prefix in ("commit/", "tags/", "retired/")]
+
+
+async def _read_checked(key: str, store: Store) -> memoryview:
+    record = await read_record(store, key)
+    check_record(key, record)
+    return record

@@ -150,7 +150,7 @@ async def decided_steps(store: Store) -> tuple[frozenset[StepId], frozenset[Step
     A listing of the manifests would grow with the number of ranks.
     """
     decided = await _decided(store)
-    return decided, await _marked(store, "retired/")
+    return decided, await marked(store, "retired/")
 
 
 async def _decided(store: Store) -> frozenset[StepId]:
@@ -167,10 +167,10 @@ async def list_steps(store: Store) -> Listing:
     """Take a listing: a step is seen as undecided before it is seen as decided, never after."""
     manifests = _ranks(await store.list("man/"))
     decided = await _decided(store)
-    verified = await _marked(store, "verified/")
+    verified = await marked(store, "verified/")
     holds = await _holds(store)
     # Last: a step retired during the listing must not look as if it still stood.
-    retired = await _marked(store, "retired/")
+    retired = await marked(store, "retired/")
     return Listing(decided, retired, verified, holds, manifests)
 
 
@@ -218,7 +218,8 @@ async def _named(
     return frozenset(step for step in answers if step is not None)
 
 
-async def _marked(store: Store, prefix: str) -> frozenset[StepId]:
+async def marked(store: Store, prefix: str) -> frozenset[StepId]:
+    """Steps that have the one record of theirs right below `prefix`; it may not hold."""
     return frozenset(map(keys.step_named, await _names(store, prefix)))
 
 
