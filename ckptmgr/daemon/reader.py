@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -221,14 +222,15 @@ class Reader:
         for _, snapshot in await self._in_memory(session):
             if snapshot.id == step:
                 return Chosen(step, snapshot.world, None)
-        try:
+        with contextlib.suppress(ObjectNotFoundError):
             decision = await _decision(session, step)
-            return Chosen(step, decision.world, decision)
-        except ObjectNotFoundError:
-            claim = await claim_of(session.job.store, step.attempt)
-            if claim is None:
-                raise MissingObjectError("is gone", subject=keys.claim(step.attempt)) from None
-            return Chosen(step, claim.world, None)
+            if decision.committed:
+                return Chosen(step, decision.world, decision)
+        # Undecided, or given up since: the parts of it are what hosts held when they joined.
+        claim = await claim_of(session.job.store, step.attempt)
+        if claim is None:
+            raise MissingObjectError("is gone", subject=keys.claim(step.attempt))
+        return Chosen(step, claim.world, None)
 
     def tell_skipped(self, session: Session, step: StepId, error: DamageError) -> None:
         """Count and log that a step can not be used."""
@@ -435,8 +437,8 @@ async def _manifest_to_come(job: Job, step: StepId, rank: int) -> Manifest:
     """The manifest of a part that another host held in memory when it joined.
 
     Raises:
-        DamageError: it is of another incarnation, does not come in PART_SECONDS_MAX, or is not
-            of a daemon that is trusted.
+        DamageError: it is of another incarnation or of a daemon that is not trusted, does not come
+            in PART_SECONDS_MAX, or its step was given up without it.
     """
     key = keys.manifest(step, rank)
     deadline = time.monotonic() + PART_SECONDS_MAX
@@ -447,6 +449,8 @@ async def _manifest_to_come(job: Job, step: StepId, rank: int) -> Manifest:
             manifest = open_manifest(sealed, job.reading.keyring).manifest
             break
         except ObjectNotFoundError:
+            if await _is_given_up(job, step):
+                raise MissingObjectError("was given up with its step", subject=key) from None
             if time.monotonic() > deadline:
                 raise MissingObjectError(
                     f"did not come in {PART_SECONDS_MAX:.0f} s from the host that held it",
@@ -457,3 +461,10 @@ async def _manifest_to_come(job: Job, step: StepId, rank: int) -> Manifest:
     if claim is None or claim.nonce != manifest.nonce:
         raise RecordDamagedError("belongs to another incarnation", subject=key)
     return manifest
+
+
+async def _is_given_up(job: Job, step: StepId) -> bool:
+    try:
+        return not (await job.catalog.decision(step)).committed
+    except (ObjectNotFoundError, DamageError):
+        return False

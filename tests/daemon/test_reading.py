@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 
 import asking
 from asking import Came
+from ckptmgr.daemon.resume import decide_resume
 from ckptmgr.errors import (
     DaemonUnreachableError,
     DamageError,
@@ -19,10 +21,12 @@ from ckptmgr.errors import (
     StorePermissionError,
     UsageError,
 )
+from ckptmgr.repository.commit import abort_step
 from ckptmgr.staging.control import Client, Done, Load, Release, Restore, Restored
 from ckptmgr.staging.hostbuffer import HostBuffer
 from ckptmgr.staging.inbox import BUFFERS, SOCKET
-from ckptmgr.types import Outcome
+from ckptmgr.store.local import LocalStore
+from ckptmgr.types import Outcome, StepId
 from driven import PATIENCE_SECONDS, Daemon, Rank, Trainer, check_slot, until
 from processes import needs_root
 from rigged import Rig
@@ -144,6 +148,26 @@ def test_a_prefetch_that_fails_loses_only_a_head_start(
             rank.restore()
         saved.obey()
         assert rank.restore().step == 3
+
+
+def test_a_step_that_is_given_up_after_it_was_decided_on_costs_itself(
+    runtime: Path, saved: Rig, daemon: Daemon
+) -> None:
+    """Its parts were in the memory of hosts when the daemon of rank 0 chose it."""
+
+    async def give_up(attempt: int) -> None:
+        store = LocalStore(str(saved.path))
+        await abort_step(store, StepId(1, 4), "rank 1 is silent")
+        await decide_resume(store, attempt, 0, StepId(1, 4))
+        await store.aclose()
+
+    with Rank(runtime, saved.url) as rank:
+        asyncio.run(give_up(rank.attempt))
+        reply = rank.link.ask(Restore(), Restored, PATIENCE_SECONDS)
+        assert (reply.step, "was given up" in reply.damage) == (4, True)
+        rank.k = 1
+        assert rank.restore().step == 3
+        assert not daemon.events("fault")
 
 
 def test_a_restore_falls_back_over_damage_and_says_so(
