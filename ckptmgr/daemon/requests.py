@@ -209,10 +209,12 @@ class Requests:
             await before.release()
 
     async def _leave(self, session: Session, taken: Held) -> None:
-        """A trainer that asks for a larger buffer leaves its old one, which goes when decided."""
+        """A trainer that asks for a larger buffer leaves its old one, which goes when decided; but
+        not if it did not wait for the answer, and has attached that one again meanwhile.
+        """
         held, session.held = session.held, None
         await session.release()
-        if held is not None and held is not taken:
+        if held is not None and held is not taken and held.owner is session:
             held.let_go()
             held.free_when_decided = True
 

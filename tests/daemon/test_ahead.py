@@ -93,6 +93,25 @@ def test_memory_that_nobody_comes_for_goes_back(
     asyncio.run(expired())
 
 
+def test_tasks_that_ask_at_once_leave_nothing_behind(runtime: Path, saved: Rig) -> None:
+    """As `srun --ntasks-per-node=8 ckptmgr prefetch` does: each of them asks for all ranks."""
+
+    async def asked() -> None:
+        service = Service(DaemonSettings(runtime_dir=runtime, metrics_port=-1))
+        (runtime / FETCHED).mkdir(exist_ok=True)
+        job = service.job(saved.file_url)
+        found = await asyncio.gather(*(service.ahead.begin(job, ()) for _ in range(8)))
+        assert {one.step for one in found} == {3}
+        while not fetched(runtime):
+            await asyncio.sleep(0.01)
+        await service.ahead.taken(job.url)
+        assert fetched(runtime) == []
+        assert await job.store.list("holds/") == []
+        await job.aclose()
+
+    asyncio.run(asked())
+
+
 def test_a_rank_that_the_step_has_not_is_refused(runtime: Path, saved: Rig, daemon: Daemon) -> None:
     with (
         Client(runtime / SOCKET) as client,
