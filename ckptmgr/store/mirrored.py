@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -106,7 +107,7 @@ def patient(
 
 class MirroredStore(Store):
     """For readers: `first`, and where that fails its copy `mirror`. The puts of readers are holds,
-    which go where is read.
+    which go where is read, and from there when they are released.
 
     All of the mirror stands in for a first store that does not answer, or that has lost even its
     landmark. With `objects`, single objects do, too. A register is believed only of a mirror that
@@ -126,6 +127,7 @@ class MirroredStore(Store):
         self._again_at = {first: 0.0, mirror: 0.0}
         self._known = False
         self._same: bool | None = None
+        self._placed: dict[str, set[Store]] = {}
 
     @property
     def url(self) -> str:
@@ -259,18 +261,27 @@ class MirroredStore(Store):
 
     async def put_new(self, key: str, buffers: Buffers) -> PutResult:
         """As `Store.put_new`, where is read."""
+        places = self._placed.setdefault(key, set())
         if await self._stands():
+            places.add(self.first)  # also one that does not answer may have taken it
             try:
                 return await self.first.put_new(key, buffers)
             except (StoreFullError, StorePermissionError):
                 raise
             except StoreUnreachableError as error:
                 await self._stand_in(error)
+        places.add(self.mirror)
         return await self.mirror.put_new(key, buffers)
 
     async def delete(self, key: str) -> None:
-        """As `Store.delete`, where is read."""
-        await (self.first if await self._stands() else self.mirror).delete(key)
+        """As `Store.delete`, wherever it was put; what was not put here, where is read."""
+        places = self._placed.pop(key, None)
+        if not places:
+            places = {self.first if await self._stands() else self.mirror}
+        deletes = (store.delete(key) for store in places)
+        for result in await asyncio.gather(*deletes, return_exceptions=True):
+            if isinstance(result, BaseException):
+                raise result
 
     async def uncache(self, key: str) -> None:
         """As `Store.uncache`, of the first."""

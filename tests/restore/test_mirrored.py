@@ -13,6 +13,9 @@ from ckptmgr.errors import DamageError, StoreUnreachableError
 from ckptmgr.repository import keys
 from ckptmgr.repository.catalog import Catalog, standing_steps
 from ckptmgr.repository.commit import same_job
+from ckptmgr.repository.hold import held_step
+from ckptmgr.store import mirrored
+from ckptmgr.store.base import Buffers, PutResult
 from ckptmgr.store.memory import MemoryStore
 from ckptmgr.store.mirrored import MirroredStore, Terms
 from small_step import Objects, SavedStep, made_in_memory, memory_store, shelf_of
@@ -21,7 +24,7 @@ Made = tuple[list[SavedStep], Objects]
 
 
 class Mute(MemoryStore):
-    """Copies of `objects`; what begins with one of `mute` gets no answer, listed or read."""
+    """Copies of `objects`; what begins with one of `mute` gets no answer, listed, put or read."""
 
     def __init__(self, objects: Mapping[str, bytes]) -> None:
         super().__init__(secrets.token_hex(8))
@@ -37,6 +40,10 @@ class Mute(MemoryStore):
     ) -> memoryview:
         self._hear(key)
         return await super().get(key, offset, length, into)
+
+    async def put_new(self, key: str, buffers: Buffers) -> PutResult:
+        self._hear(key)
+        return await super().put_new(key, buffers)
 
     async def list(self, prefix: str) -> list[str]:
         self._hear(prefix)
@@ -133,3 +140,21 @@ async def test_a_register_is_not_believed_where_no_claim_tells_whose_it_is(ours:
         await Catalog(store).decision(newest.id)
     copy.mute = ()
     assert await Catalog(store).decision(newest.id) == newest.decision
+
+
+async def test_a_hold_is_released_where_it_was_put(
+    ours: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left there, it would keep its step for as long as the process that put it lives."""
+    step = ours[0][-1].id
+    for before, amid in (((), ("commit/",)), (("holds/",), ())):
+        first, copy = Mute(ours[1]), memory_store(ours[1])
+        store = MirroredStore(first, copy, Told().terms())
+        monkeypatch.setattr(mirrored, "AGAIN_SECONDS", 0.0 if before else 30.0)
+        first.mute = before
+        async with held_step(store, step):
+            held = [key for one in (first, copy) for key in shelf_of(one) if "holds/" in key]
+            assert len(held) == 1
+            first.mute = amid
+            assert await standing_steps(store)
+        assert not [key for one in (first, copy) for key in shelf_of(one) if "holds/" in key]
