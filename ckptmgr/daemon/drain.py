@@ -54,7 +54,9 @@ def steps_at_once(part: Part, newest_attempt: int) -> int:
 
 
 class Drainer:
-    """Empties the spool of one job; `run` ends only by cancellation, or by a fault of ours."""
+    """Empties the spool of one job; `run` ends only by cancellation, or by a fault of ours: over
+    `part`, unless that is None. It may be run again.
+    """
 
     def __init__(self, job: Job, spool: Spool, pool: BufferPool, intake: Intake) -> None:
         self._job = job
@@ -64,16 +66,33 @@ class Drainer:
         self._deciding: dict[Part, asyncio.Task[None]] = {}
         self._poked = asyncio.Event()
         self._told: set[int] = set()
+        self._faulted: set[Part] = set()
+        self.part: Part | None = None
         self.last_failure = ""
         self.retry_at = 0.0
 
     async def run(self) -> None:
         """Drain whatever is there; sleep while there is nothing."""
+        self.part = None
+        self._spool.copied.clear()  # of a run before this one, whose waits have ended with it
         try:
             async with asyncio.TaskGroup() as group:
                 await self._drain_all(group)
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
+
+    def faulted(self, part: Part, error: BaseException) -> bool:
+        """Take note of a fault of ours over a part; True if it is the second.
+
+        It is set aside then, or all others would wait for it for ever. Nothing is lost: it stays
+        in the spool, and the next daemon tries again.
+        """
+        again = part in self._faulted
+        self._faulted.add(part)
+        self.last_failure = f"a fault of the daemon: {error!r}"
+        if again:
+            self._spool.aside.add(part)
+        return again
 
     async def _look_again(self) -> None:
         """At attempts that the store did not know: its file system may be mounted by now."""
@@ -83,7 +102,8 @@ class Drainer:
     async def _drain_all(self, group: asyncio.TaskGroup) -> None:
         pause = RETRY_SECONDS_MIN
         while True:
-            part = await self._next()
+            self.part = None
+            self.part = part = await self._next()
             try:
                 self._poked.clear()
                 sealed = await self._bring(part)
@@ -208,6 +228,9 @@ class Drainer:
                 except StoreError as error:
                     self.last_failure = str(error)
                     await self._pause(RETRY_SECONDS_MIN)
+        except Exception:
+            self.part = part
+            raise
         finally:
             del self._deciding[part]
             await self._spool.tell()

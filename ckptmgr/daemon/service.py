@@ -43,6 +43,7 @@ from ckptmgr.repository.keyring import load_keyring
 from ckptmgr.staging import control
 from ckptmgr.staging.inbox import LOCK, SOCKET, InboxWatch, prepare, take_tickets
 from ckptmgr.store.mirrored import place_of
+from ckptmgr.types import StepId
 
 FETCHED = "fetched"
 PREEMPTED = "preempted"
@@ -276,15 +277,30 @@ class Service:
 
     def _drain(self, job: Job, spool: Spool) -> None:
         """Start to drain the spool of a job."""
-        drainer = self.drainers[job.url] = Drainer(job, spool, self._drain_pool, self.intake)
-        task = asyncio.create_task(drainer.run(), name=f"drain {job.label}")
-        task.add_done_callback(self._drain_ended)
-        self._draining[job.url] = task
+        self.drainers[job.url] = Drainer(job, spool, self._drain_pool, self.intake)
+        self._run_drainer(job.url)
 
-    def _drain_ended(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and task.exception() is not None:
-            self._fault = task.exception()
+    def _run_drainer(self, url: str) -> None:
+        drainer = self.drainers[url]
+        task = asyncio.create_task(drainer.run(), name=f"drain {label_of(url)}")
+        task.add_done_callback(partial(self._drain_ended, url, drainer))
+        self._draining[url] = task
+
+    def _drain_ended(self, url: str, drainer: Drainer, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is None:
+            return
+        part = drainer.part
+        if part is None:
+            self._fault = error
             self._ending.set()
+            return
+        # As with a writer: the other parts, and the other jobs, do not wait for the next daemon.
+        fault(error, step=str(part.id))
+        if drainer.faulted(part, error):
+            self._tell_given_up(part.id, error, drainer.last_failure)
+        if self.drainers.get(url) is drainer:
+            self._run_drainer(url)
 
     async def _end_drain(self, url: str) -> None:
         self.drainers.pop(url, None)
@@ -323,9 +339,11 @@ class Service:
         # No reason to end: the next daemon would meet it again, and all other jobs wait meanwhile.
         fault(error, step=str(snapshot.id))
         if held.faulted(snapshot, error):
-            kind = type(error).__name__
-            warning("given_up", step=str(snapshot.id), kind=kind, why=held.last_failure)
+            self._tell_given_up(snapshot.id, error, held.last_failure)
         self._employ(held)
+
+    def _tell_given_up(self, step: StepId, error: BaseException, why: str) -> None:
+        warning("given_up", step=str(step), kind=type(error).__name__, why=why)
 
     def _count(self) -> None:
         """Bring the gauges up to date: on every ticket, and whenever a worker turns around."""

@@ -70,7 +70,8 @@ class Part:
 
 class Spool:
     """The parts of one job. `copied` are those that the store holds, too, and that wait for their
-    decision; `stranded` are attempts that the store does not know: neither holds others up.
+    decision; `stranded` are attempts that the store does not know; `aside` are parts that could not
+    be copied by a fault of ours: none of them holds others up.
     """
 
     def __init__(self, directory: SpoolDirectory, url: str) -> None:
@@ -81,6 +82,7 @@ class Spool:
         self.store = LocalStore(str(self._path))
         self._parts: dict[tuple[StepId, int], Part] = {}
         self.copied: set[Part] = set()
+        self.aside: set[Part] = set()
         self.stranded: set[int] = set()
         self.changed = asyncio.Condition()
         self.reserved_bytes = 0
@@ -99,7 +101,7 @@ class Spool:
         return [
             part
             for part in self.parts
-            if part not in self.copied and part.id.attempt not in self.stranded
+            if part not in self.copied | self.aside and part.id.attempt not in self.stranded
         ]
 
     def blocks(self, attempt: int) -> bool:
@@ -108,7 +110,8 @@ class Spool:
         Within an attempt steps are decided in order: many later ones that are decided prove an
         undecided one to be garbage.
         """
-        uncopied = self._parts.keys() - {(part.id, part.rank) for part in self.copied}
+        passed = self.copied | self.aside
+        uncopied = self._parts.keys() - {(part.id, part.rank) for part in passed}
         return bool(self.waiting) or any(step.attempt == attempt for step, _ in uncopied)
 
     @property
@@ -194,6 +197,7 @@ class Spool:
         await self._discard(part.id, part.rank)
         self._parts.pop((part.id, part.rank), None)
         self.copied.discard(part)
+        self.aside.discard(part)
         self.full = False
         await self.tell()
 

@@ -278,6 +278,29 @@ def test_a_part_that_does_not_hold_is_written_again_from_memory(
     assert committed(rig.file_url) == ["1.1", "1.2"]
 
 
+def test_a_fault_over_a_part_in_the_spool_ends_nothing(
+    runtime: Path, rig: Rig, tmp_path: Path
+) -> None:
+    """It is tried once more; then the others go on, and the part waits for the next daemon."""
+    with Daemon(runtime) as daemon:
+        with Rank(runtime, rig.url, keep=9) as rank:
+            spool_through_an_outage(rank, rig, tmp_path, 2, 3)
+            rig.obey(("put_new", f"data/{ONE}2", "fault"))
+            assert rank.wait(3).outcome == Outcome.COMMITTED
+            rank.save(4)
+            assert rank.wait(4).outcome == Outcome.COMMITTED
+        assert len(daemon.events("spooled")) == 2, "the store takes it again"
+        assert [e["step"] for e in daemon.events("fault")] == ["1.2", "1.2"]
+        (told,) = daemon.events("given_up")
+        assert (told["step"], told["kind"]) == ("1.2", "ZeroDivisionError")
+        assert spooled(tmp_path, rig.url) == [ONE + "2/000000"]
+        daemon.end(signal.SIGKILL)
+    rig.obey()
+    with Daemon(runtime):
+        until(lambda: not spooled(tmp_path, rig.url), "the next daemon tries again")
+    assert committed(rig.file_url) == ["1.1", "1.2", "1.3", "1.4"]
+
+
 @pytest.mark.parametrize("what", ["link", "open to others", "taken", "no place"])
 def test_a_spool_that_is_not_ours_is_refused_and_costs_only_itself(
     runtime: Path, rig: Rig, tmp_path: Path, what: str

@@ -137,6 +137,22 @@ def test_a_snapshot_over_which_the_writer_faults_once_is_committed(runtime: Path
         assert not daemon.events("given_up")
 
 
+def test_a_register_that_does_not_hold_costs_its_own_step_only(runtime: Path, rig: Rig) -> None:
+    """It may have been a commit: nothing of the step is deleted."""
+    register = rig.path / f"commit/{ONE}"
+    with Daemon(runtime) as daemon, Rank(runtime, rig.url) as rank:
+        register.parent.mkdir(parents=True)
+        register.write_bytes(b"not a register" * 30)
+        rank.save(1)
+        waited = rank.wait(1)
+        assert (waited.outcome, f"commit/{ONE}" in waited.why) == (Outcome.ABORTED, True)
+        rank.save(2)
+        assert rank.wait(2).outcome == Outcome.COMMITTED
+        assert not daemon.events("fault")
+    assert files(rig, f"man/{ONE}")
+    assert files(rig, f"data/{ONE}")
+
+
 def test_a_manifest_that_a_killed_daemon_left_is_taken_over(runtime: Path, rig: Rig) -> None:
     """No byte is written twice: its packs were durable before it was put."""
     rig.obey(("put_new", f"commit/{ONE}", "hold"))

@@ -1,0 +1,174 @@
+"""Draining a spool: what is wrong with one part costs that part, and no other."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckptmgr.config import BUDGET_BYTES
+from ckptmgr.daemon import drain
+from ckptmgr.daemon.drain import Drainer
+from ckptmgr.daemon.intake import Intake
+from ckptmgr.daemon.job import Job
+from ckptmgr.daemon.pipeline import Pipeline, Source
+from ckptmgr.daemon.resume import claim_attempt
+from ckptmgr.daemon.spool import Spool, SpoolDirectory
+from ckptmgr.metrics import Metrics
+from ckptmgr.repository import keys
+from ckptmgr.repository.budget import BufferPool
+from ckptmgr.repository.catalog import Catalog
+from ckptmgr.store.base import Store
+from ckptmgr.types import StepId
+from small_step import HOST, encode_state, fill_slot, host_buffer, memory_store, small_state
+
+ENCODED = encode_state(small_state(10))
+STEPS = (1, 2, 3)
+PATIENCE_SECONDS = 30.0
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drain, "RETRY_SECONDS_MIN", 0.01)
+    monkeypatch.setattr(drain, "RETRY_SECONDS_MAX", 0.02)
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """Every warning of the drain."""
+    found: list[tuple[str, dict[str, Any]]] = []
+    monkeypatch.setattr(drain, "warning", lambda name, **fields: found.append((name, fields)))
+    return found
+
+
+async def spooled(store: Store, path: Path) -> Spool:
+    """A claimed attempt of one rank, all of whose steps are in a spool."""
+    attempt, nonce = await claim_attempt(store, 1, "")
+    spool = Spool(SpoolDirectory(path, 0), store.url)
+    for step in STEPS:
+        with host_buffer(store.url, len(ENCODED.data)) as buffer:
+            snapshot = fill_slot(buffer, 0, ENCODED, attempt=attempt, nonce=nonce, step=step)
+            async with spool.writing(snapshot, 9) as disk:
+                source = Source(buffer, snapshot, disk, HOST)
+                written = await Pipeline(BufferPool(1)).write(source, "none", lambda *_: None)
+                await spool.add(written)
+    return spool
+
+
+@asynccontextmanager
+async def drainer_of(store: Store, spool: Spool) -> AsyncIterator[Drainer]:
+    """What drains a spool into a store, but is not running yet."""
+    pool = BufferPool(BUDGET_BYTES)
+    job = Job(store.url, store, Catalog(store), "test", Metrics(), pool)
+    try:
+        yield Drainer(job, spool, pool, Intake(Path("/nowhere")))
+    finally:
+        await job.aclose()
+
+
+async def drained(drainer: Drainer, done: Callable[[], bool], spool: Spool) -> None:
+    """Run a drainer until something holds of its spool; a fault of it comes out."""
+    running = asyncio.create_task(drainer.run())
+
+    async def looking() -> None:
+        async with spool.changed:
+            await spool.changed.wait_for(done)
+
+    waiting = asyncio.create_task(looking())
+    await asyncio.wait(
+        [running, waiting], timeout=PATIENCE_SECONDS, return_when=asyncio.FIRST_COMPLETED
+    )
+    ended = running.done()
+    for task in (running, waiting):
+        task.cancel()
+    await asyncio.gather(running, waiting, return_exceptions=True)
+    if ended:
+        running.result()
+    assert done(), drainer.last_failure
+
+
+async def committed(store: Store) -> list[int]:
+    """Steps whose commit holds, oldest first."""
+    entries = await Catalog(store).entries()
+    return [entry.id.step for entry in entries if entry.decision is not None][::-1]
+
+
+def left(spool: Spool) -> list[int]:
+    return [part.id.step for part in spool.parts]
+
+
+async def test_a_register_that_does_not_hold_costs_its_own_step_only(
+    tmp_path: Path, told: list[tuple[str, dict[str, Any]]]
+) -> None:
+    store = memory_store({})
+    spool = await spooled(store, tmp_path)
+    register = keys.commit(StepId(1, 1))
+    await store.put_new(register, [memoryview(b"not a register" * 30)])
+    async with drainer_of(store, spool) as drainer:
+        await drained(drainer, lambda: not spool.parts, spool)
+    assert await committed(store) == [2, 3]
+    ((name, fields),) = told
+    assert (name, fields["step"]) == ("spool_dropped", "1.1")
+    assert register in fields["why"]
+
+
+async def test_a_part_over_which_a_drain_faults_again_is_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = memory_store({})
+    spool = await spooled(store, tmp_path)
+    real = drain.copy_packs
+
+    async def faulty(source: Store, target: Store, manifest: Any, *more: Any) -> None:
+        if manifest.step == 1:
+            raise ZeroDivisionError
+        await real(source, target, manifest, *more)
+
+    monkeypatch.setattr(drain, "copy_packs", faulty)
+    async with drainer_of(store, spool) as drainer:
+        for again in (False, True):
+            with pytest.raises(ZeroDivisionError):
+                await drained(drainer, lambda: False, spool)
+            assert drainer.part is not None
+            assert drainer.part.id == StepId(1, 1)
+            assert drainer.faulted(drainer.part, ZeroDivisionError()) is again
+        await drained(drainer, lambda: left(spool) == [1], spool)
+        assert not spool.blocks(1), "new snapshots go to the store"
+    assert await committed(store) == [2, 3]
+    again = await _as_the_next_daemon(spool, tmp_path)
+    monkeypatch.undo()
+    async with drainer_of(store, again) as drainer:
+        await drained(drainer, lambda: not again.parts, again)
+    assert await committed(store) == [1, 2, 3]
+
+
+async def _as_the_next_daemon(spool: Spool, path: Path) -> Spool:
+    found = Spool(SpoolDirectory(path, 0), spool.url)
+    await found.load()
+    assert left(found) == [1]
+    return found
+
+
+async def test_a_fault_over_a_decision_takes_no_other_part_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The waits of the others end with the run; the next run takes them up again."""
+    store = memory_store({})
+    spool = await spooled(store, tmp_path)
+    async with drainer_of(store, spool) as drainer:
+        with monkeypatch.context() as patch:
+            patch.setattr(Drainer, "_decide_once", _fault)
+            with pytest.raises(ZeroDivisionError):
+                await drained(drainer, lambda: False, spool)
+        assert drainer.part is not None
+        assert not drainer.faulted(drainer.part, ZeroDivisionError())
+        await drained(drainer, lambda: not spool.parts, spool)
+    assert await committed(store) == [1, 2, 3]
+
+
+async def _fault(*_: Any) -> None:
+    raise ZeroDivisionError
