@@ -204,7 +204,7 @@ class Drainer:
         sealed = await self._spool.manifest(part)
         event("draining_step", job=label, step=str(part.id), rank=part.rank, bytes=part.nbytes)
         await copy_packs(
-            self._spool.store,
+            self._spool.reading,
             store,
             sealed.manifest,
             self._pool,

@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from ckptmgr.config import open_private_dir
+from ckptmgr.config import STORE_TIMEOUT_SECONDS, open_private_dir
 from ckptmgr.daemon.log import label_of, warning
 from ckptmgr.errors import (
     CkptmgrError,
@@ -32,7 +32,9 @@ from ckptmgr.repository import keys
 from ckptmgr.repository.commit import get_record, put_record, read_record
 from ckptmgr.repository.manifest import SealedManifest, read_manifest
 from ckptmgr.repository.record import Kind
+from ckptmgr.store.base import Store
 from ckptmgr.store.local import LocalStore
+from ckptmgr.store.retry import RetryingStore
 from ckptmgr.types import PAGE_BYTES, Snapshot, StepId
 
 _LOCK = "lock"
@@ -80,6 +82,7 @@ class Spool:
         self.url = url
         self.keep: int | str = 0
         self.store = LocalStore(str(self._path))
+        self._binding = ""
         self._parts: dict[tuple[StepId, int], Part] = {}
         self.copied: set[Part] = set()
         self.aside: set[Part] = set()
@@ -127,6 +130,15 @@ class Spool:
         """Whether a rank's part of a step is there."""
         found = self._parts.get((step, rank))
         return found is not None and found.nonce == nonce
+
+    @property
+    def reading(self) -> Store:
+        """Where parts are read: what stays unreadable while the binding can be read is damaged, and
+        costs its own part only.
+        """
+        return RetryingStore(
+            self.store, deadline_seconds=STORE_TIMEOUT_SECONDS, landmark=self._binding
+        )
 
     # -- parts come ---------------------------------------------------------------------------
 
@@ -176,7 +188,11 @@ class Spool:
         await put_record(self.store, Kind.SPOOL, key, SpoolBinding(self.url, keep))
         for other in old:
             await self.store.delete(other)
-        self.keep = keep
+        self.bound(key, keep)
+
+    def bound(self, key: str, keep: int | str) -> None:
+        """Take note of the binding that counts."""
+        self._binding, self.keep = key, keep
 
     # -- parts go -----------------------------------------------------------------------------
 
@@ -188,7 +204,7 @@ class Spool:
         """
         key = keys.manifest(part.id, part.rank)
         try:
-            return read_manifest(part.id, part.rank, await read_record(self.store, key))
+            return read_manifest(part.id, part.rank, await read_record(self.reading, key))
         except ObjectNotFoundError as error:
             raise DamageError("is gone from the spool", subject=key) from error
 
@@ -227,7 +243,7 @@ class Spool:
             if step is None or rank is None:
                 continue
             try:
-                sealed = read_manifest(step, rank, await read_record(self.store, key))
+                sealed = read_manifest(step, rank, await read_record(self.reading, key))
             except DamageError as error:
                 warning("spool_dropped", job=label_of(self.url), step=str(step), why=str(error))
                 await self._discard(step, rank)
@@ -276,13 +292,13 @@ class SpoolDirectory:
         """Open the spool of a job; one that says nothing of its job is told and left alone."""
         try:
             open_private_dir(path)
-            binding = await _binding_of(path)
+            key, binding = await _binding_of(path)
             if binding is None:
                 return  # it ended before its first part
             if path.name != label_of(binding.url):
                 raise DamageError("is the spool of another job", subject=str(path))
             spool = self.of(binding.url)
-            spool.keep = binding.keep
+            spool.bound(key, binding.keep)
             await spool.load()
         except CkptmgrError as error:
             warning("spool_refused", path=path.name, why=str(error))
@@ -333,12 +349,14 @@ class SpoolDirectory:
             self._lock = -1
 
 
-async def _binding_of(path: Path) -> SpoolBinding | None:
-    """The newest binding of a spool that holds; the one before it goes when it is durable."""
+async def _binding_of(path: Path) -> tuple[str, SpoolBinding | None]:
+    """The newest binding of a spool, and its key; the one before it goes when it is durable."""
     store = LocalStore(str(path))
     try:
         found = await store.list(_BINDINGS)
-        return await get_record(store, Kind.SPOOL, found[-1], SpoolBinding) if found else None
+        if not found:
+            return "", None
+        return found[-1], await get_record(store, Kind.SPOOL, found[-1], SpoolBinding)
     finally:
         await store.aclose()
 

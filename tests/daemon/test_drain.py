@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,21 @@ import pytest
 
 from ckptmgr.config import BUDGET_BYTES
 from ckptmgr.daemon import drain
+from ckptmgr.daemon import spool as spooling
 from ckptmgr.daemon.drain import Drainer
 from ckptmgr.daemon.intake import Intake
 from ckptmgr.daemon.job import Job
 from ckptmgr.daemon.pipeline import Pipeline, Source
 from ckptmgr.daemon.resume import claim_attempt
 from ckptmgr.daemon.spool import Spool, SpoolDirectory
+from ckptmgr.errors import MediumError
 from ckptmgr.metrics import Metrics
 from ckptmgr.repository import keys
 from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.catalog import Catalog
 from ckptmgr.store.base import Store
+from ckptmgr.store.local import LocalStore
+from ckptmgr.store.retry import RetryingStore
 from ckptmgr.types import StepId
 from small_step import HOST, encode_state, fill_slot, host_buffer, memory_store, small_state
 
@@ -35,13 +40,15 @@ PATIENCE_SECONDS = 30.0
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drain, "RETRY_SECONDS_MIN", 0.01)
     monkeypatch.setattr(drain, "RETRY_SECONDS_MAX", 0.02)
+    monkeypatch.setattr(spooling, "RetryingStore", partial(RetryingStore, jitter=lambda: 0.0))
 
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
-    """Every warning of the drain."""
+    """Every warning of the spool and its drain."""
     found: list[tuple[str, dict[str, Any]]] = []
-    monkeypatch.setattr(drain, "warning", lambda name, **fields: found.append((name, fields)))
+    for module in (drain, spooling):
+        monkeypatch.setattr(module, "warning", lambda name, **fields: found.append((name, fields)))
     return found
 
 
@@ -94,7 +101,8 @@ async def drained(drainer: Drainer, done: Callable[[], bool], spool: Spool) -> N
 async def committed(store: Store) -> list[int]:
     """Steps whose commit holds, oldest first."""
     entries = await Catalog(store).entries()
-    return [entry.id.step for entry in entries if entry.decision is not None][::-1]
+    found = [entry.decision for entry in entries if entry.decision is not None]
+    return [decision.step for decision in found if decision.committed][::-1]
 
 
 def left(spool: Spool) -> list[int]:
@@ -151,6 +159,58 @@ async def _as_the_next_daemon(spool: Spool, path: Path) -> Spool:
     await found.load()
     assert left(found) == [1]
     return found
+
+
+@pytest.mark.parametrize("what", ["man/", "data/"])
+async def test_a_part_that_the_medium_does_not_give_holds_up_no_other(
+    tmp_path: Path,
+    told: list[tuple[str, dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+) -> None:
+    """One bad sector, found when the spool is opened or when the part is copied."""
+    store = memory_store({})
+    bad = f"{what}00000001/000000000001"
+    real = LocalStore.get
+
+    async def get(self: LocalStore, key: str, *where: Any, **more: Any) -> memoryview:
+        if key.startswith(bad):
+            raise MediumError("Input/output error (EIO)", subject=key)
+        return await real(self, key, *where, **more)
+
+    await spooled(store, tmp_path)
+    monkeypatch.setattr(LocalStore, "get", get)
+    directory = await SpoolDirectory.open(tmp_path, 0)
+    (spool,) = directory.unfinished()
+    async with drainer_of(store, spool) as drainer:
+        await drained(drainer, lambda: not spool.parts, spool)
+    directory.close()
+    assert await committed(store) == [2, 3]
+    ((name, fields),) = told
+    assert (name, fields["step"]) == ("spool_dropped", "1.1")
+    assert bad in fields["why"]
+
+
+async def test_a_disk_that_gives_nothing_loses_nothing(
+    tmp_path: Path,
+    told: list[tuple[str, dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    await spooled(memory_store({}), tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStore, "get", _not_read)
+        directory = await SpoolDirectory.open(tmp_path, 0)
+        assert [name for name, _ in told] == ["spool_refused"]
+        assert not list(directory.unfinished())
+        directory.close()
+    directory = await SpoolDirectory.open(tmp_path, 0)
+    (spool,) = directory.unfinished()
+    assert left(spool) == list(STEPS)
+    directory.close()
+
+
+async def _not_read(_store: LocalStore, key: str, *_where: Any, **_more: Any) -> memoryview:
+    raise MediumError("Input/output error (EIO)", subject=key)
 
 
 async def test_a_fault_over_a_decision_takes_no_other_part_along(
