@@ -20,7 +20,12 @@ import numpy as np  # noqa: F401 - here, and not when the first snapshot is wait
 from ckptmgr.config import PACK_BYTES
 from ckptmgr.daemon.flow import flow
 from ckptmgr.daemon.route import PROBE_CHUNKS, Route, spread
-from ckptmgr.errors import ObjectNotFoundError, RegisterConflictError, TornSnapshotError
+from ckptmgr.errors import (
+    ObjectNotFoundError,
+    RegisterConflictError,
+    StoreError,
+    TornSnapshotError,
+)
 from ckptmgr.repository import keys
 from ckptmgr.repository.budget import BufferPool, in_thread
 from ckptmgr.repository.chunk import Chunk, Cut, cut, hash_of
@@ -190,13 +195,8 @@ class Pipeline:
                 another snapshot of the step.
             StoreError: the store failed for longer than its deadline.
         """
-        snapshot = source.snapshot
-        adopted = await adopt_manifest(source.store, snapshot.id, snapshot.rank, snapshot.nonce)
+        adopted = await _adopted(source)
         if adopted is not None:
-            if adopted.manifest.sealed_at != snapshot.sealed_at:
-                raise RegisterConflictError(
-                    "is of another snapshot of this step", subject=adopted.key
-                )
             return adopted
         table = await in_thread(source.table)
         layout = decode_layout(table.layout, subject=source.subject)
@@ -208,7 +208,11 @@ class Pipeline:
         manifest = _manifest(source, table, packs.in_order(), data_key)
         if await source.store.put_new(manifest.key, [memoryview(manifest.record)]) is PutResult.OK:
             return manifest
-        raise RegisterConflictError("is held by another writer", subject=manifest.key)
+        # One that an earlier try has sent may have arrived all the same, of the same bits.
+        late = await _adopted(source)
+        if late is None:  # the step was given up, and its manifests deleted, at this moment
+            raise StoreError("was there and is gone again", subject=manifest.key)
+        return late
 
 
 class _Packs:
@@ -419,6 +423,15 @@ def _manifest(
     if signer is not None:
         manifest = signed_manifest(manifest, signer)
     return seal_manifest(manifest)
+
+
+async def _adopted(source: Origin) -> SealedManifest | None:
+    """The manifest of the very snapshot, if it is there already; errors as `Pipeline.write`."""
+    snapshot = source.snapshot
+    found = await adopt_manifest(source.store, snapshot.id, snapshot.rank, snapshot.nonce)
+    if found is not None and found.manifest.sealed_at != snapshot.sealed_at:
+        raise RegisterConflictError("is of another snapshot of this step", subject=found.key)
+    return found
 
 
 async def adopt_manifest(

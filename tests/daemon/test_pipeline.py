@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from dataclasses import replace
 from typing import Any
@@ -22,7 +23,8 @@ from ckptmgr.repository.rates import BLOCK_BYTES, Meter
 from ckptmgr.restore.fetch import fetch
 from ckptmgr.restore.plan import plan_whole
 from ckptmgr.staging.hostbuffer import HostBuffer
-from ckptmgr.store.base import Store
+from ckptmgr.store.base import Buffers, PutResult, Store
+from ckptmgr.store.memory import MemoryStore
 from ckptmgr.testing import Fault, FaultyStore
 from ckptmgr.types import StepId
 from small_step import (
@@ -149,6 +151,54 @@ def test_a_manifest_of_the_same_snapshot_is_taken_over_and_made_durable() -> Non
         made_durable, *reads = store.operations[before:]
         assert made_durable == ("make_durable", key)
         assert set(reads) == {("get", key)}
+
+    asyncio.run(main())
+
+
+class LateStore(MemoryStore):
+    """The answer to the first manifest never comes; it arrives when the next pack is put."""
+
+    def __init__(self) -> None:
+        super().__init__(secrets.token_hex(8))
+        self.on_its_way: list[tuple[str, bytes]] = []
+        self.arrived: list[bytes] = []
+
+    async def put_new(self, key: str, buffers: Buffers) -> PutResult:
+        if key.startswith("man/") and not self.on_its_way and not self.arrived:
+            self.on_its_way.append((key, b"".join(buffers)))
+            raise StoreUnreachableError("no answer", subject=key)
+        while self.on_its_way:
+            late, record = self.on_its_way.pop()
+            await super().put_new(late, [memoryview(record)])
+            self.arrived.append(record)
+        return await super().put_new(key, buffers)
+
+
+def test_a_manifest_of_an_earlier_try_that_arrives_late_is_taken_over() -> None:
+    """It is whole, and ours: to take it for another writer's would give the step up."""
+
+    async def main() -> None:
+        store = LateStore()
+        with host_buffer(store.url, len(ENCODED.data)) as buffer:
+            snapshot = sealed_in(buffer)
+            with pytest.raises(StoreUnreachableError):
+                await write(store, buffer, snapshot, "none")
+            sealed = await write(store, buffer, snapshot, "none")
+        assert [sealed.record] == store.arrived
+        assert await read(store, sealed) == ENCODED.data
+
+    asyncio.run(main())
+
+
+def test_a_late_manifest_of_another_snapshot_of_the_step_is_not_adopted() -> None:
+    async def main() -> None:
+        store = LateStore()
+        with host_buffer(store.url, len(ENCODED.data)) as buffer:
+            with pytest.raises(StoreUnreachableError):
+                await write(store, buffer, sealed_in(buffer), "none")
+            again = replace(sealed_in(buffer), sealed_at=time.time())
+            with pytest.raises(RegisterConflictError, match="another snapshot of this step"):
+                await write(store, buffer, again, "none")
 
     asyncio.run(main())
 
