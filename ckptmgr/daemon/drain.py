@@ -32,6 +32,7 @@ from ckptmgr.repository.record import Kind
 from ckptmgr.repository.rules import goes_first, may_decide
 from ckptmgr.restore.copying import copy_packs, put_manifest
 from ckptmgr.staging.bufferfile import SLOTS_MAX
+from ckptmgr.store.lanes import together
 from ckptmgr.types import Outcome
 
 if TYPE_CHECKING:
@@ -75,11 +76,8 @@ class Drainer:
         """Drain whatever is there; sleep while there is nothing."""
         self.part = None
         self._spool.copied.clear()  # of a run before this one, whose waits have ended with it
-        try:
-            async with asyncio.TaskGroup() as group:
-                await self._drain_all(group)
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None
+        async with together() as group:
+            await self._drain_all(group)
 
     def faulted(self, part: Part, error: BaseException) -> bool:
         """Take note of a fault of ours over a part; True if it is the second.

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from ckptmgr.daemon.route import Route, Send, Work
+from ckptmgr.store.lanes import together
 
 
 class Packs(Protocol):
@@ -38,13 +39,10 @@ async def flow(
     Raises:
         CkptmgrError: the first failure; whatever else was under way has ended.
     """
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            if codec == "auto" and route.probe_is_due(sum(sizes)):
-                tasks.create_task(packs.probe())
-            await _start_all(route, sizes, codec, packs, tasks, encrypted=encrypted)
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
+    async with together() as tasks:
+        if codec == "auto" and route.probe_is_due(sum(sizes)):
+            tasks.create_task(packs.probe())
+        await _start_all(route, sizes, codec, packs, tasks, encrypted=encrypted)
 
 
 async def _start_all(

@@ -30,6 +30,7 @@ from ckptmgr.repository.hold import host_name
 from ckptmgr.repository.manifest import SealedManifest
 from ckptmgr.repository.rules import goes_first, may_decide
 from ckptmgr.store.base import Store
+from ckptmgr.store.lanes import together
 from ckptmgr.types import Outcome, Snapshot, StepId
 
 _LOOKS = 10
@@ -58,10 +59,8 @@ class Writer:
         memory = self._held.buffer.memory
         self._job.store.share(memory, str(self._held.buffer.path))
         try:
-            async with asyncio.TaskGroup() as deciding:
+            async with together() as deciding:
                 await self._write_all(deciding)
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None
         finally:
             self._job.store.unshare(memory)
 
