@@ -30,6 +30,11 @@ Three packs: one being filled, one being written, one for a restore at the same 
 STORE_TIMEOUT_SECONDS = 60.0
 """Deadline of one store operation; past it the operation counts as failed with unknown outcome."""
 
+STORE_TIMEOUT_SECONDS_MIN = 0.001
+"""Least deadline that is taken: with none at all every operation would fail."""
+
+PORT_MAX = 65_535
+
 RETRY_SECONDS_MIN, RETRY_SECONDS_MAX = 1.0, 30.0
 """Pause after a write or a commit that failed: doubled each time, so that a dead store costs
 nothing."""
@@ -72,7 +77,7 @@ PATIENCE_SECONDS_MIN = 10.0
 """A stuck undecided snapshot is superseded after max(this, the interval) without progress."""
 
 
-def _env_float(name: str, default: float) -> float:
+def _parsed(name: str, default: float) -> float:
     text = os.environ.get(name)
     if text is None:
         return default
@@ -82,14 +87,43 @@ def _env_float(name: str, default: float) -> float:
         raise UsageError(f"{text!r} is not a number", subject=name) from None
 
 
+def _env_float(name: str, default: float, least: float = 0.0) -> float:
+    return checked_number(_parsed(name, default), name, least)
+
+
+def checked_number(number: float, subject: str, least: float = 0.0) -> float:
+    """`number` if it is finite and not below `least`.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if least <= number < math.inf:
+        return number
+    hint = f"Give a number of at least {least:g}."
+    raise UsageError(f"{number:g} is not allowed", subject=subject, hint=hint)
+
+
+def checked_port(number: float, subject: str) -> int:
+    """`number` if it is a TCP port, 0 for any free one, or negative for none.
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    if -math.inf < number <= PORT_MAX and number == int(number):
+        return int(number)
+    hint = f"Give a port of at most {PORT_MAX}, 0 for any that is free, or -1 for none."
+    raise UsageError(f"{number:g} is not a port", subject=subject, hint=hint)
+
+
 def store_timeout_seconds() -> float:
     """Deadline of one try of a store operation, by the environment of a daemon or a command."""
-    return _env_float("CKPTMGR_STORE_TIMEOUT_SECONDS", STORE_TIMEOUT_SECONDS)
+    name = "CKPTMGR_STORE_TIMEOUT_SECONDS"
+    return _env_float(name, STORE_TIMEOUT_SECONDS, STORE_TIMEOUT_SECONDS_MIN)
 
 
 def env_limit(name: str) -> float:
     """A limit in gigabits per second from the environment; 0 is none."""
-    return checked_limit(_env_float(name, 0.0), name)
+    return checked_limit(_parsed(name, 0.0), name)
 
 
 def checked_limit(gbps: float, subject: str) -> float:
@@ -144,13 +178,18 @@ class DaemonSettings:
 
     @classmethod
     def from_env(cls, *, auto: bool) -> DaemonSettings:
-        """Settings of a daemon started by hand, or (`auto`) by a rank: then it ends when idle."""
+        """Settings of a daemon started by hand, or (`auto`) by a rank: then it ends when idle.
+
+        Raises:
+            UsageError: a variable, which it names, has no value of its kind.
+        """
+        port = "CKPTMGR_METRICS_PORT"
         return cls(
             runtime_dir=runtime_dir(),
             idle_seconds=_env_float("CKPTMGR_IDLE_SECONDS", IDLE_SECONDS if auto else 0.0),
             budget_bytes=int(_env_float("CKPTMGR_BUDGET_MIB", BUDGET_BYTES / MIB)) * MIB,
             store_timeout_seconds=store_timeout_seconds(),
-            metrics_port=int(_env_float("CKPTMGR_METRICS_PORT", 0)),
+            metrics_port=checked_port(_parsed(port, 0), port),
             memory_seconds=_env_float("CKPTMGR_MEMORY_SECONDS", MEMORY_SECONDS),
             stuck_seconds=_env_float("CKPTMGR_STUCK_SECONDS", STUCK_SECONDS),
             single_decider=bool(_env_float("CKPTMGR_SINGLE_DECIDER", 0)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ckptmgr.config import GBPS_MIN, DaemonSettings, checked_limit, env_limit
+from ckptmgr.config import GBPS_MIN, DaemonSettings, checked_limit, checked_port, env_limit
 from ckptmgr.errors import UsageError
 
 
@@ -13,6 +13,10 @@ def test_a_limit_is_none_or_a_rate() -> None:
     for gbps in (-1.0, GBPS_MIN / 2, float("inf"), float("nan")):
         with pytest.raises(UsageError, match="not a limit in gigabits"):
             checked_limit(gbps, "x")
+
+
+def test_a_port_is_one_or_any_or_none() -> None:
+    assert [checked_port(number, "x") for number in (-1, 0, 9464.0, 65535)] == [-1, 0, 9464, 65535]
 
 
 def test_limits_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

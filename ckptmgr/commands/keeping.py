@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Annotated, Any
 
 import typer
@@ -41,7 +42,7 @@ def policy_of(keep: str, every: int, hourly: int, daily: int, best: list[str] | 
     Raises:
         UsageError: one of them is not allowed, or two say different things.
     """
-    if keep.lstrip("-").isdigit() and int(keep) < 1:
+    if re.fullmatch("-[0-9]+|0+", keep):
         hint = "Give at least 1; the newest two commits stay in any case."
         raise UsageError(f"{keep} is not allowed", subject="--keep", hint=hint)
     base = Keep.of(keep)

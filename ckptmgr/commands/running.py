@@ -18,6 +18,8 @@ from ckptmgr.config import (
     STORE_TIMEOUT_SECONDS,
     DaemonSettings,
     checked_limit,
+    checked_number,
+    checked_port,
     runtime_dir,
 )
 from ckptmgr.errors import CkptmgrError, SupersededError, UsageError
@@ -65,16 +67,20 @@ def daemon(
     from ckptmgr.daemon.notify import Supervisor
     from ckptmgr.daemon.service import Service
 
-    limit = None if max_store_gbps is None else checked_limit(max_store_gbps, "--max-store-gbps")
-    given: dict[str, Any] = {
-        "idle_seconds": idle_seconds,
-        "metrics_port": metrics_port,
-        "max_store_gbps": limit,
-        "spool_dir": None if spool is None else spool.absolute(),
-        "spool_bytes_max": None if spool_max_gib is None else int(spool_max_gib * GIB),
-        "mirror_url": mirror,
-    }
-    changes = {name: value for name, value in given.items() if value is not None}
+    changes: dict[str, Any] = {}
+    if idle_seconds is not None:
+        changes["idle_seconds"] = checked_number(idle_seconds, "--idle-seconds")
+    if metrics_port is not None:
+        changes["metrics_port"] = checked_port(metrics_port, "--metrics-port")
+    if max_store_gbps is not None:
+        changes["max_store_gbps"] = checked_limit(max_store_gbps, "--max-store-gbps")
+    if spool is not None:
+        changes["spool_dir"] = spool.absolute()
+    if spool_max_gib is not None:
+        gib = checked_number(spool_max_gib, "--spool-max-gib")
+        changes["spool_bytes_max"] = int(gib * GIB)
+    if mirror is not None:
+        changes["mirror_url"] = mirror
     settings = replace(DaemonSettings.from_env(auto=False), **changes)
     log.configure()
     asyncio.run(Service(settings, Supervisor.from_env()).run())

@@ -108,6 +108,12 @@ def test_1_not_drained(runtime: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         (["restore", "{store}", "--to={store}"], ["is not an empty directory"]),
         (["restore", "{store}", "--to={store}/format"], ["is not an empty directory"]),
         (["gc", "{store}", "--keep=0"], ["0 is not allowed"]),
+        (["gc", "{store}", "--keep=-5"], ["--keep: -5 is not allowed"]),
+        (["gc", "{store}", "--keep=--5"], ["'--5' is not allowed", "Write 5, or last=3"]),
+        (["gc", "{store}", "--keep=³"], ["'³' is not allowed", "Write 5, or last=3"]),
+        (["daemon", "--spool-max-gib=nan"], ["--spool-max-gib: nan is not allowed"]),
+        (["daemon", "--idle-seconds=-1"], ["--idle-seconds: -1 is not allowed"]),
+        (["daemon", "--metrics-port=65536"], ["--metrics-port: 65536 is not a port"]),
         (["gc", "{store}", "--keep=many"], ["'many' is not allowed", "Write 5, or last=3"]),
         (["gc", "{store}", "--keep-best=loss"], ["'loss' is not allowed", "loss:min:3"]),
         (["gc", "{store}", "--keep=last=2", "--keep-every=5", "--keep-daily=-1"], ["daily"]),
@@ -148,6 +154,25 @@ def test_2_what_the_parser_refuses(arguments: list[str]) -> None:
 def test_2_wrong_environment(runtime: Path, name: str) -> None:
     found = call("daemon", runtime=runtime, **{name: "many"})
     check_error(found, 2, name, "'many' is not a number")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("CKPTMGR_METRICS_PORT", "70000", "70000 is not a port"),
+        ("CKPTMGR_METRICS_PORT", "nan", "nan is not a port"),
+        ("CKPTMGR_METRICS_PORT", "-inf", "-inf is not a port"),
+        ("CKPTMGR_METRICS_PORT", "9464.5", "9464.5 is not a port"),
+        ("CKPTMGR_BUDGET_MIB", "inf", "inf is not allowed"),
+        ("CKPTMGR_SPOOL_MAX_GIB", "nan", "nan is not allowed"),
+        ("CKPTMGR_STORE_TIMEOUT_SECONDS", "nan", "nan is not allowed"),
+        ("CKPTMGR_STORE_TIMEOUT_SECONDS", "-1", "-1 is not allowed"),
+        ("CKPTMGR_STORE_TIMEOUT_SECONDS", "0", "0 is not allowed"),
+        ("CKPTMGR_MAX_STORE_GBPS", "-inf", "-inf is not a limit"),
+    ],
+)
+def test_2_numbers_that_can_not_be_meant(runtime: Path, name: str, text: str, words: str) -> None:
+    check_error(call("daemon", runtime=runtime, **{name: text}), 2, f"{name}: {words}")
 
 
 def test_5_a_store_that_does_not_answer(tmp_path: Path) -> None:

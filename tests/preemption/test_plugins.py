@@ -223,9 +223,10 @@ def test_a_pod_has_the_grace_of_its_manifest(monkeypatch: pytest.MonkeyPatch) ->
     assert PodSource().seconds_left(signal.SIGTERM) == 30
     monkeypatch.setenv("CKPTMGR_GRACE_SECONDS", "90")
     assert PodSource().seconds_left(signal.SIGTERM) == 90
-    monkeypatch.setenv("CKPTMGR_GRACE_SECONDS", "long")
-    with pytest.raises(UsageError):
-        PodSource()
+    for text in ("long", "nan", "inf", "-1"):
+        monkeypatch.setenv("CKPTMGR_GRACE_SECONDS", text)
+        with pytest.raises(UsageError, match="is not a number of seconds"):
+            PodSource()
 
 
 # -- HAI ------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from collections.abc import Sequence
@@ -37,7 +38,9 @@ class PodSource(Signals):
         try:
             seconds = float(text) if text else GRACE_SECONDS
         except ValueError:
-            raise UsageError(f"{text!r} is not a number", subject=GRACE_VARIABLE) from None
+            seconds = math.nan
+        if not 0 <= seconds < math.inf:
+            raise UsageError(f"{text!r} is not a number of seconds", subject=GRACE_VARIABLE)
         super().__init__((signal.SIGTERM,), seconds)
 
 
