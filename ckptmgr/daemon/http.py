@@ -8,11 +8,14 @@ and root, as the control socket is.
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import re
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -39,7 +42,8 @@ LOOP_SECONDS_MAX = 5.0
 
 REQUESTS_AT_ONCE_MAX = 16
 REQUEST_SECONDS_MAX = 10.0
-"""A connection that says nothing for so long is closed: it holds one of few threads."""
+"""A connection that has not said all of its request in so long is closed: it holds one of few
+threads."""
 
 _HOST = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d{1,5})?", re.IGNORECASE)
 """What a browser on this host, or at the end of a tunnel to it, has in its address bar. A page of
@@ -87,8 +91,33 @@ class Answer:
         return cls(json.dumps(found).encode() + b"\n", _JSON, status)
 
 
+class _Request(io.RawIOBase):
+    """What a connection says in REQUEST_SECONDS_MAX; a timeout of each read would never end one
+    that says a byte from time to time.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._ends_at = time.monotonic() + REQUEST_SECONDS_MAX
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, into: Any) -> int:
+        left = self._ends_at - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("has not said all of its request in time")
+        self._connection.settimeout(left)
+        return self._connection.recv_into(into)
+
+
 class _Exchange(WSGIRequestHandler):
     timeout = REQUEST_SECONDS_MAX
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile.close()
+        self.rfile = io.BufferedReader(_Request(self.connection))
 
     def get_environ(self) -> WSGIEnvironment:
         own = self.request.getsockname()

@@ -181,6 +181,35 @@ def test_silent_connections_are_few_and_end_no_daemon(runtime: Path) -> None:
         assert not daemon.events("fault")
 
 
+async def test_a_connection_that_says_a_byte_from_time_to_time_is_closed(
+    runtime: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those that hold a place there are few, and any user of the host may connect."""
+    monkeypatch.setattr(web, "REQUEST_SECONDS_MAX", 0.1)
+    server = web.WebServer(Service(DaemonSettings(runtime)), 0)
+    try:
+        assert await asyncio.to_thread(_closed_amid, b"GET /metrics HTTP/1.1\r\nX: ", server.port)
+        assert await asyncio.to_thread(_closed_amid, b"GET /met", server.port)
+    finally:
+        server.close()
+
+
+def _closed_amid(request: bytes, port: int) -> bool:
+    """Whether a request is closed that goes on a byte at a time."""
+    with socket.create_connection(("127.0.0.1", port)) as drip:
+        drip.sendall(request)
+        drip.settimeout(0.02)  # between two bytes
+        for _ in range(200):
+            try:
+                drip.sendall(b"a")
+                return drip.recv(1) == b""
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                return True
+    return False
+
+
 def _answers(daemon: Daemon) -> bool:
     try:
         return ask(daemon, "/healthz")[0] == 200
