@@ -25,7 +25,7 @@ from ckptmgr.errors import (
     StoreError,
 )
 from ckptmgr.repository import keys
-from ckptmgr.repository.budget import BufferPool
+from ckptmgr.repository.budget import LEASE_BYTES, BufferPool
 from ckptmgr.repository.commit import Claim, Decision, abort_step, get_record
 from ckptmgr.repository.manifest import SealedManifest
 from ckptmgr.repository.record import Kind
@@ -59,10 +59,9 @@ class Drainer:
     `part`, unless that is None. It may be run again.
     """
 
-    def __init__(self, job: Job, spool: Spool, pool: BufferPool, intake: Intake) -> None:
+    def __init__(self, job: Job, spool: Spool, intake: Intake) -> None:
         self._job = job
         self._spool = spool
-        self._pool = pool
         self._intake = intake
         self._deciding: dict[Part, asyncio.Task[None]] = {}
         self._poked = asyncio.Event()
@@ -205,7 +204,9 @@ class Drainer:
             self._spool.reading,
             store,
             sealed.manifest,
-            self._pool,
+            # Of its own: what a store that hangs was lent holds up neither the writes into the
+            # spool nor the drains of other jobs.
+            BufferPool(LEASE_BYTES),
             metrics.stored_bytes.labels(label).inc,
         )
         if await put_manifest(store, sealed):

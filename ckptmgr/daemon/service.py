@@ -79,8 +79,6 @@ class Service:
         self.spools: SpoolDirectory | None = None
         self.drainers: dict[str, Drainer] = {}
         self._draining: dict[str, asyncio.Task[None]] = {}
-        # Of its own: while a store hangs, what it has been lent can not hold up the spool.
-        self._drain_pool = BufferPool(LEASE_BYTES)
         self._background_pool = BufferPool(LEASE_BYTES)  # of the mirror, and to read back
         self._pipeline = Pipeline(self.pool)
         gbps = settings.max_store_gbps
@@ -277,7 +275,7 @@ class Service:
 
     def _drain(self, job: Job, spool: Spool) -> None:
         """Start to drain the spool of a job."""
-        self.drainers[job.url] = Drainer(job, spool, self._drain_pool, self.intake)
+        self.drainers[job.url] = Drainer(job, spool, self.intake)
         self._run_drainer(job.url)
 
     def _run_drainer(self, url: str) -> None:

@@ -100,7 +100,7 @@ class Run:
         self.job = Job(URL, self.store, Catalog(self.store), "test", _metrics, _pool)
         self.spool = Spool(SpoolDirectory(directory, 0), URL)
         self.spool.store, self.spool.keep = self.disk, 9  # type: ignore[assignment]
-        self.drainer = Drainer(self.job, self.spool, _pool, Intake(directory))
+        self.drainer = Drainer(self.job, self.spool, Intake(directory))
 
     def _note(self, change: Change | None, deleted: str = "") -> None:
         self.instants.append(Instant(self.store.now, self.disk.copy(), change, deleted))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ckptmgr.config import BUDGET_BYTES
+from ckptmgr.config import BUDGET_BYTES, DaemonSettings
 from ckptmgr.daemon import drain
 from ckptmgr.daemon import spool as spooling
 from ckptmgr.daemon.drain import Drainer
@@ -19,6 +19,7 @@ from ckptmgr.daemon.intake import Intake
 from ckptmgr.daemon.job import Job
 from ckptmgr.daemon.pipeline import Pipeline, Source
 from ckptmgr.daemon.resume import claim_attempt
+from ckptmgr.daemon.service import Service
 from ckptmgr.daemon.spool import Spool, SpoolDirectory
 from ckptmgr.errors import MediumError
 from ckptmgr.metrics import Metrics
@@ -28,6 +29,7 @@ from ckptmgr.repository.catalog import Catalog
 from ckptmgr.store.base import Store
 from ckptmgr.store.local import LocalStore
 from ckptmgr.store.retry import RetryingStore
+from ckptmgr.testing import Fault, FaultyStore
 from ckptmgr.types import StepId
 from small_step import HOST, encode_state, fill_slot, host_buffer, memory_store, small_state
 
@@ -67,14 +69,19 @@ async def spooled(store: Store, path: Path) -> Spool:
 
 
 @asynccontextmanager
-async def drainer_of(store: Store, spool: Spool) -> AsyncIterator[Drainer]:
-    """What drains a spool into a store, but is not running yet."""
-    pool = BufferPool(BUDGET_BYTES)
-    job = Job(store.url, store, Catalog(store), "test", Metrics(), pool)
+async def job_of(store: Store) -> AsyncIterator[Job]:
+    job = Job(store.url, store, Catalog(store), "test", Metrics(), BufferPool(BUDGET_BYTES))
     try:
-        yield Drainer(job, spool, pool, Intake(Path("/nowhere")))
+        yield job
     finally:
         await job.aclose()
+
+
+@asynccontextmanager
+async def drainer_of(store: Store, spool: Spool) -> AsyncIterator[Drainer]:
+    """What drains a spool into a store, but is not running yet."""
+    async with job_of(store) as job:
+        yield Drainer(job, spool, Intake(Path("/nowhere")))
 
 
 async def drained(drainer: Drainer, done: Callable[[], bool], spool: Spool) -> None:
@@ -211,6 +218,25 @@ async def test_a_disk_that_gives_nothing_loses_nothing(
 
 async def _not_read(_store: LocalStore, key: str, *_where: Any, **_more: Any) -> memoryview:
     raise MediumError("Input/output error (EIO)", subject=key)
+
+
+async def test_a_store_that_hangs_holds_up_no_other_job(tmp_path: Path, runtime: Path) -> None:
+    """The daemon's own drains, of two jobs."""
+    service = Service(DaemonSettings(runtime))
+    hangs, takes = FaultyStore(memory_store({})), memory_store({})
+    first, second = await spooled(hangs, tmp_path), await spooled(takes, tmp_path)
+    gate = asyncio.Event()
+    hangs.plan([Fault(operation="put_new", key="data/", gate=gate, and_later=True)])
+    async with asyncio.timeout(PATIENCE_SECONDS), job_of(hangs) as one, job_of(takes) as other:
+        service._drain(one, first)
+        while not any(key.startswith("data/") for _, key in hangs.operations):
+            await asyncio.sleep(0)
+        service._drain(other, second)
+        await second.wait_empty()
+        for job in (one, other):
+            await service._end_drain(job.url)
+    assert left(first) == list(STEPS)
+    assert await committed(takes) == list(STEPS)
 
 
 async def test_a_fault_over_a_decision_takes_no_other_part_along(
