@@ -20,7 +20,7 @@ from ckptmgr.errors import (
     HostMemoryError,
     UsageError,
 )
-from ckptmgr.rank.buffers import left_in, open_locked
+from ckptmgr.rank.buffers import Pages, open_locked
 from ckptmgr.rank.latch import Latch
 from ckptmgr.rank.pagelocks import PageLocks
 from ckptmgr.rank.turns import Turns
@@ -44,7 +44,6 @@ ATTACH_SECONDS_MAX = 4 * STORE_TIMEOUT_SECONDS
 
 _RESPAWN_PAUSE_SECONDS = 1.0
 _REJOIN_PAUSE_SECONDS = 0.02
-_POPULATE_PAUSE_SECONDS = 0.1
 
 R = TypeVar("R", bound=Message)
 T = TypeVar("T")
@@ -100,8 +99,7 @@ class Link:
         self.rejoined = 0
         self._lasting: Message | None = None
         self._restored = Latch()
-        self._stop_populating = threading.Event()
-        self._populating = self._populate()
+        self._pages = Pages(self.buffer, self._restored, resumes=self.attempt > 1)
         try:
             self._liveness = connect(runtime)
         except DaemonUnreachableError:
@@ -111,42 +109,10 @@ class Link:
 
     # -- host memory --------------------------------------------------------------------------
 
-    def _populate(self) -> threading.Thread:
-        """Fault the buffer in, slot after slot, and lock its pages for a GPU in use, so that
-        the first snapshot is fast too.
-
-        A buffer with snapshots in it has its pages already. As long as a restore may read them they
-        are mapped for that only: to make them all writable meanwhile takes longer than the copy.
-        And a later attempt has something to restore, for which the daemon needs the cores.
-        """
-        self._populate_error: HostMemoryError | None = None
-        buffer, stop = self.buffer, self._stop_populating
-        self.locks = locks = PageLocks()
-        self._populated = [threading.Event() for _ in range(buffer.capacity.slots)]
-        done = self._populated
-        left = left_in(buffer)
-        resumes = bool(left) or self.attempt > 1
-
-        def populate() -> None:
-            try:
-                for snapshot in left:
-                    buffer.map_to_read(snapshot, stop)
-                while resumes and not (self._restored.is_set or stop.is_set()):
-                    self._restored.wait(_POPULATE_PAUSE_SECONDS)
-                for slot in range(buffer.capacity.slots):
-                    buffer.populate(slot, stop)
-                    if not stop.is_set():
-                        locks.lock_ahead(buffer.data(slot))
-                    done[slot].set()
-            except HostMemoryError as error:
-                self._populate_error = error
-            finally:
-                for event in done:
-                    event.set()
-
-        thread = threading.Thread(target=populate, name="ckptmgr populate", daemon=True)
-        thread.start()
-        return thread
+    @property
+    def locks(self) -> PageLocks:
+        """The pages of the buffer that are locked for a GPU."""
+        return self._pages.locks
 
     def populate_all(self) -> None:
         """Say that a restore is over, or that none will come."""
@@ -160,15 +126,10 @@ class Link:
             HostMemoryError: there is not enough shared memory.
         """
         self.populate_all()
-        self._populated[slot].wait()
-        if self._populate_error is not None:
-            raise self._populate_error
-        self.locks.lock(self.buffer.data(slot))
+        self._pages.wait(slot)
 
     def _release_buffer(self) -> None:
-        self._stop_populating.set()
-        self._populating.join()
-        self.locks.release()
+        self._pages.close()
         self.buffer.close()
 
     def grow(self, table_bytes: int, data_bytes: int) -> None:
@@ -199,8 +160,7 @@ class Link:
         self._release_buffer()
         self.buffer = buffer
         self.lost = False
-        self._stop_populating = threading.Event()
-        self._populating = self._populate()
+        self._pages = Pages(self.buffer, self._restored, resumes=self.attempt > 1)
 
     @property
     def progress_bytes(self) -> int:
