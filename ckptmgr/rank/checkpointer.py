@@ -385,11 +385,13 @@ class Checkpointer:
         self._entered_alone("restore")
         self._restoring = True
         try:
+            self._entered().fetching()
             if self._stepped and self._link is not None:
                 self._begin_anew(self._link)
-            self._entered().fetching()
+                self._entered().fetching()
             found = self._resuming.restore(step, required=required, before=before)
         except BaseException as error:
+            self._entered().fetching()  # until somebody has asked for the end of it
             # Cut short here or on another rank: what it had decided must not be the next one's.
             self._stepped |= isinstance(error, RanksError) or not isinstance(error, CkptmgrError)
             raise

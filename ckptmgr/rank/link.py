@@ -42,6 +42,10 @@ from ckptmgr.types import Outcome
 ATTACH_SECONDS_MAX = 4 * STORE_TIMEOUT_SECONDS
 """Attaching claims an attempt in the store: a few operations, each with its own deadline."""
 
+STEP_SECONDS_MAX = 5.0
+"""How long a step may wait for the daemon, where it must not snapshot without an answer: one that
+is well answers in milliseconds, in a second if it has to be started first."""
+
 _RESPAWN_PAUSE_SECONDS = 1.0
 _REJOIN_PAUSE_SECONDS = 0.02
 
@@ -98,6 +102,7 @@ class Link:
         self.lost = False
         self.rejoined = 0
         self._lasting: Message | None = None
+        self._silent = False
         self._restored = Latch()
         self._pages = Pages(self.buffer, self._restored, resumes=self.attempt > 1)
         try:
@@ -292,6 +297,29 @@ class Link:
                 self._leave_at = -math.inf
             raise
 
+    def ask_soon(self, request: Message, expect: type[R]) -> R:
+        """As `ask`, in the thread that trains: it waits for STEP_SECONDS_MAX. If there is no answer
+        then the thread that watches the daemon waits for one, and nobody is asked again in this way
+        before it came.
+
+        Raises:
+            DaemonUnreachableError: no daemon answers in time, or has since it did not.
+            CkptmgrError: whatever the daemon answered with.
+        """
+        return self._soon(lambda: self.ask(request, expect, seconds_max=STEP_SECONDS_MAX))
+
+    def _soon(self, do: Callable[[], T]) -> T:
+        if self._silent:
+            raise DaemonUnreachableError(
+                "has not answered since it was asked in vain", subject="daemon"
+            )
+        try:
+            return do()
+        except DaemonUnreachableError:
+            self._silent = True
+            self._liveness.shutdown()  # only now: who watches looks for the flag before it waits
+            raise
+
     def _again(self, ask: Callable[[], T]) -> T:
         """Ask; once more, attached again, if the connection is no more."""
         try:
@@ -398,9 +426,9 @@ class Link:
     # -- the daemon's life --------------------------------------------------------------------
 
     def _watch_daemon(self) -> None:
-        """Wait for the end of the connection; nothing more is sent on it."""
+        """Wait for the end of the connection, or for a question in vain; no more is sent on it."""
         while not self._ended.is_set():
-            if self._is_of_our_daemon(self._liveness):
+            if not self._silent and self._is_of_our_daemon(self._liveness):
                 with contextlib.suppress(OSError):
                     select.select([self._liveness.fileno()], [], [])
             if self._ended.is_set():
@@ -431,6 +459,7 @@ class Link:
         while not self._ended.is_set():
             try:
                 self._alone(self._reach)
+                self._silent = False
                 return connect(self._runtime)
             except (CkptmgrError, OSError) as error:
                 warnings.warn(f"ckptmgr: no daemon yet: {error}", RuntimeWarning, stacklevel=1)

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
+from ckptmgr.config import CONTROL_TIMEOUT_SECONDS
 from ckptmgr.errors import (
     CkptmgrError,
     DaemonUnreachableError,
@@ -51,7 +52,9 @@ class Saving:
         self._url = url
         self._handle: SaveHandle | None = None
         self._handles: deque[SaveHandle] = deque(maxlen=HANDLES_MAX)
-        self._fetching = ranks.world == 1  # only then the daemon begins by filling a slot
+        self._fetching_under: int | None = None
+        if ranks.world == 1:  # only then the daemon begins by filling a slot
+            self.fetching()
         self.busy = False
 
     def step(self, step: int, tags: Mapping[str, Any] | None) -> SaveHandle | None:
@@ -60,12 +63,12 @@ class Saving:
         if not self._pace.due(step, self._look):
             return None
         self.finish_copy()
-        slot = self._pace.slot(step, self._look_to_write)
-        if slot is None:
-            self._stats.delayed += 1
-            return None
         try:
-            handle = self._snapshot(step, tags, slot)
+            slot = self._pace.slot(step, lambda: self._look_to_write(soon=True))
+            if slot is None:
+                self._stats.delayed += 1
+                return None
+            handle = self._snapshot(step, tags, slot, soon=True)
         except (HostMemoryError, DaemonUnreachableError) as error:
             self.failed(str(error))
             return None
@@ -76,8 +79,8 @@ class Saving:
         """Snapshot now."""
         self._check_superseded()
         self.finish_copy()
-        slot = self._pace.slot_soon(step, self._look_to_write, self._wait_for)
-        handle = self._snapshot(step, tags, slot)
+        slot = self._pace.slot_soon(step, lambda: self._look_to_write(soon=False), self._wait_for)
+        handle = self._snapshot(step, tags, slot, soon=False)
         self._pace.taken()
         return handle
 
@@ -113,18 +116,22 @@ class Saving:
 
     # -- one snapshot -------------------------------------------------------------------------
 
-    def _snapshot(self, step: int, tags: Mapping[str, Any] | None, slot: int) -> SaveHandle:
+    def _snapshot(
+        self, step: int, tags: Mapping[str, Any] | None, slot: int, *, soon: bool
+    ) -> SaveHandle:
         start = time.perf_counter()
         plain = plain_tags(tags) if self._ranks.rank == 0 else {}
         self.busy = True
         try:
-            return self._copy_and_seal(step, plain, slot, start)
+            return self._copy_and_seal(step, plain, slot, start, soon=soon)
         finally:
             self.busy = False
 
-    def _copy_and_seal(self, step: int, plain: Tags, slot: int, start: float) -> SaveHandle:
+    def _copy_and_seal(
+        self, step: int, plain: Tags, slot: int, start: float, *, soon: bool
+    ) -> SaveHandle:
         prepared = self._capture.prepare()
-        self._end_prefetch()
+        self._end_prefetch(soon=soon)
         if self._make_room(prepared):
             slot = self._pace.slot_anew(step, self._look, self._wait_for)
         self._link.wait_populated(slot)
@@ -213,28 +220,51 @@ class Saving:
         copying = handle.step if handle is not None and unfinished else None
         return Look(sealed, copying, buffer.progress_bytes)
 
-    def _look_to_write(self) -> Look:
-        """Look for a slot to write: no slot is the daemon's from now on."""
-        self._end_prefetch()
+    def _look_to_write(self, *, soon: bool) -> Look:
+        """Look for a slot to write: none is the daemon's from now on; errors of `_end_prefetch`."""
+        self._end_prefetch(soon=soon)
         return self._look()
 
-    def _end_prefetch(self) -> None:
-        """Before the first slot is written, stop the daemon from filling one."""
-        if self._fetching:
-            self.release()
+    def _end_prefetch(self, *, soon: bool) -> None:
+        """Before the first slot is written, stop the daemon from filling one. One that hangs is not
+        dead: it would go on filling the slot that it was at.
+
+        Raises:
+            DaemonUnreachableError: it does not answer; no slot may be written yet.
+        """
+        if self._may_fetch:
+            self._release(soon=soon)
+
+    @property
+    def _may_fetch(self) -> bool:
+        """Whether the daemon may be filling a slot. Whoever has attached us again since is another
+        one, and the one before is dead; or the same one, which ended what it did for us.
+        """
+        return self._fetching_under == self._link.rejoined
 
     def fetching(self) -> None:
         """Know that the daemon may fill a slot from now on, until `release` was answered."""
-        self._fetching = True
+        self._fetching_under = self._link.rejoined
 
     def release(self) -> None:
-        """Let the daemon have back what it lent."""
+        """Let the daemon have back what it lent, and end what it still fetches."""
+        self.fetching()  # since this instant, whichever daemon has fetched
+        try:
+            self._release(soon=False)
+        except DaemonUnreachableError as error:
+            self.failed(str(error))  # who writes a slot asks again
+
+    def _release(self, *, soon: bool) -> None:
         self._link.populate_all()
         try:
-            self._link.ask(Release(), Done)
-        except DaemonUnreachableError as error:
-            self.failed(str(error))  # a dead daemon fetches nothing and lends nothing
-        self._fetching = False
+            if soon:
+                self._link.ask_soon(Release(), Done)
+            else:
+                self._link.ask(Release(), Done, seconds_max=CONTROL_TIMEOUT_SECONDS)
+        except DaemonUnreachableError:
+            if self._may_fetch:
+                raise
+        self._fetching_under = None
 
     # -- what became of it --------------------------------------------------------------------
 

@@ -7,14 +7,21 @@ from functools import partial
 
 import xxhash
 
+from ckptmgr.errors import HostMemoryError
 from ckptmgr.repository.budget import BufferPool, in_thread
 from ckptmgr.repository.manifest import Manifest
 from ckptmgr.restore.fetch import fetch
 from ckptmgr.restore.plan import Plan, plan_chunks, plan_whole
 from ckptmgr.staging.bufferfile import Capacity
-from ckptmgr.staging.hostbuffer import TAGS_BYTES_MAX, HostBuffer, round_up, table_bytes_needed
+from ckptmgr.staging.hostbuffer import (
+    TAGS_BYTES_MAX,
+    HostBuffer,
+    SlotWriter,
+    round_up,
+    table_bytes_needed,
+)
 from ckptmgr.store.base import Store
-from ckptmgr.types import PAGE_BYTES, Outcome, Snapshot
+from ckptmgr.types import PAGE_BYTES, Outcome, SlotState, Snapshot
 
 
 def capacity_for(manifest: Manifest) -> Capacity:
@@ -40,12 +47,14 @@ async def fetch_into_slot(
         DamageError: it does not hold; the slot stays unsealed.
         StoreUnreachableError: the store can not be read now.
         HostMemoryError: not enough shared memory. Every page is made present before it is written:
-            a store into a hole of a full tmpfs would kill this process.
+            a store into a hole of a full tmpfs would kill this process. Or somebody else has begun
+            to write the slot: it is looked at before each batch, and before it is sealed.
     """
     await in_thread(buffer.populate_table, slot)
     writer = buffer.begin(slot)
     plan = plan_whole(manifest) if chunks is None else plan_chunks(manifest, chunks)
-    await _fill(store, plan, buffer, slot, pool, progress)
+    await _fill(store, plan, buffer, slot, pool, progress, partial(_check_ours, buffer, writer))
+    _check_ours(buffer, writer)
     buffer.settle(slot, writer.generation, Outcome.COMMITTED)
     return writer.seal(
         attempt=manifest.attempt,
@@ -75,6 +84,14 @@ async def fetch_more(
     await _fill(store, plan_chunks(manifest, chunks), buffer, slot, pool, lambda _: None)
 
 
+def _check_ours(buffer: HostBuffer, writer: SlotWriter) -> None:
+    """Look whether the slot is still ours: its trainer does not wait for a daemon that is dead."""
+    if buffer.state(writer.slot) != (SlotState.WRITING, writer.generation):
+        raise HostMemoryError(
+            f"slot {writer.slot} is written by somebody else", subject=str(buffer.path)
+        )
+
+
 async def _fill(
     store: Store,
     plan: Plan,
@@ -82,7 +99,11 @@ async def _fill(
     slot: int,
     pool: BufferPool,
     progress: Callable[[int], None],
+    check: Callable[[], None] = lambda: None,
 ) -> None:
-    populate = partial(buffer.populate_data, slot)
+    def populate(start: int, end: int) -> None:
+        check()
+        buffer.populate_data(slot, start, end)
+
     with buffer.data(slot) as data:
         await fetch(store, plan, data, pool, progress, populate)

@@ -3,7 +3,7 @@
 The protocol in three lines (docs/format.md section 1 has every byte):
 writer:  state = WRITING(generation) ; table, data, sealed record ; barrier ; state = SEALED
 reader:  read state ; read the slot ; barrier ; read state again: any change discards what was read
-daemon:  settled[slot] = generation, outcome     (never touches a slot of a live writer)
+daemon:  settled[slot] = generation, outcome     (writes a slot itself only before the writer does)
 """
 
 from __future__ import annotations

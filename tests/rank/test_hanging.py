@@ -12,7 +12,7 @@ import torch
 
 import ckptmgr
 from ckptmgr.errors import DaemonUnreachableError
-from ckptmgr.rank import handle
+from ckptmgr.rank import handle, link, saving
 from ckptmgr.staging.control import Stated, Status, Wait, Waited
 from ckptmgr.types import Outcome
 from driven import PATIENCE_SECONDS, Daemon, Rank, until
@@ -75,3 +75,33 @@ def test_one_death_of_the_daemon_is_met_once(runtime: Path, store_url: str) -> N
         link._turns.take(meet, 0.0)
         link.ask(Status(), Stated)  # after the other thread's turn
         assert link.rejoined == 1
+
+
+def test_no_slot_is_written_that_a_daemon_that_hangs_may_be_filling(
+    runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not dead: it goes on amid the fetch that it began for a restore."""
+    rig = Rig(tmp_path)
+    state: dict[str, Any] = {"x": torch.ones(1 << 20)}
+    with Daemon(runtime, environment=rig.environment()) as daemon:
+        with ckptmgr.Checkpointer(rig.url, state, every=None, codec="none") as ckpt:
+            assert ckpt.save(1).committed(PATIENCE_SECONDS)
+        daemon.await_event("freed")
+        rig.obey(("get", "data/", "hold"))
+        with ckptmgr.Checkpointer(rig.url, state, every=1, codec="none") as ckpt:
+            until(lambda: rig.asked("get", "data/"), "it fetches")
+            state["x"].fill_(5)
+            with daemon.stopped(), monkeypatch.context() as patch:
+                patch.setattr(link, "STEP_SECONDS_MAX", 0.2)
+                patch.setattr(saving, "CONTROL_TIMEOUT_SECONDS", 0.2)
+                with pytest.warns(RuntimeWarning, match="has not answered in time"):
+                    assert ckpt.step(5) is None
+                with pytest.warns(RuntimeWarning, match="asked in vain"):
+                    assert ckpt.step(6) is None
+                with pytest.raises(DaemonUnreachableError):
+                    ckpt.save(7)
+                assert ckpt.stats.failures == 2
+                rig.obey()
+            assert ckpt.save(8).committed(PATIENCE_SECONDS)
+            until(lambda: ckpt.step(ckpt._last_step + 1), "steps are snapshotted again")
+    assert ckptmgr.load(rig.file_url, step=8)["x"].unique().tolist() == [5]
