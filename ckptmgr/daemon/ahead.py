@@ -78,10 +78,11 @@ class Ahead:
         parts = [(await job.reading.manifest(decision, rank)).manifest for rank in wanted]
         nbytes = self._checked_room(parts)
         for rank, part in zip(wanted, parts, strict=True):
-            await self._drop((job.url, rank))
-            session = Session(job, rank)
+            key, session = (job.url, rank), Session(job, rank)
+            while key in self._kept:  # every task of a host may ask: another may come amid a drop
+                await self._drop(key)
             self._reader.start_prefetch(session, steps, part)
-            self._kept[job.url, rank] = _Kept(session, time.monotonic() + KEEP_SECONDS)
+            self._kept[key] = _Kept(session, time.monotonic() + KEEP_SECONDS)
         return Prefetching(decision.id.attempt, decision.id.step, tuple(wanted), nbytes)
 
     async def _newest(self, job: Job, steps: Sequence[StepId]) -> Decision | None:

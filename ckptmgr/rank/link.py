@@ -137,10 +137,11 @@ class Link:
         self._pages.close()
         self.buffer.close()
 
-    def grow(self, table_bytes: int, data_bytes: int) -> None:
+    def grow(self, table_bytes: int, data_bytes: int, *, soon: bool = False) -> None:
         """Change to a buffer that holds a snapshot of this size; the daemon finishes the old one.
 
-        No view of the old buffer may be in use. If it raises, the old buffer stays.
+        No view of the old buffer may be in use. If it raises, the old buffer stays. `soon` bounds
+        it as `ask_soon`.
 
         Raises:
             HostMemoryError: not enough shared memory.
@@ -151,7 +152,14 @@ class Link:
             table_bytes=max(table_bytes, self._wanted.table_bytes),
             data_bytes=max(data_bytes, self._wanted.data_bytes),
         )
-        self._alone(lambda: self._change_buffers(wanted))
+
+        def change() -> None:
+            self._change_buffers(wanted)
+
+        if soon:
+            self._soon(lambda: self._alone(change, STEP_SECONDS_MAX))
+        else:
+            self._alone(change)
 
     def _change_buffers(self, wanted: Wanted) -> None:
         old, self._wanted = self._wanted, wanted

@@ -132,7 +132,7 @@ class Saving:
     ) -> SaveHandle:
         prepared = self._capture.prepare()
         self._end_prefetch(soon=soon)
-        if self._make_room(prepared):
+        if self._make_room(prepared, soon=soon):
             slot = self._pace.slot_anew(step, self._look, self._wait_for)
         self._link.wait_populated(slot)
         handle = SaveHandle(self, step)
@@ -191,7 +191,7 @@ class Saving:
         if self._handle is not None and self._handle.copy is not None:
             self._handle.copy.wait()
 
-    def _make_room(self, prepared: Prepared) -> bool:
+    def _make_room(self, prepared: Prepared, *, soon: bool) -> bool:
         """Change to another buffer if this snapshot does not fit, or if somebody removed ours;
         True if it was changed.
         """
@@ -202,7 +202,7 @@ class Saving:
         if fits and not self._link.lost:
             return False
         self._capture.forget_slots()
-        self._link.grow(table_bytes, round_up(prepared.data_bytes, PAGE_BYTES))
+        self._link.grow(table_bytes, round_up(prepared.data_bytes, PAGE_BYTES), soon=soon)
         return True
 
     def failed(self, why: str) -> None:

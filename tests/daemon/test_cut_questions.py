@@ -12,6 +12,7 @@ import pytest
 from asking import Came
 from ckptmgr.daemon.session import Session
 from ckptmgr.staging.control import Done, Fetch, Fetched, Release, Restore, Restored
+from ckptmgr.staging.launch import connect
 from ckptmgr.types import Outcome
 from driven import PATIENCE_SECONDS, Daemon, Rank, check_slot
 from interrupting import Interrupted, interrupt, signalled
@@ -106,3 +107,15 @@ def test_whoever_releases_a_session_second_waits_for_its_end_as_well() -> None:
         await asyncio.gather(*releases)
 
     asyncio.run(released())
+
+
+def test_a_larger_buffer_that_nobody_waited_for_costs_no_smaller_one(
+    runtime: Path, rig: Rig, daemon: Daemon
+) -> None:
+    """The trainer has attached its own again before the daemon comes to the older question."""
+    with Rank(runtime, rig.url) as rank, connect(runtime) as again:
+        rank.link._attach(again)
+        rank.link._attach(rank.link._client, same_buffer=False)
+        (job,) = daemon.status()["jobs"]
+        alive = {one["id"]: one["trainer_alive"] for one in job["buffers"]}
+        assert alive[rank.buffer.id]

@@ -105,3 +105,21 @@ def test_no_slot_is_written_that_a_daemon_that_hangs_may_be_filling(
             assert ckpt.save(8).committed(PATIENCE_SECONDS)
             until(lambda: ckpt.step(ckpt._last_step + 1), "steps are snapshotted again")
     assert ckptmgr.load(rig.file_url, step=8)["x"].unique().tolist() == [5]
+
+
+def test_no_step_waits_for_a_larger_buffer_of_a_daemon_that_hangs(
+    runtime: Path, store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state: dict[str, Any] = {"x": torch.ones(3)}
+    with Daemon(runtime) as daemon, ckptmgr.Checkpointer(store_url, state, every=1) as ckpt:
+        assert ckpt.save(1).committed(PATIENCE_SECONDS)
+        state["x"] = torch.ones(1 << 20)
+        with daemon.stopped(), monkeypatch.context() as patch:
+            patch.setattr(link, "STEP_SECONDS_MAX", 0.2)
+            with pytest.warns(RuntimeWarning, match="does not answer|in time"):
+                assert ckpt.step(2) is None
+            with pytest.warns(RuntimeWarning, match="asked in vain"):
+                assert ckpt.step(3) is None
+            assert ckpt.stats.failures == 2
+        assert ckpt.save(4).committed(PATIENCE_SECONDS)
+    assert ckptmgr.load(store_url)["x"].numel() == 1 << 20
