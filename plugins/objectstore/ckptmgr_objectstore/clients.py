@@ -133,7 +133,7 @@ def _profile() -> Any:
         StorePermissionError: it gives no credentials, perhaps for now.
     """
     try:
-        from botocore.exceptions import BotoCoreError, ClientError, ProfileNotFound  # type: ignore[import-untyped]
+        from botocore import exceptions as botocore  # type: ignore[import-untyped]
         from obstore.auth.boto3 import Boto3CredentialProvider
     except ImportError:
         raise UsageError(
@@ -143,13 +143,13 @@ def _profile() -> Any:
         ) from None
     try:
         return Boto3CredentialProvider()
-    except ProfileNotFound:
+    except botocore.ProfileNotFound:
         raise UsageError(
             "names no profile in ~/.aws",
             subject="AWS_PROFILE",
             hint="Make it, or correct the name.",
         ) from None
-    except (BotoCoreError, ClientError, OSError, ValueError) as error:
+    except (botocore.BotoCoreError, botocore.ClientError, OSError, ValueError) as error:
         # The words of a command, a vault or a server: they may hold a secret.
         raise StorePermissionError(
             f"credentials can not be had: {type(error).__name__}",
