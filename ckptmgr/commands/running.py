@@ -144,6 +144,8 @@ def _ranks_of(text: str) -> tuple[int, ...]:
         first, dash, last = part.partition("-")
         if not (first.isdecimal() and (last.isdecimal() or not dash)):
             raise UsageError(f"{text!r} names no ranks", hint="Write them as in 0-7 or 8,9.")
+        if int(last or first) < int(first):
+            raise UsageError(f"{part!r} goes backwards", hint=f"Write it as {last}-{first}.")
         found += range(int(first), int(last or first) + 1)
     return tuple(dict.fromkeys(found))
 

@@ -119,6 +119,10 @@ def test_1_not_drained(runtime: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         (["gc", "{store}", "--keep=last=2", "--keep-every=5", "--keep-daily=-1"], ["daily"]),
         (["gc", "{store}", "--keep=every=2", "--keep-every=5"], ["not both"]),
         (["release", "{store}", "2", "nonsense"], ["has no hold nonsense"]),
+        (
+            ["prefetch", "{store}", "--ranks=0,5-2"],
+            ["'5-2' goes backwards", "hint: Write it as 2-5"],
+        ),
         (["drain", "--timeout=nan"], ["--timeout: nan is not a number of seconds"]),
         (["drain", "--timeout=inf"], ["--timeout: inf is not a number of seconds"]),
         (["drain", "--timeout=-1"], ["--timeout: -1.0 is not a number of seconds"]),
