@@ -41,8 +41,8 @@ def plain(text: str) -> str:
 
 
 def name_of(url: str) -> str:
-    """A job's name for people: the scheme and the last part of its URL."""
-    scheme, _, rest = url.partition("://")
+    """A job's name for people: the scheme and the last part of the path of its URL."""
+    scheme, _, rest = url.partition("?")[0].partition("://")
     return f"{scheme}://…/{rest.rstrip('/').rpartition('/')[2]}"
 
 

@@ -202,6 +202,7 @@ def test_of_a_path_its_last_part_is_left(text: str, shown: str) -> None:
 def test_a_job_is_named_by_the_last_part_of_its_url() -> None:
     assert name_of("file:///home/alice/run7") == "file://…/run7"
     assert name_of("s3://bucket/team/run7/") == "s3://…/run7"
+    assert name_of("s3://bucket/run7?endpoint=https://minio.corp.internal:9000") == "s3://…/run7"
 
 
 def test_a_job_of_many_steps_is_a_page_of_bounded_size() -> None:
