@@ -59,7 +59,7 @@ def new_directory(target: Path) -> Iterator[Path]:
     After an error nothing is left of it, nor of parents of `target` that were not there before.
 
     Raises:
-        UsageError: `target` exists and is not an empty directory, or can not be made.
+        UsageError: `target` exists and is not an empty directory, or can not be made or replaced.
         CkptmgrError: there is no room for it, or its disk fails.
     """
     made: list[Path] = []
@@ -67,14 +67,16 @@ def new_directory(target: Path) -> Iterator[Path]:
     try:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise UsageError("exists and is not an empty directory", subject=str(target))
-        parent = target.absolute().parent
+        place = Path(os.path.realpath(target))  # a link stays, and what it leads to is made
+        _check_replaceable(place, target)
+        parent = place.parent
         _make_directories(parent, made)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=parent))
         yield temporary
         for path in temporary.rglob("*"):
             _sync(path)
         _sync(temporary)
-        os.rename(temporary, target)  # replaces an empty directory, never a full one
+        os.rename(temporary, place)  # replaces an empty directory, never a full one
         _sync(parent)
     except BaseException as error:
         if temporary is not None:
@@ -85,6 +87,17 @@ def new_directory(target: Path) -> Iterator[Path]:
         if isinstance(error, OSError):  # of the target: the store has errors of its own
             raise _not_writable(target, error) from error
         raise
+
+
+def _check_replaceable(place: Path, target: Path) -> None:
+    """An empty directory is replaced at the end, which can take hours; these can not be then."""
+    hint = "Give --to a new directory below it."
+    if place == Path.cwd():
+        message = "is the working directory, which can not be replaced"
+        raise UsageError(message, subject=str(target), hint=hint)
+    if os.path.ismount(place):
+        message = "is a mount point, which can not be replaced"
+        raise UsageError(message, subject=str(target), hint=hint)
 
 
 def _make_directories(path: Path, made: list[Path]) -> None:

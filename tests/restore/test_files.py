@@ -194,6 +194,30 @@ def test_an_empty_directory_is_taken(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_a_link_to_an_empty_directory_is_followed_and_stays(tmp_path: Path) -> None:
+    (tmp_path / "disk/empty").mkdir(parents=True)
+    link = tmp_path / "out"
+    link.symlink_to("disk/empty")
+    with new_directory(link) as directory:
+        (directory / "file").write_text("x")
+    assert link.is_symlink()
+    assert os.listdir(tmp_path / "disk/empty") == ["file"]
+    assert os.listdir(tmp_path / "disk") == ["empty"]
+
+
+def test_what_can_not_be_replaced_at_the_end_is_refused_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="is the working directory"), new_directory(Path()):
+        pytest.fail("entered")
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "disk")
+    (tmp_path / "disk").mkdir()
+    with pytest.raises(UsageError, match="mount point"), new_directory(tmp_path / "disk"):
+        pytest.fail("entered")
+    assert os.listdir(tmp_path) == ["disk"]
+
+
 def test_after_an_error_there_is_nothing(tmp_path: Path) -> None:
     target = tmp_path / "out"
     with suppress(ZeroDivisionError), new_directory(target) as directory:
