@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from ckptmgr.errors import StateMismatchError
 from ckptmgr.rank.devices import moved
 from ckptmgr.rank.flat import is_flat
-from ckptmgr.rank.living import is_spread, is_tensor, views
+from ckptmgr.rank.living import is_spread, is_tensor
 from ckptmgr.rank.names import match_names
 from ckptmgr.rank.outline import kind_of, outline
 from ckptmgr.rank.regions import Clones, SavedLeaf
@@ -173,23 +173,10 @@ def _not_plain(places: list[Place]) -> list[Place]:
 
 def _want_in_place(places: list[Place], wants: Wants, *, write: bool) -> None:
     """Want each saved tensor; tied live ones once, as they can hold one value only."""
-    seen: dict[Any, Place] = {}
+    want = wants.write if write else wants.hold
     for place in places:
-        if not place.is_plain:
-            continue
-        memory = tuple(
-            (view.device, view.data_ptr(), view.shape, view.stride())
-            for _, view in views(place.live)
-            if view.numel()
-        )
-        if memory and memory in seen:
-            first = seen[memory]
-            boxes = [box for box, _ in views(place.live)]
-            wants.tie(place.path, boxes, first.name, first.saved, place.saved)
-            continue
-        seen[memory] = place
-        if write:
-            wants.write(place.path, place.live, place.saved)
+        if place.is_plain:
+            want(place.path, place.live, place.saved)
 
 
 def _compare_names(path: str, saved: Any, live: Any, matched: dict[str, str], wants: Wants) -> None:

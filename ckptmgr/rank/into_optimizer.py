@@ -341,7 +341,7 @@ def _want_state(load: OptimizerLoad, entry: Entry, wants: Wants) -> None:
                 f"{path}: the parameter has shape {list(entry.param.shape)}, "
                 f"but {list(item.shape)} was saved"
             )
-        elif fits(old, item):
+        elif fits(old, item) and not wants.is_taken(old, item):
             load.kept[id(entry.param), name] = old
             wants.write(path, old, item)
         elif is_spread(entry.param) and item.shape == entry.param.shape:
@@ -388,7 +388,8 @@ def _want_options(load: OptimizerLoad, wants: Wants) -> None:
     ):
         for name, item in options.items():
             old = group.get(name)
-            if type(item) is SavedLeaf and fits(old, item) and not load.own_code:
+            stays = type(item) is SavedLeaf and fits(old, item) and not load.own_code
+            if stays and not wants.is_taken(old, item):
                 load.kept_options[at, name] = old
                 wants.write(f"{load.path}/param_groups/{at}/{segment(name)}", old, item)
             else:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ckptmgr.rank.capture import keeps_own_state
+from ckptmgr.rank.claims import alike
 from ckptmgr.rank.devices import moved
 from ckptmgr.rank.externals import GENERATORS, same_generator, take_over
 from ckptmgr.rank.into_module import plan_module
@@ -46,12 +47,13 @@ class NewTuple:
 class Merging:
     """The walk over live and saved state, and what it finds to be done.
 
-    `own` is what the own rank alone saved.
+    `own` is what the own rank alone saved, `seen` what was saved for each live object so far.
     """
 
     wants: Wants
     objects: Objects
     own: Any
+    seen: dict[int, tuple[Any, Any, str]] = field(default_factory=dict)
     loads: list[Load] = field(default_factory=list)
     arrays: list[tuple[Any, Any]] = field(default_factory=list)
     generators: list[tuple[Any, Any]] = field(default_factory=list)
@@ -91,8 +93,9 @@ class Merging:
         if keeps_own_state(live):
             return self._object(live, saved, trail)
         if isinstance(live, GENERATORS) and takes_over(live, saved):
-            self.wants.all_of(saved)
-            self.generators.append((live, saved))
+            if not self._is_again(live, saved, trail):
+                self.wants.all_of(saved)
+                self.generators.append((live, saved))
             return live
         if type(live) is type(saved):
             if type(live) in MAPPING_TAGS:
@@ -101,6 +104,24 @@ class Merging:
                 return self._sequence(live, saved, trail)
         self._need_nothing_of(live, trail, f"but a {kind_of(saved)} was saved")
         return self._new(saved)
+
+    def _is_again(self, live: Any, saved: Any, trail: Trail) -> bool:
+        """Whether a live object was come to before, under another name: it can hold one state only.
+
+        Then what was saved under both names must be the same.
+        """
+        wants, path = self.wants, render(trail)
+        _, before, first = self.seen.setdefault(id(live), (live, saved, path))
+        if first == path:
+            return False
+        pairs: list[tuple[SavedLeaf, SavedLeaf]] = []
+        if not alike(before, saved, pairs):
+            wants.problems.append(
+                f"{path}: is {first} in the live state, but they differ in the saved one"
+            )
+        for one, other in pairs:
+            wants.tie(other.whole.path, [one.whole.box], one.whole.path, one, other)
+        return True
 
     def _new(self, saved: Any, live: Any = None) -> New:
         self.wants.all_of(saved)
@@ -130,13 +151,19 @@ class Merging:
             )
         elif live.flags.writeable:
             self.wants.all_of(saved)
-            self.arrays.append((live, saved))
+            elements = saved.children.get("elements")
+            if type(elements) is not SavedLeaf or self.wants.claim(
+                path, live, elements, elements.whole.box
+            ):
+                self.arrays.append((live, saved))
         else:
             return self._new(saved)
         return live
 
     def _object(self, live: Any, saved: Any, trail: Trail) -> Any:
         path, wants = render(trail), self.wants
+        if self._is_again(live, saved, trail):
+            return live
         load: Load | None
         if isinstance(live, nn.Module):
             load = plan_module(path, live, self.objects.state_of(live), saved, wants)
@@ -149,6 +176,8 @@ class Merging:
         return live
 
     def _mapping(self, live: Any, saved: Any, trail: Trail) -> Any:
+        if self._is_again(live, saved, trail):
+            return live
         items = {
             key: self.merge(live[key], item, (trail, key)) if key in live else self._new(item)
             for key, item in saved.items()
@@ -160,6 +189,8 @@ class Merging:
         return live
 
     def _sequence(self, live: Any, saved: Any, trail: Trail) -> Any:
+        if type(live) is not tuple and self._is_again(live, saved, trail):
+            return live
         items = [
             self.merge(live[at], item, (trail, at)) if at < len(live) else self._new(item)
             for at, item in enumerate(saved)

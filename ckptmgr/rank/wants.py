@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ckptmgr.errors import StateMismatchError
+from ckptmgr.rank.claims import Claim, memory_of
 from ckptmgr.rank.living import empty_like, like, views
 from ckptmgr.rank.overlap import CopyThread
 from ckptmgr.rank.regions import Pair, Regions, SavedLeaf
@@ -60,12 +61,43 @@ class Wants:
     writes: list[Write] = field(default_factory=list)
     ties: list[Tie] = field(default_factory=list)
     origins: list[Origin] = field(default_factory=list)
+    claims: dict[Hashable, Claim] = field(default_factory=dict)
 
     def write(self, path: str, live: Any, saved: SavedLeaf) -> None:
         """Want the saved bits of `live`, which has the shape of the whole, in place."""
         for box, local in views(live):
             taken = self.part(path, saved.whole, box)
-            self.writes.append(Write(path, local, box, taken))
+            if self.claim(path, local, saved, box):
+                self.writes.append(Write(path, local, box, taken))
+
+    def hold(self, path: str, live: Any, saved: SavedLeaf) -> None:
+        """Say what the memory of `live`, which its owner writes, is for."""
+        for box, local in views(live):
+            self.claim(path, local, saved, box, is_written=False)
+
+    def claim(
+        self, path: str, live: Any, saved: SavedLeaf, box: Box, *, is_written: bool = True
+    ) -> bool:
+        """Whether `live`, a local tensor or an array, must be written; not again under the second
+        of its names, for which the same must have been saved as for the first.
+        """
+        memory = memory_of(live)
+        if memory is None:
+            return True
+        claim = Claim(path, live, saved, box, is_written)
+        first = self.claims.setdefault(memory, claim)
+        if first is claim:
+            return True
+        self.tie(path, [box], first.path, first.saved, saved)
+        if first.is_written or not is_written:
+            return False
+        self.claims[memory] = claim
+        return True
+
+    def is_taken(self, live: Any, saved: SavedLeaf) -> bool:
+        """Whether the memory of `live` is for another saved tensor already."""
+        claims = (self.claims.get(memory_of(local)) for _, local in views(live))
+        return any(claim is not None and claim.saved.whole is not saved.whole for claim in claims)
 
     def parts_like(self, path: str, pattern: Any, saved: SavedLeaf) -> None:
         """Want of a saved tensor what this process holds of `pattern`."""

@@ -111,7 +111,7 @@ def test_tied_live_weights_do_not_take_two_different_saved_ones() -> None:
             model[1].weight = model[0].weight
         return {"m": model}
 
-    assert "m/1.weight: is tied to 0.weight" in mismatch(tied(1, tie=True), tied(2, tie=False))
+    assert "m/1.weight: is tied to m/0.weight" in mismatch(tied(1, tie=True), tied(2, tie=False))
     untied = tied(1, tie=False)
     untied["m"][1].load_state_dict(untied["m"][0].state_dict())
     live = tied(3, tie=True)
