@@ -1,17 +1,24 @@
-"""Which live memory is for which saved bytes: what has one place can hold one value only."""
+"""Which live memory is for which saved bytes: what has one place can hold one value only.
+
+Where memory overlaps otherwise than by being the same (a view and its base, an expanded tensor),
+the saved bits are written into a twin of that memory first, and must be found there afterwards.
+"""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ckptmgr.rank.externals import GENERATORS, externalize
-from ckptmgr.rank.regions import SavedLeaf
-from ckptmgr.rank.tensors import is_plain
+from ckptmgr.rank.regions import Regions, SavedLeaf
+from ckptmgr.rank.tensors import carried, is_plain
 from ckptmgr.staging.boxes import Box
 from ckptmgr.staging.values import MAPPING_TAGS, External, fixed_attributes
 
@@ -70,3 +77,97 @@ def alike(one: Any, other: Any, pairs: list[tuple[SavedLeaf, SavedLeaf]]) -> boo
     # NaN is the same as itself, and 0.0 not the same as -0.0.
     is_number = isinstance(one, (float, complex, np.generic))
     return bool(repr(one) == repr(other) if is_number else one == other)
+
+
+# -- memory that overlaps -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where the elements of a claim are: strides in bytes, `start` and `stop` around them all."""
+
+    claim: Claim
+    device: str
+    first: int
+    strides: tuple[int, ...]
+    item_bytes: int
+    start: int
+    stop: int
+
+    @property
+    def may_overlap_itself(self) -> bool:
+        """Whether two of its elements may have bytes in common."""
+        span = self.item_bytes
+        steps = zip(map(abs, self.strides), self.claim.live.shape, strict=True)
+        for stride, size in sorted(step for step in steps if step[1] > 1):
+            if stride < span:
+                return True
+            span += stride * (size - 1)
+        return False
+
+    def elements(self, memory: Any, start: int) -> Any:
+        """Its elements in other memory, whose first byte stands for the address `start`."""
+        unit = gcd(self.item_bytes, 8)
+        shape = *self.claim.live.shape, self.item_bytes // unit
+        return np.ndarray(
+            shape, f"u{unit}", memory, self.first - start, strides=(*self.strides, unit)
+        )
+
+    def saved(self, regions: Regions) -> Any:
+        """What is to stand in its memory, in the form of `elements`."""
+        claim = self.claim
+        found = regions.gathered(claim.saved.whole, claim.box)
+        if isinstance(claim.live, Tensor):
+            found = found.conj().resolve_conj() if claim.live.is_conj() else found
+            found = found.neg() if claim.live.is_neg() else found
+        unit = gcd(self.item_bytes, 8)
+        units = carried(found).flatten().view(torch.uint8).numpy().view(f"u{unit}")
+        return units.reshape(*claim.live.shape, self.item_bytes // unit)
+
+
+def _place_of(claim: Claim) -> _Place:
+    live = claim.live
+    if isinstance(live, np.ndarray):
+        device, first, item_bytes, strides = "cpu", live.ctypes.data, live.itemsize, live.strides
+    else:
+        device, first, item_bytes = str(live.device), live.data_ptr(), live.itemsize
+        strides = tuple(stride * item_bytes for stride in live.stride())
+    reach = [stride * (size - 1) for stride, size in zip(strides, live.shape, strict=True)]
+    start = first + sum(step for step in reach if step < 0)
+    stop = first + sum(step for step in reach if step > 0) + item_bytes
+    return _Place(claim, device, first, strides, item_bytes, start, stop)
+
+
+def _overlapping(claims: Iterable[Claim]) -> Iterator[list[_Place]]:
+    """Places that may have bytes in common, together."""
+    group: list[_Place] = []
+    device, stop = "", 0
+    for place in sorted(map(_place_of, claims), key=lambda place: (place.device, place.start)):
+        if place.device != device or place.start >= stop:
+            yield group
+            group, device, stop = [], place.device, place.stop
+        group.append(place)
+        stop = max(stop, place.stop)
+    yield group
+
+
+def spoiled(claims: Iterable[Claim], regions: Regions) -> Iterator[str]:
+    """What is wrong where claimed memory overlaps: claims that can not all hold what was saved."""
+    for group in _overlapping(claims):
+        if len(group) < 2 and not any(place.may_overlap_itself for place in group):
+            continue
+        start, stop = group[0].start, max(place.stop for place in group)
+        memory = np.empty(stop - start, np.uint8)
+        for place in group:
+            place.elements(memory, start)[...] = place.saved(regions)
+        for place in group:
+            if not np.array_equal(place.elements(memory, start), place.saved(regions)):
+                yield f"{place.claim.path}: {_why(place, group)}, but the saved elements differ"
+
+
+def _why(place: _Place, group: list[_Place]) -> str:
+    others = (one for one in group if one is not place)
+    for one in others:
+        if one.start < place.stop and place.start < one.stop:
+            return f"shares memory with {one.claim.path} in the live state"
+    return "is expanded"

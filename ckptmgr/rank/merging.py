@@ -151,10 +151,10 @@ class Merging:
             )
         elif live.flags.writeable:
             self.wants.all_of(saved)
-            elements = saved.children.get("elements")
-            if type(elements) is not SavedLeaf or self.wants.claim(
-                path, live, elements, elements.whole.box
-            ):
+            leaf = saved.children.get("elements")
+            # One with other bytes is damaged, which is found when it is made.
+            fits = type(leaf) is SavedLeaf and leaf.whole.nbytes == live.nbytes
+            if not fits or self.wants.claim(path, live, leaf, leaf.whole.box):
                 self.arrays.append((live, saved))
         else:
             return self._new(saved)

@@ -52,6 +52,11 @@ class Whole(msgspec.Struct, frozen=True, eq=False):
         """All of it."""
         return whole(self.shape)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 class Origin(msgspec.Struct, frozen=True):
     """A part of a tensor, counted from the start of the whole, and the leaf to take it from."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ckptmgr.errors import StateMismatchError
-from ckptmgr.rank.claims import Claim, memory_of
+from ckptmgr.rank.claims import Claim, memory_of, spoiled
 from ckptmgr.rank.living import empty_like, like, views
 from ckptmgr.rank.overlap import CopyThread
 from ckptmgr.rank.regions import Pair, Regions, SavedLeaf
@@ -162,9 +162,7 @@ class Wants:
                     f"{tie.path}: is tied to {tie.first} in the live state, "
                     "but they differ in the saved one"
                 )
-        for write in self.writes:
-            if _is_expanded(write.live) and _spoils(write, regions):
-                self.problems.append(f"{write.path}: is expanded, but the saved elements differ")
+        self.problems += spoiled(self.claims.values(), regions)
 
 
 def shown(problems: list[str]) -> str:
@@ -182,23 +180,6 @@ def _same(one: Tensor, other: Tensor) -> bool:
         return False
     left, right = (carried(item).flatten().view(torch.uint8) for item in (one, other))
     return torch.equal(left, right)
-
-
-def _is_expanded(live: Tensor) -> bool:
-    strides = live.stride()
-    if 0 not in strides:
-        return False
-    return any(n > 1 and stride == 0 for n, stride in zip(live.shape, strides, strict=True))
-
-
-def _spoils(write: Write, regions: Regions) -> bool:
-    """Whether `live` has one element in memory where different ones were saved."""
-    whole = torch.empty(write.box.shape, dtype=write.live.dtype, device="cpu")
-    for target, view in regions.pairs(whole, write.box, write.origins):
-        carried(target).copy_(carried(view))
-    strides = zip(write.live.shape, write.live.stride(), strict=True)
-    flat = [at for at, (size, stride) in enumerate(strides) if size > 1 and stride == 0]
-    return any(not bool((whole.narrow(at, 0, 1).expand_as(whole) == whole).all()) for at in flat)
 
 
 def filled(pattern: Any, local: Tensor, saved: SavedLeaf, regions: Regions) -> Tensor:

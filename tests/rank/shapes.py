@@ -23,12 +23,12 @@ There is no third outcome. This page is generated: `cd tests && python -m rank.s
 
 Aliases: a tensor that occurs twice (same memory, offset, shape, stride and dtype) is stored once
 and is one tensor again after `load()`; `restore()` writes into the live tensors, so their ties stay
-as they are. Views that overlap in part are stored apart. A Python container that occurs twice is
-two containers after `load()`. One live tensor, array, container, generator or object under two
-names is a mismatch where different states were saved under them: `state["best"] =
-model.state_dict()` has the memory of the model, and takes no other weights than the model
-(`tests/rank/test_place_aliases.py`). The order of elements in memory (Fortran, channels last) is
-that of the live tensor after `restore()`, row-major after `load()`.
+as they are. Views that overlap in part are stored apart, and go only into memory that can hold all
+of them. A Python container that occurs twice is two containers after `load()`. One live tensor,
+array, container, generator or object under two names is a mismatch where different states were
+saved under them: `state["best"] = model.state_dict()` has the memory of the model, and takes no
+other weights than the model (`tests/rank/test_place_aliases.py`). The order of elements in memory
+(Fortran, channels last) is that of the live tensor after `restore()`, row-major after `load()`.
 
 Names: an optimizer's state is saved under the names that its parameters have in the modules of
 `state`, as they are at that snapshot. Layers, parameters and groups may change places between

@@ -145,3 +145,98 @@ def test_groups_of_an_optimizer_that_share_a_tensor_get_one_each() -> None:
         place(live, saved)
     assert all(group["lr"] is shared for group in live["optimizer"].param_groups)
     assert float(shared) == 0.5
+
+
+# -- memory that overlaps in part -----------------------------------------------------------------
+
+
+def _halves(*, overlap: bool) -> State:
+    if not overlap:
+        return {"a": torch.ones(3), "b": torch.full((3,), 2.0)}
+    base = torch.arange(4.0)
+    return {"a": base[:3], "b": base[1:]}
+
+
+def _view_and_base(*, overlap: bool) -> State:
+    base = torch.arange(12.0).view(3, 4)
+    return {"base": base, "column": base[:, 1] if overlap else torch.full((3,), -1.0)}
+
+
+def _as_other_dtype(*, overlap: bool) -> State:
+    bits = torch.tensor([1.0, float("nan")])
+    return {"floats": bits, "ints": (bits if overlap else torch.zeros(2)).view(torch.int32)}
+
+
+def _conjugate(*, overlap: bool) -> State:
+    one = torch.tensor([1 + 2j, complex("nan-infj")])
+    other = one if overlap else torch.zeros(2, dtype=torch.complex64)
+    return {"one": one, "conjugate": other.conj(), "negated": other.conj().imag}
+
+
+def _array_and_tensor(*, overlap: bool) -> State:
+    array = np.arange(5.0)
+    tensor = torch.from_numpy(array if overlap else np.zeros(5))
+    return {"array": array, "backwards": array[::-2], "tensor": tensor[1:]}
+
+
+def _steps_back(*, overlap: bool) -> State:
+    elements = torch.arange(4.0)
+    return {"x": elements.as_strided((3, 2), (1, 1)) if overlap else torch.arange(6.0).view(3, 2)}
+
+
+OVERLAPS: list[Callable[..., State]] = [
+    _halves,
+    _view_and_base,
+    _as_other_dtype,
+    _conjugate,
+    _array_and_tensor,
+]
+
+
+@pytest.mark.parametrize("make", OVERLAPS)
+def test_views_of_the_same_memory_take_only_what_fits_together(make: Callable[..., State]) -> None:
+    live, saved_from = make(overlap=True), make(overlap=True)
+    for item in live.values():
+        item[...] = 0
+    with snapshot(saved_from) as saved:
+        place(live, saved)
+    assert difference(live, saved_from) == ""
+    message = refusal(live, make(overlap=False))
+    assert "shares memory with" in message
+    assert "but the saved elements differ" in message
+
+
+def test_a_tensor_that_overlaps_itself_takes_only_what_it_can_hold() -> None:
+    live = _steps_back(overlap=True)
+    live["x"].fill_(7.0)
+    with snapshot(_steps_back(overlap=True)) as saved:
+        place(live, saved)
+    assert live["x"].tolist() == [[0.0, 1.0], [1.0, 2.0], [2.0, 3.0]]
+    assert "x: is expanded, but" in refusal(live, _steps_back(overlap=False))
+
+
+DTYPES = ["float32", "uint16", "float8_e5m2", "complex32", "bits8", "uint3"]
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_an_expanded_tensor_is_compared_by_its_bits(name: str) -> None:
+    """NaN is equal to itself, and some dtypes of torch can not compare their values."""
+
+    def expanded(byte: int) -> torch.Tensor:
+        dtype = getattr(torch, name)
+        return torch.full((dtype.itemsize,), byte, dtype=torch.uint8).view(dtype).expand(3)
+
+    live = {"x": expanded(0)}
+    with snapshot({"x": expanded(255)}) as saved:
+        place(live, saved)
+    assert difference(live, {"x": expanded(255)}) == ""
+    assert name != "float32" or bool(torch.isnan(live["x"]).all())
+
+
+def test_parameters_in_one_flat_buffer_need_no_twin_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is apart is found to be so without a look at the bytes."""
+    monkeypatch.setattr("ckptmgr.rank.claims._Place.saved", None)
+    flat = torch.zeros(10)
+    with snapshot({"a": torch.ones(4), "b": torch.ones(6)}) as saved:
+        place({"a": flat[:4], "b": flat[4:]}, saved)
+    assert flat.tolist() == [1.0] * 10
