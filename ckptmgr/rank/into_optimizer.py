@@ -31,6 +31,7 @@ from ckptmgr.rank.outline import outline_of_leaf
 from ckptmgr.rank.parts import FlatRun
 from ckptmgr.rank.regions import Clones, Regions, SavedLeaf
 from ckptmgr.rank.saved import fresh
+from ckptmgr.rank.tensors import ordered_as
 from ckptmgr.rank.wants import Wants, filled, part_like
 from ckptmgr.staging.paths import segment
 from ckptmgr.staging.values import External
@@ -94,7 +95,10 @@ class Entry:
                 return memory.to(self.device(name))
         elif is_spread(self.param) and leaf.shape == self.param.shape:
             return part_like(self.param, leaf, regions)
-        return regions.gathered(leaf.whole, leaf.whole.box).to(self.device(name))
+        made = regions.gathered(leaf.whole, leaf.whole.box)
+        if leaf.shape == self.param.shape:
+            made = ordered_as(self.param, made)
+        return made.to(self.device(name))
 
     def runs(self, name: Any, live: Any) -> list[tuple[Named, Any, SavedLeaf]]:
         """The runs of a live tensor that FSDP1 keeps flat, each with what was saved for it."""

@@ -135,3 +135,19 @@ def carried(tensor: Tensor) -> Tensor:
     if tensor.is_conj() or tensor.is_neg():
         tensor = tensor.resolve_conj().resolve_neg()
     return tensor.view(dtype)
+
+
+def ordered_as(pattern: Tensor, made: Tensor) -> Tensor:
+    """The elements of `made`, which has the shape of `pattern`, in its order in memory.
+
+    Kernels that go over the memory of a parameter and of its state together (fused optimizers)
+    take both to have one order, as torch's own `zeros_like` makes them.
+    """
+    if pattern.layout != torch.strided or made.stride() == pattern.stride():
+        return made
+    order = torch.empty_like(pattern, device="meta").stride()
+    if made.stride() == order:
+        return made
+    found = torch.empty_strided(made.shape, order, dtype=made.dtype, device=made.device)
+    carried(found).copy_(carried(made))
+    return found

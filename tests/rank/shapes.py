@@ -28,7 +28,8 @@ of them. A Python container that occurs twice is two containers after `load()`. 
 array, container, generator or object under two names is a mismatch where different states were
 saved under them: `state["best"] = model.state_dict()` has the memory of the model, and takes no
 other weights than the model (`tests/rank/test_place_aliases.py`). The order of elements in memory
-(Fortran, channels last) is that of the live tensor after `restore()`, row-major after `load()`.
+(Fortran, channels last) is that of the live tensor after `restore()`, and of the parameter in
+optimizer state that does not exist yet; it is row-major after `load()`.
 
 Names: an optimizer's state is saved under the names that its parameters have in the modules of
 `state`, as they are at that snapshot. Layers, parameters and groups may change places between
