@@ -215,6 +215,7 @@ class Spool:
         self.copied.discard(part)
         self.aside.discard(part)
         self.full = False
+        await self._prune(part.id)
         await self.tell()
 
     async def _discard(self, step: StepId, rank: int) -> None:
@@ -222,6 +223,14 @@ class Spool:
         await self.store.delete(keys.manifest(step, rank))
         for key in await self.store.list(keys.packs(step, rank)):
             await self.store.delete(key)
+
+    async def _prune(self, step: StepId) -> None:
+        """Let go of the directories of a step, unless something may be on its way into them."""
+        if self.reserved_bytes or any(part.id == step for part in self._parts.values()):
+            return
+        with contextlib.suppress(StoreError):  # `load` does it
+            await self.store.prune(keys.manifests(step))
+            await self.store.prune(keys.packs(step))
 
     async def tell(self) -> None:
         """Let those who wait look again."""
@@ -253,6 +262,8 @@ class Spool:
         for key in await self.store.list("data/"):
             if key.rpartition("/")[0] + "/" not in whole:
                 await self.store.delete(key)
+        for prefix in ("man/", "data/"):
+            await self.store.prune(prefix)
 
 
 def _room(snapshot: Snapshot) -> int:

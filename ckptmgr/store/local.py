@@ -35,7 +35,7 @@ from ckptmgr.store.posix import (
     start_direct,
     write_all,
 )
-from ckptmgr.store.tree import Tree, remove_empty, walk
+from ckptmgr.store.tree import Tree, walk
 
 THREADS = 8
 """Blocking calls at a time: more than one disk can use, few enough to lose when a mount hangs."""
@@ -170,19 +170,11 @@ class LocalStore(Store):
     async def prune(self, prefix: str) -> None:
         """As `Store.prune`: directories. A put that loses one of them is tried again.
 
-        Only of what nobody needs: what this process knows to be durable it knows by inode, which a
-        directory that another process makes anew may get again before it is durable.
+        Only of what no other process needs: what it knows to be durable it knows by inode, which a
+        directory that is made anew may get again before it is durable.
         """
         parts = check_prefix(prefix).split("/")[:-1]
-
-        def remove(call: Call[Any]) -> None:
-            with (
-                suppress(FileNotFoundError, NotADirectoryError),
-                self._tree.directory(parts[:-1], durable=False) as directory,
-            ):
-                remove_empty(parts[-1], directory, call.check)
-
-        await self._calls.run(prefix, remove)
+        await self._calls.run(prefix, lambda call: self._tree.prune(parts, call.check))
 
     async def make_durable(self, key: str) -> None:
         """As `Store.make_durable`."""

@@ -61,12 +61,41 @@ class Tree:
                     self._sync_name_once(tuple(parts[:depth]), here, parent)
             yield here
 
+    def prune(self, parts: Sequence[str], before_each: Callable[[], None]) -> None:
+        """Remove the directory `parts` and those below it, as far as they are empty."""
+        with (
+            suppress(FileNotFoundError, NotADirectoryError),
+            self.directory(parts[:-1], durable=False) as parent,
+        ):
+            self._remove_empty(tuple(parts), parent, before_each)
+
+    def _remove_empty(
+        self, path: tuple[str, ...], parent: int, before_each: Callable[[], None]
+    ) -> None:
+        before_each()
+        with opened(path[-1], DIRECTORY_FLAGS, parent) as here:
+            with os.scandir(here) as entries:
+                below = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+            for one in below:
+                with suppress(FileNotFoundError, NotADirectoryError):
+                    self._remove_empty((*path, one), here, before_each)
+        try:
+            with self._lock:  # one that is made anew may get the same inode
+                os.rmdir(path[-1], dir_fd=parent)
+                self._durable.pop(path, None)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # POSIX allows both
+                raise
+
     def _sync_name_once(self, path: tuple[str, ...], here: int, parent: int) -> None:
         found = _identity(here)
-        if self._durable.get(path) == found:
-            return
+        with self._lock:
+            if self._durable.get(path) == found:
+                return
         os.fsync(parent)
         with self._lock:
+            if not os.fstat(here).st_nlink:
+                return  # removed meanwhile: nothing can be put into it
             self._durable[path] = found
             while len(self._durable) > DURABLE_MAX:
                 del self._durable[next(iter(self._durable))]
@@ -222,22 +251,6 @@ def _walk_below(
         except (FileNotFoundError, NotADirectoryError):
             return
         yield from walk(here, prefix, before_each)
-
-
-def remove_empty(name: str, parent: int, before_each: Callable[[], None]) -> None:
-    """Remove the directory `name` below `parent` and those below it, as far as they are empty."""
-    before_each()
-    with opened(name, DIRECTORY_FLAGS, parent) as here:
-        with os.scandir(here) as entries:
-            below = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-        for one in below:
-            with suppress(FileNotFoundError, NotADirectoryError):
-                remove_empty(one, here, before_each)
-    try:
-        os.rmdir(name, dir_fd=parent)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # POSIX allows both
-            raise
 
 
 def _is_key(key: str) -> bool:

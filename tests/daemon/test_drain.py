@@ -220,6 +220,31 @@ async def _not_read(_store: LocalStore, key: str, *_where: Any, **_more: Any) ->
     raise MediumError("Input/output error (EIO)", subject=key)
 
 
+async def test_a_spool_that_was_emptied_has_no_directories_of_steps(tmp_path: Path) -> None:
+    store = memory_store({})
+    spool = await spooled(store, tmp_path)
+    async with drainer_of(store, spool) as drainer:
+        await drained(drainer, lambda: not spool.parts, spool)
+    assert not _steps_below(tmp_path)
+
+
+async def test_directories_that_a_killed_daemon_left_go_when_the_spool_is_opened(
+    tmp_path: Path,
+) -> None:
+    spool = await spooled(memory_store({}), tmp_path)
+    one, other, *_ = spool.parts
+    await spool.store.delete(keys.manifest(one.id, one.rank))
+    for key in await spool.store.list(keys.packs(one.id)):
+        await spool.store.delete(key)
+    await Spool(SpoolDirectory(tmp_path, 0), spool.url).load()
+    assert f"{one.id.step:012d}" not in _steps_below(tmp_path)
+    assert f"{other.id.step:012d}" in _steps_below(tmp_path)
+
+
+def _steps_below(path: Path) -> set[str]:
+    return {found.name for found in path.glob("*/*/00000001/*") if found.is_dir()}
+
+
 async def test_a_store_that_hangs_holds_up_no_other_job(tmp_path: Path, runtime: Path) -> None:
     """The daemon's own drains, of two jobs."""
     service = Service(DaemonSettings(runtime))

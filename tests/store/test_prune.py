@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ckptmgr.store import local
+from ckptmgr.errors import StoreUnreachableError
+from ckptmgr.store import local, tree
 from ckptmgr.store.base import PutResult
 from ckptmgr.store.local import LocalStore
 from ckptmgr.store.retry import RetryingStore
@@ -28,6 +29,36 @@ async def test_only_empty_directories_below_the_prefix_go(store: LocalStore, roo
     assert sorted(os.listdir(root / "data/1")) == ["2", "20"]
     await store.prune("data/1/4/")
     await store.prune("man/1/4/")
+
+
+@pytest.mark.parametrize("amid_a_put", [False, True])
+async def test_a_directory_that_is_made_anew_is_made_durable_anew(
+    store: LocalStore, root: Path, monkeypatch: pytest.MonkeyPatch, *, amid_a_put: bool
+) -> None:
+    """Though it gets the inode of the one that was removed, as most file systems give it."""
+    monkeypatch.setattr(tree, "_identity", lambda _: (1, 1))
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if synced == [str(root / "data/1")] and amid_a_put:
+            store._tree.prune(["data", "1", "2"], lambda: None)
+
+    await store.put_new("data/1/3/p", [])
+    monkeypatch.setattr(os, "fsync", noted)
+    if amid_a_put:
+        with pytest.raises(StoreUnreachableError):
+            await store.put_new("data/1/2/p", [])
+    else:
+        await store.put_new("data/1/2/p", [])
+        await store.delete("data/1/2/p")
+        await store.prune("data/1/2/")
+    synced.clear()
+    synced.append("again")
+    await store.put_new("data/1/2/p", [])
+    assert str(root / "data/1") in synced, "where its name is"
 
 
 async def test_what_others_have_put_there_stays(
