@@ -215,9 +215,13 @@ class Service:
             if not self.jobs[url].collecting:
                 # Out of the list first: whoever asks for it meanwhile opens it anew.
                 job = self.jobs.pop(url)
+                if self.spools is not None:
+                    self.spools.forget(url)
                 await self._end_drain(url)
                 with contextlib.suppress(StoreError):  # what can not be closed is not used again
                     await job.aclose()
+                if job.spool is not None:
+                    await job.spool.aclose()
 
     async def _close(
         self, server: control.Listener, watch: InboxWatch, web: WebServer | None
@@ -241,7 +245,7 @@ class Service:
             await job.aclose()
         event("ended", undecided=self.undecided())
         if self.spools is not None:
-            self.spools.close()
+            await self.spools.aclose()
 
     # -- buffers and jobs ---------------------------------------------------------------------
 

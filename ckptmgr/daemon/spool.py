@@ -242,6 +242,10 @@ class Spool:
         async with self.changed:
             await self.changed.wait_for(lambda: not self._parts)
 
+    async def aclose(self) -> None:
+        """End the threads of its store; nothing is read or written any more."""
+        await self.store.aclose()
+
     # -- start --------------------------------------------------------------------------------
 
     async def load(self) -> None:
@@ -295,7 +299,7 @@ class SpoolDirectory:
                 if entry.name != _LOCK:
                     await found._adopt(entry)
         except BaseException:
-            found.close()
+            await found.aclose()
             raise
         return found
 
@@ -319,6 +323,10 @@ class SpoolDirectory:
         if url not in self._spools:
             self._spools[url] = Spool(self, url)
         return self._spools[url]
+
+    def forget(self, url: str) -> None:
+        """A job that has nothing in its spool is not in use any more; who has that closes it."""
+        self._spools.pop(url, None)
 
     def unfinished(self) -> Iterator[Spool]:
         """Spools that hold something."""
@@ -353,8 +361,11 @@ class SpoolDirectory:
             "bytes_max": self.bytes_max or None,
         }
 
-    def close(self) -> None:
-        """Let another daemon have it."""
+    async def aclose(self) -> None:
+        """Close all spools, and let another daemon have the directory."""
+        while self._spools:
+            _, spool = self._spools.popitem()
+            await spool.aclose()
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -191,7 +193,7 @@ async def test_a_part_that_the_medium_does_not_give_holds_up_no_other(
     (spool,) = directory.unfinished()
     async with drainer_of(store, spool) as drainer:
         await drained(drainer, lambda: not spool.parts, spool)
-    directory.close()
+    await directory.aclose()
     assert await committed(store) == [2, 3]
     ((name, fields),) = told
     assert (name, fields["step"]) == ("spool_dropped", "1.1")
@@ -209,11 +211,11 @@ async def test_a_disk_that_gives_nothing_loses_nothing(
         directory = await SpoolDirectory.open(tmp_path, 0)
         assert [name for name, _ in told] == ["spool_refused"]
         assert not list(directory.unfinished())
-        directory.close()
+        await directory.aclose()
     directory = await SpoolDirectory.open(tmp_path, 0)
     (spool,) = directory.unfinished()
     assert left(spool) == list(STEPS)
-    directory.close()
+    await directory.aclose()
 
 
 async def _not_read(_store: LocalStore, key: str, *_where: Any, **_more: Any) -> memoryview:
@@ -243,6 +245,31 @@ async def test_directories_that_a_killed_daemon_left_go_when_the_spool_is_opened
 
 def _steps_below(path: Path) -> set[str]:
     return {found.name for found in path.glob("*/*/00000001/*") if found.is_dir()}
+
+
+async def test_a_spool_that_is_closed_has_no_threads(tmp_path: Path, runtime: Path) -> None:
+    """Neither that of a job that is not in use any more, nor any at the end of a daemon."""
+    before = set(threading.enumerate())
+    service = Service(DaemonSettings(runtime))
+    service.spools = directory = await SpoolDirectory.open(tmp_path, 0)
+    jobs = [service.job(f"memory://{secrets.token_hex(8)}") for _ in range(3)]
+    for job in jobs:
+        assert job.spool is not None
+        await job.spool.store.list("")
+    await service._close_unused()
+    assert not service.jobs
+    _ended(set(threading.enumerate()) - before)
+    await directory.of(jobs[0].url).store.list("")
+    await directory.aclose()
+    _ended(set(threading.enumerate()) - before)
+
+
+def _ended(threads: set[threading.Thread]) -> None:
+    """Those of spools end by themselves once they are told to."""
+    for thread in threads:
+        if not thread.name.startswith("asyncio"):
+            thread.join(PATIENCE_SECONDS)
+            assert not thread.is_alive(), thread.name
 
 
 async def test_a_store_that_hangs_holds_up_no_other_job(tmp_path: Path, runtime: Path) -> None:
