@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -100,7 +100,8 @@ def range_of(
 class Store(ABC):
     """Named, immutable objects: six methods to write. `get_many`, `uncache`, `prune`, and `share`
     with `unshare`, are for a store that can be faster, or read closer to its medium, with them;
-    `examine` is for one that can be misconfigured.
+    `list_pages` is for one that is asked for keys page by page, `examine` for one that can be
+    misconfigured.
 
     Errors of every method: `StoreUnreachableError` (or a subclass) where a retry may help, of which
     `MediumError` may be a fault of this one object; `StoreError` where it will not; `UsageError`
@@ -200,6 +201,14 @@ class Store(ABC):
     @abstractmethod
     async def list(self, prefix: str) -> list[str]:
         """Every key that starts with `prefix`, sorted; `prefix` is '' or ends with '/'."""
+
+    async def list_pages(self, prefix: str) -> AsyncIterator[Sequence[str]]:
+        """What `list` returns, in pieces as they come, in any order.
+
+        A store of which a long listing takes many requests overrides it: whoever waits then knows
+        that it goes on, and gives it time for as long as it does.
+        """
+        yield await self.list(prefix)
 
     @abstractmethod
     async def delete(self, key: str) -> None:

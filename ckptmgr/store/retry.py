@@ -88,7 +88,8 @@ def _worth_retrying(error: Exception) -> bool:
 class RetryingStore(Store):
     """`inner` with a deadline on every operation.
 
-    Each try may take `timeout_seconds` (more for many bytes, see BYTES_PER_SECOND_MIN); tries
+    Each try may take `timeout_seconds` (more for many bytes, see BYTES_PER_SECOND_MIN; and so long
+    anew for each page of a listing, because nobody knows before how many there are); tries
     follow each other with exponential backoff and full jitter until `deadline_seconds` are over,
     then the last error is raised. Only `StoreUnreachableError` and timeouts are retried, and not
     its subclasses for a full store or refused access. `jitter()` gives numbers in [0, 1).
@@ -137,7 +138,7 @@ class RetryingStore(Store):
         """
         count = sum(map(len, buffers))
         result, failed = await self._tries(
-            "put_new", key, lambda: self._inner.put_new(key, buffers), count
+            "put_new", key, lambda _: self._inner.put_new(key, buffers), count
         )
         if result is PutResult.CONFLICT and failed and await self._is_ours(key, buffers):
             await self.make_durable(key)
@@ -159,7 +160,7 @@ class RetryingStore(Store):
         count = len(into) if into is not None else (length or 0)
         unreadable = 0
 
-        async def read() -> memoryview:
+        async def read(_: asyncio.Timeout) -> memoryview:
             nonlocal unreadable
             try:
                 return await self._inner.get(key, offset, length, into)
@@ -225,16 +226,24 @@ class RetryingStore(Store):
 
     async def list(self, prefix: str) -> list[str]:
         """As `Store.list`."""
-        keys, _ = await self._tries("list", prefix, lambda: self._inner.list(prefix))
+
+        async def listed(limit: asyncio.Timeout) -> list[str]:
+            found: list[str] = []
+            async for page in self._inner.list_pages(prefix):
+                found += page
+                limit.reschedule(asyncio.get_running_loop().time() + self._timeout_seconds)
+            return sorted(found)
+
+        keys, _ = await self._tries("list", prefix, listed)
         return keys
 
     async def delete(self, key: str) -> None:
         """As `Store.delete`."""
-        await self._tries("delete", key, lambda: self._inner.delete(key))
+        await self._tries("delete", key, lambda _: self._inner.delete(key))
 
     async def make_durable(self, key: str) -> None:
         """As `Store.make_durable`."""
-        await self._tries("make_durable", key, lambda: self._inner.make_durable(key))
+        await self._tries("make_durable", key, lambda _: self._inner.make_durable(key))
 
     async def aclose(self) -> None:
         """As `Store.aclose`."""
@@ -245,9 +254,15 @@ class RetryingStore(Store):
             raise _silence("aclose", self.url, 1) from error
 
     async def _tries(
-        self, operation: str, subject: str, work: Callable[[], Awaitable[T]], nbytes: int = 0
+        self,
+        operation: str,
+        subject: str,
+        work: Callable[[asyncio.Timeout], Awaitable[T]],
+        nbytes: int = 0,
     ) -> tuple[T, int]:
-        """The result of the first try that works, and how many failed before it."""
+        """The result of the first try that works, and how many failed before it. `work` is given
+        the limit of its try, to move it where it sees that the store goes on.
+        """
         ends_at = time.monotonic() + self._deadline_seconds + nbytes / BYTES_PER_SECOND_MIN
         failed = 0
         reason: StoreError | None = None
@@ -259,8 +274,8 @@ class RetryingStore(Store):
             patience = min(self._timeout_seconds + nbytes / BYTES_PER_SECOND_MIN, left)
             begun = time.monotonic()
             try:
-                async with asyncio.timeout(patience):
-                    found = await work()
+                async with asyncio.timeout(patience) as limit:
+                    found = await work(limit)
                 self._on_answer(operation, time.monotonic() - begun)
                 return found, failed
             except (StoreUnreachableError, TimeoutError) as error:
@@ -294,7 +309,7 @@ class RetryingStore(Store):
         """None where the object ends before, or is not there."""
         try:
             # Not `get`: an object that can not be read is not known to be another's.
-            found, _ = await self._tries("get", key, lambda: self._inner.get(key, offset, length))
+            found, _ = await self._tries("get", key, lambda _: self._inner.get(key, offset, length))
             return bytes(found)
         except StoreUnreachableError:
             raise

@@ -6,7 +6,9 @@ import os
 import secrets
 import sys
 from pathlib import Path
+from typing import Any, cast
 
+import obstore
 import pytest
 from obstore.exceptions import AlreadyExistsError, GenericError, PermissionDeniedError
 
@@ -22,7 +24,7 @@ from ckptmgr.errors import (
 from ckptmgr.store.base import PutResult
 from ckptmgr.store.registry import open_store
 from ckptmgr_objectstore.failures import error_of
-from ckptmgr_objectstore.store import ObjectStore
+from ckptmgr_objectstore.store import PAGE_KEYS, ObjectStore
 from servers.buckets import Bucket
 from servers.ceph import KEY, free_port
 from servers.ceph import SECRET as KEY_SECRET
@@ -112,6 +114,17 @@ async def test_a_profile_is_read_by_the_package(
     store = open_store(f"s3://{bucket.name}/run")
     assert await store.put_new("a", [memoryview(b"x")]) is PutResult.OK
     assert bucket.read("run/a") == b"x"
+
+
+async def test_a_long_listing_comes_in_pages() -> None:
+    client = obstore.store.MemoryStore()
+    names = [f"a/{number:04d}" for number in range(2 * PAGE_KEYS + 1)]
+    for name in names:
+        obstore.put(client, name, b"")
+    store = ObjectStore("s3://bucket", cast("Any", client), exclusive=True)
+    pages = [len(page) async for page in store.list_pages("a/")]
+    assert pages == [PAGE_KEYS, PAGE_KEYS, 1]
+    assert await store.list("a/") == names
 
 
 PROFILES = f"""

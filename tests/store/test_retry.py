@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import pytest
@@ -74,6 +75,30 @@ async def test_a_lost_operation_is_done_again() -> None:
         await store.make_durable("a/key")
         await store.delete("a/key")
         assert [name for name, _ in faulty.operations].count(operation) == 2
+
+
+class Paged(MemoryStore):
+    """Lists 60 pages, each after a while; from the page `stuck_at` on none comes."""
+
+    stuck_at = 60
+
+    async def list_pages(self, prefix: str) -> AsyncIterator[Sequence[str]]:
+        for page in range(60):
+            await asyncio.sleep(3600.0 if page == self.stuck_at else 0.01)
+            yield [f"{prefix}{60 - page:02d}"]
+
+
+async def test_a_listing_has_time_for_as_long_as_pages_come() -> None:
+    store = RetryingStore(Paged("pages"), timeout_seconds=0.5, deadline_seconds=0.5)
+    assert await store.list("a/") == [f"a/{page:02d}" for page in range(1, 61)]
+
+
+async def test_a_listing_of_which_no_page_comes_any_more_is_given_up() -> None:
+    paged = Paged("pages")
+    paged.stuck_at = 20
+    store = RetryingStore(paged, timeout_seconds=0.2, deadline_seconds=0.3)
+    with pytest.raises(StoreUnreachableError, match="list got no answer in time"):
+        await store.list("a/")
 
 
 async def test_our_own_conflict_is_ok_and_made_durable() -> None:

@@ -45,6 +45,9 @@ PARTS_IN_FLIGHT = 4
 GETS_IN_FLIGHT = 8
 """Ranges that `get_many` reads at once, each over a connection of its own."""
 
+PAGE_KEYS = 1000
+"""Keys of one request for a listing; S3 answers with no more of them."""
+
 AT_ONCE_BYTES_MAX = 2 * CHUNK_BYTES
 """Longest range that the client collects before we have a byte of it: a chunk, for speed; not an
 object, for memory (measured: docs/decisions/0011)."""
@@ -242,13 +245,15 @@ class ObjectStore(Store):
 
     async def list(self, prefix: str) -> list[str]:
         """As `Store.list`; what no key can name is passed over."""
+        return sorted([key async for page in self.list_pages(prefix) for key in page])
+
+    async def list_pages(self, prefix: str) -> AsyncIterator[Sequence[str]]:
+        """As `Store.list_pages`: each is one request."""
         check_prefix(prefix)
-        keys = []
         with typed(prefix or self._url):
             # The client matches whole segments, so that "a" does not list "ab/c".
-            async for page in obstore.list(self._client, prefix[:-1] or None, chunk_size=1000):
-                keys += [found["path"] for found in page if _is_key(found["path"])]
-        return sorted(keys)
+            async for page in obstore.list(self._client, prefix[:-1] or None, chunk_size=PAGE_KEYS):
+                yield [found["path"] for found in page if _is_key(found["path"])]
 
     async def delete(self, key: str) -> None:
         """As `Store.delete`."""
