@@ -141,6 +141,25 @@ def test_an_attempt_that_does_not_wait_for_the_spool_is_told(
     assert committed(rig.file_url) == ["1.1", "1.2", "1.3"]
 
 
+def test_what_a_newer_attempt_saves_queues_behind_what_is_being_drained(
+    runtime: Path, rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its commit would make a step of which only the packs are in the store garbage."""
+    monkeypatch.setenv("CKPTMGR_STORE_TIMEOUT_SECONDS", "1")
+    spool_and_lose_memory(runtime, rig, tmp_path)
+    rig.obey(("put_new", "man/00000001/", "hold"))
+    with Daemon(runtime) as daemon, Rank(runtime, rig.url, keep=9) as rank:
+        until(lambda: rig.asked("put_new", f"man/{ONE}2"), "its packs are in the store")
+        assert rank.restore().step == 1
+        rank.save(2)
+        rank.save(3)
+        until(lambda: len(spooled(tmp_path, rig.url)) == 4, "they wait")
+        rig.obey()
+        assert rank.wait(3).outcome == Outcome.COMMITTED
+        assert not daemon.events("spool_dropped")
+    assert committed(rig.file_url) == ["1.1", "1.2", "1.3", "2.2", "2.3"]
+
+
 def test_a_store_that_is_not_there_gets_nothing_and_all_when_it_is_back(
     runtime: Path, rig: Rig, tmp_path: Path
 ) -> None:
