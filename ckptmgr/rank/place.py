@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from ckptmgr.errors import StateMismatchError
 from ckptmgr.rank.capture import collection_paused
 from ckptmgr.rank.merging import Merging, finished_all
@@ -71,6 +73,8 @@ class Placing:
     def verify(self, data: Mapping[int, memoryview]) -> None:
         """Look at the bytes, and make all that is new; the live state is still unchanged.
 
+        What is new is for training, also if this is called under `torch.inference_mode`.
+
         Args:
             data: the data region of every rank in `needs`; other bytes of it are not read.
 
@@ -78,9 +82,9 @@ class Placing:
             StateMismatchError: tied or expanded tensors would have to hold different elements.
             RecordDamagedError, HostBufferDamagedError: what was saved does not hold together.
         """
-        regions = Regions(data)
-        clones = Clones(regions)
-        with collection_paused():
+        with collection_paused(), torch.inference_mode(False):
+            regions = Regions(data)
+            clones = Clones(regions)
             self.wants.compare(regions)
             if self.rng is not None:
                 self.rng = fresh(self.rng, clones)
@@ -235,7 +239,8 @@ class Building:
         Raises:
             RecordDamagedError, HostBufferDamagedError: what was saved does not hold together.
         """
-        return fresh(self.saved, Clones(Regions(data)))
+        with torch.inference_mode(False):
+            return fresh(self.saved, Clones(Regions(data)))
 
 
 def plan_building(tables: Iterable[Table], *, own: int = 0) -> Building:

@@ -33,6 +33,10 @@ class ViewCache:
 
     def of(self, layout: Layout, data: memoryview) -> SlotViews:
         """The views of a slot; its bytes between the leaves are cleared for a new layout."""
+        with torch.inference_mode(False):  # views that were made in it can be written only in it
+            return self._of(layout, data)
+
+    def _of(self, layout: Layout, data: memoryview) -> SlotViews:
         if not layout.data_bytes:
             return SlotViews(
                 layout, slot_tensors(layout, torch.empty(0, dtype=torch.uint8, device="cpu"))
