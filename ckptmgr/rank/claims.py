@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from math import gcd
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -138,24 +139,38 @@ def _place_of(claim: Claim) -> _Place:
     return _Place(claim, device, first, strides, item_bytes, start, stop)
 
 
+def _span(claim: Claim) -> tuple[str, int, int, bool]:
+    """Device, first byte, and end of what a claim reaches; whether its elements are all apart."""
+    live = claim.live
+    if isinstance(live, Tensor) and live.is_contiguous():  # as nearly all are
+        start = live.data_ptr()
+        return "cpu" if live.is_cpu else str(live.device), start, start + live.nbytes, True
+    place = _place_of(claim)
+    return place.device, place.start, place.stop, not place.may_overlap_itself
+
+
 def _overlapping(claims: Iterable[Claim]) -> Iterator[list[_Place]]:
-    """Places that may have bytes in common, together."""
-    group: list[_Place] = []
+    """Places that have bytes in common with others, or with themselves, or may; together."""
+    groups: list[list[Claim]] = []
+    folded: set[int] = set()
     device, stop = "", 0
-    for place in sorted(map(_place_of, claims), key=lambda place: (place.device, place.start)):
-        if place.device != device or place.start >= stop:
-            yield group
-            group, device, stop = [], place.device, place.stop
-        group.append(place)
-        stop = max(stop, place.stop)
-    yield group
+    spans = [(*_span(claim), claim) for claim in claims]
+    for where, start, end, is_apart, claim in sorted(spans, key=itemgetter(0, 1)):
+        if where != device or start >= stop:
+            groups.append([])
+            device, stop = where, end
+        groups[-1].append(claim)
+        stop = max(stop, end)
+        if not is_apart:
+            folded.add(id(claim))
+    for group in groups:
+        if len(group) > 1 or id(group[0]) in folded:
+            yield list(map(_place_of, group))
 
 
 def spoiled(claims: Iterable[Claim], regions: Regions) -> Iterator[str]:
     """What is wrong where claimed memory overlaps: claims that can not all hold what was saved."""
     for group in _overlapping(claims):
-        if len(group) < 2 and not any(place.may_overlap_itself for place in group):
-            continue
         start, stop = group[0].start, max(place.stop for place in group)
         memory = np.empty(stop - start, np.uint8)
         for place in group:
