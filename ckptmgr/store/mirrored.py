@@ -33,7 +33,8 @@ _HEALED = ("data/", "man/", "commit/")
 may be missing by right, and only the first store knows."""
 
 _HASHED = ("data/", "man/")
-"""What a commit tells the hashes of: whoever gives the bytes, they are the right ones or damage."""
+"""What a commit tells the hashes of: whoever gives the bytes, they are the right ones or damage, if
+the commit was."""
 
 T = TypeVar("T")
 
@@ -142,7 +143,11 @@ class MirroredStore(Store):
         """Whether an object may be read from the mirror now, though the first store answers."""
         if not (self._objects and self._answers(self.mirror)):
             return False
-        return key.startswith(_HASHED) or await self._compared() is True
+        hashed = key.startswith(_HASHED)
+        if hashed and self._same:
+            return True
+        same = await self._compared()
+        return same is True or (hashed and not self._refused())
 
     def _answers(self, store: Store) -> bool:
         return time.monotonic() >= self._again_at[store]

@@ -104,6 +104,22 @@ async def test_a_first_store_that_never_answers_contradicts_nothing(other: Made)
     assert told.refusals == 0
 
 
+async def test_what_was_served_unproven_is_refused_as_soon_as_the_first_store_answers(
+    other: Made, ours: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hashes of a manifest say only that it is the one of that register."""
+    monkeypatch.setattr(mirrored, "AGAIN_SECONDS", 0.0)
+    first, told = Mute(ours[1]), Told()
+    first.mute = ("",)
+    catalog = Catalog(MirroredStore(first, memory_store(other[1]), told.terms()))
+    decision = await catalog.decision(other[0][-1].id)
+    assert decision == other[0][-1].decision
+    first.mute = ()
+    with pytest.raises(DamageError):
+        await catalog.manifest(decision, 0)
+    assert told.refusals == 1
+
+
 async def test_a_place_that_is_no_store_any_more_contradicts_by_its_claims_alone(
     ours: Made, other: Made
 ) -> None:
