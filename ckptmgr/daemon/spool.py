@@ -27,6 +27,7 @@ from ckptmgr.errors import (
     ObjectNotFoundError,
     StoreError,
     StoreFullError,
+    UnsupportedFormatError,
 )
 from ckptmgr.repository import keys
 from ckptmgr.repository.commit import get_record, put_record, read_record
@@ -84,6 +85,7 @@ class Spool:
         self.store = LocalStore(str(self._path))
         self._binding = ""
         self._parts: dict[tuple[StepId, int], Part] = {}
+        self._newer: set[tuple[StepId, int]] = set()
         self.copied: set[Part] = set()
         self.aside: set[Part] = set()
         self.stranded: set[int] = set()
@@ -152,8 +154,11 @@ class Spool:
 
         Raises:
             StoreFullError: it does not fit.
-            StoreError: the disk failed.
+            StoreError: the disk failed, or a newer ckptmgr has written this part.
         """
+        if (snapshot.id, snapshot.rank) in self._newer:
+            key = keys.manifest(snapshot.id, snapshot.rank)
+            raise StoreError("is there already, by a newer ckptmgr", subject=key)
         if not self.room_for(snapshot):
             raise StoreFullError("has no room for another snapshot", subject=str(self._path))
         self.reserved_bytes += _room(snapshot)
@@ -249,7 +254,10 @@ class Spool:
     # -- start --------------------------------------------------------------------------------
 
     async def load(self) -> None:
-        """Find the parts that a daemon before this one left, and delete what it did not finish."""
+        """Find the parts that a daemon before this one left, and delete what it did not finish.
+
+        Parts of a newer ckptmgr are left alone: it is the one that can bring them into the store.
+        """
         await self.store.sweep_temporaries(0.0)
         for key in await self.store.list("man/"):
             step, rank = keys.parse_step(key), keys.parse_rank(key)
@@ -257,12 +265,16 @@ class Spool:
                 continue
             try:
                 sealed = read_manifest(step, rank, await read_record(self.reading, key))
+            except UnsupportedFormatError as error:
+                warning("spool_refused", path=f"{label_of(self.url)}/{key}", why=str(error))
+                self._newer.add((step, rank))
+                continue
             except DamageError as error:
                 warning("spool_dropped", job=label_of(self.url), step=str(step), why=str(error))
                 await self._discard(step, rank)
                 continue
             self._parts[step, rank] = Part.of(sealed)
-        whole = {keys.packs(step, rank) for step, rank in self._parts}
+        whole = {keys.packs(step, rank) for step, rank in self._newer.union(self._parts)}
         for key in await self.store.list("data/"):
             if key.rpartition("/")[0] + "/" not in whole:
                 await self.store.delete(key)

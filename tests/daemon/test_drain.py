@@ -19,15 +19,18 @@ from ckptmgr.daemon import spool as spooling
 from ckptmgr.daemon.drain import Drainer
 from ckptmgr.daemon.intake import Intake
 from ckptmgr.daemon.job import Job
+from ckptmgr.daemon.log import label_of
 from ckptmgr.daemon.pipeline import Pipeline, Source
 from ckptmgr.daemon.resume import claim_attempt
 from ckptmgr.daemon.service import Service
 from ckptmgr.daemon.spool import Spool, SpoolDirectory
-from ckptmgr.errors import MediumError
+from ckptmgr.errors import MediumError, StoreError
 from ckptmgr.metrics import Metrics
 from ckptmgr.repository import keys
 from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.catalog import Catalog
+from ckptmgr.repository.manifest import Manifest
+from ckptmgr.repository.record import ENCRYPTED_VERSION, Kind, seal
 from ckptmgr.store.base import Store
 from ckptmgr.store.local import LocalStore
 from ckptmgr.store.retry import RetryingStore
@@ -289,6 +292,39 @@ async def test_a_store_that_hangs_holds_up_no_other_job(tmp_path: Path, runtime:
             await service._end_drain(job.url)
     assert left(first) == list(STEPS)
     assert await committed(takes) == list(STEPS)
+
+
+async def test_a_part_of_a_newer_version_is_left_for_it(
+    tmp_path: Path, told: list[tuple[str, dict[str, Any]]]
+) -> None:
+    """Who goes back to this version must not lose what the newer one has spooled."""
+    store = memory_store({})
+    spool = await spooled(store, tmp_path)
+    newer = spool.parts[0]
+    sealed = await spool.manifest(newer)
+    await spool.store.delete(sealed.key)
+    await put_record_of(spool.store, sealed.key, sealed.manifest, ENCRYPTED_VERSION + 1)
+    packs = await spool.store.list(keys.packs(newer.id))
+    again = Spool(SpoolDirectory(tmp_path, 0), spool.url)
+    await again.load()
+    async with drainer_of(store, again) as drainer:
+        await drained(drainer, lambda: not again.parts, again)
+    assert await committed(store) == [2, 3]
+    assert await again.store.list("man/") == [sealed.key]
+    assert await again.store.list("data/") == packs
+    ((name, fields),) = told
+    assert (name, fields["path"]) == ("spool_refused", f"{label_of(spool.url)}/{sealed.key}")
+    with host_buffer(store.url, len(ENCODED.data)) as buffer:
+        of_step: Any = {"attempt": 1, "nonce": newer.nonce, "step": newer.id.step}
+        with pytest.raises(StoreError, match="by a newer ckptmgr"):
+            async with again.writing(fill_slot(buffer, 0, ENCODED, **of_step), 9):
+                pass
+    assert await again.store.list("man/") == [sealed.key]
+
+
+async def put_record_of(store: Store, key: str, manifest: Manifest, version: int) -> None:
+    record = seal(Kind.MANIFEST, key, manifest, version)
+    await store.put_new(key, [memoryview(record)])
 
 
 async def test_a_fault_over_a_decision_takes_no_other_part_along(
