@@ -25,7 +25,7 @@ from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.catalog import Catalog, exists, is_retired, marked
 from ckptmgr.repository.commit import Decision, check_format, read_record, same_job
 from ckptmgr.restore.copying import copy_packs, put_manifest
-from ckptmgr.restore.records import check_record
+from ckptmgr.restore.records import check_record, kind_of
 from ckptmgr.store.base import PutResult, Store
 from ckptmgr.store.lanes import in_lanes
 from ckptmgr.store.mirrored import from_either
@@ -197,6 +197,6 @@ async def _marked(store: Store) -> list[frozenset[StepId]]:
 
 
 async def _read_checked(key: str, store: Store) -> memoryview:
-    record = await read_record(store, key)
+    record = await read_record(store, kind_of(key), key)
     check_record(key, record)
     return record

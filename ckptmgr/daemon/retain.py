@@ -252,7 +252,7 @@ async def _is_verified(store: Store, step: StepId) -> bool:
 
 
 async def _digest_of_commit(store: Store, step: StepId) -> str:
-    return digest_of(await read_record(store, keys.commit(step))).hex()
+    return digest_of(await read_record(store, Kind.COMMIT, keys.commit(step))).hex()
 
 
 async def mark_verified(store: Store, step: StepId) -> None:

@@ -30,8 +30,8 @@ from ckptmgr.errors import (
     UnsupportedFormatError,
 )
 from ckptmgr.repository import keys
-from ckptmgr.repository.commit import get_record, put_record, read_record
-from ckptmgr.repository.manifest import SealedManifest, read_manifest
+from ckptmgr.repository.commit import get_record, put_record, stored_manifest
+from ckptmgr.repository.manifest import SealedManifest
 from ckptmgr.repository.record import Kind
 from ckptmgr.store.base import Store
 from ckptmgr.store.local import LocalStore
@@ -207,10 +207,10 @@ class Spool:
         Raises:
             DamageError: it does not hold.
         """
-        key = keys.manifest(part.id, part.rank)
         try:
-            return read_manifest(part.id, part.rank, await read_record(self.reading, key))
+            return await stored_manifest(self.reading, part.id, part.rank)
         except ObjectNotFoundError as error:
+            key = keys.manifest(part.id, part.rank)
             raise DamageError("is gone from the spool", subject=key) from error
 
     async def remove(self, part: Part) -> None:
@@ -264,7 +264,7 @@ class Spool:
             if step is None or rank is None:
                 continue
             try:
-                sealed = read_manifest(step, rank, await read_record(self.reading, key))
+                sealed = await stored_manifest(self.reading, step, rank)
             except UnsupportedFormatError as error:
                 warning("spool_refused", path=f"{label_of(self.url)}/{key}", why=str(error))
                 self._newer.add((step, rank))

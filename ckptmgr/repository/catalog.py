@@ -363,7 +363,7 @@ class Catalog:
 
         async def read(store: Store) -> SealedManifest:
             try:
-                record = await read_record(store, key)
+                record = await read_record(store, Kind.MANIFEST, key)
             except ObjectNotFoundError as error:
                 raise MissingObjectError("is gone", subject=key) from error
             sealed = read_manifest(decision.id, rank, record)

@@ -147,8 +147,9 @@ async def put_record(store: Store, kind: Kind, key: str, payload: Any) -> PutRes
     return await store.put_new(key, [memoryview(seal(kind, key, payload))])
 
 
-async def read_record(store: Store, key: str) -> memoryview:
-    """The bytes of a record, unchecked, and no more of them than its header declares.
+async def read_record(store: Store, kind: Kind, key: str) -> memoryview:
+    """The bytes of a record, unchecked, and no more of them than its header declares, nor than a
+    record of that kind may have.
 
     The length is read first: memory is never taken for however long an object turns out to be.
 
@@ -159,7 +160,7 @@ async def read_record(store: Store, key: str) -> memoryview:
     """
     try:
         header = await store.get(key, 0, HEADER_BYTES)
-        record = memoryview(bytearray(declared_bytes(key, header)))
+        record = memoryview(bytearray(declared_bytes(kind, key, header)))
         record[:HEADER_BYTES] = header
         await store.get(key, HEADER_BYTES, into=record[HEADER_BYTES:])
     except (ObjectNotFoundError, StoreUnreachableError):
@@ -178,18 +179,19 @@ async def get_record(store: Store, kind: Kind, key: str, type_: type[T]) -> T:
     """
 
     async def read(one: Store) -> T:
-        return unseal(kind, key, await read_record(one, key), type_)
+        return unseal(kind, key, await read_record(one, kind, key), type_)
 
     return await from_either(store, key, read)
 
 
 async def stored_manifest(store: Store, step: StepId, rank: int) -> SealedManifest:
     """Read and check the manifest of a part; errors as `get_record`."""
+    key = keys.manifest(step, rank)
 
     async def read(one: Store) -> SealedManifest:
-        return read_manifest(step, rank, await read_record(one, keys.manifest(step, rank)))
+        return read_manifest(step, rank, await read_record(one, Kind.MANIFEST, key))
 
-    return await from_either(store, keys.manifest(step, rank), read)
+    return await from_either(store, key, read)
 
 
 async def claim_of(store: Store, attempt: int) -> Claim | None:

@@ -32,7 +32,7 @@ def check_pack_header(key: str, page: memoryview) -> None:
     Raises:
         DamageError: it is of another pack, or of none.
     """
-    end = declared_bytes(key, page[:HEADER_BYTES])
+    end = declared_bytes(Kind.PACK, key, page[:HEADER_BYTES])
     unseal(Kind.PACK, key, page[:end], PackHeader)
     check_padding(page[end:], subject=key)
 

@@ -69,13 +69,14 @@ def seal(kind: Kind, key: str, payload: Any, version: int = VERSION) -> bytes:
     return head + _digest(head, key, stored) + stored
 
 
-def declared_bytes(key: str, header: bytes | memoryview) -> int:
-    """Length of the whole record, from its first HEADER_BYTES; nothing else is believed of them.
+def declared_bytes(kind: Kind, key: str, header: bytes | memoryview) -> int:
+    """Length of the whole record, from its first HEADER_BYTES; nothing else is believed of them,
+    so that the bound is that of the `kind` which is expected, whatever kind they say.
 
     Raises:
-        RecordDamagedError: not a record, or longer than any record is.
+        RecordDamagedError: not a record, or longer than any of this kind is.
     """
-    magic, kind, _version, _flags, _zero, _raw_length, length = _HEAD.unpack_from(header)
+    magic, _kind, _version, _flags, _zero, _raw_length, length = _HEAD.unpack_from(header)
     if magic != MAGIC:
         raise RecordDamagedError("does not start with the magic of a record", subject=key)
     if length > _bound(kind):
@@ -92,8 +93,8 @@ def version_of(record: bytes | memoryview) -> int:
     return record[_VERSION_AT]
 
 
-def _bound(kind: int) -> int:
-    return PAYLOAD_BYTES_MAX if kind == Kind.MANIFEST else JSON_BYTES_MAX
+def _bound(kind: Kind) -> int:
+    return PAYLOAD_BYTES_MAX if kind is Kind.MANIFEST else JSON_BYTES_MAX
 
 
 def digest_of(record: bytes | memoryview) -> bytes:

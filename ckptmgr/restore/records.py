@@ -12,6 +12,7 @@ from ckptmgr.errors import (
     DamageError,
     ObjectNotFoundError,
     ObjectUnreadableError,
+    RecordDamagedError,
     StoreError,
     StoreUnreachableError,
 )
@@ -89,7 +90,7 @@ async def _verify(store: Store, key: str) -> list[Damage]:
         if key.startswith("data/"):
             check_pack_header(key, await store.get(key, 0, PAGE_BYTES))
             return []
-        record = await read_record(store, key)
+        record = await read_record(store, kind_of(key), key)
         check_record(key, record)
         return await verify_end(store, key, len(record))
     except StoreUnreachableError:
@@ -98,6 +99,20 @@ async def _verify(store: Store, key: str) -> list[Damage]:
         return []
     except (DamageError, StoreError) as error:
         return [Damage(key, 0, error.message)]
+
+
+def kind_of(key: str) -> Kind:
+    """The kind of the record that the format has under a name.
+
+    Raises:
+        RecordDamagedError: it has none.
+    """
+    if _NAME.fullmatch(key) is None:
+        raise RecordDamagedError("has a name that the format does not have", subject=key)
+    parts = key.split("/")
+    if parts[0] == "man":
+        return Kind.MANIFEST
+    return _TYPES[parts[2] if parts[0] == "attempts" else parts[0]][0]
 
 
 def check_record(key: str, record: memoryview) -> None:

@@ -168,15 +168,15 @@ def test_a_record_is_read_no_further_than_it_declares() -> None:
     async def main() -> None:
         record = seal(Kind.COMMIT, KEY, Decision("ABORT", 1, 100))
         store = FaultyStore(memory_store({KEY: record + b"x" * 1000}))
-        assert bytes(await read_record(store, KEY)) == record
+        assert bytes(await read_record(store, Kind.COMMIT, KEY)) == record
         for length in (0, 1, 63, 64, len(record) - 1):
             with pytest.raises(RecordDamagedError, match="too short"):
-                await read_record(memory_store({KEY: record[:length]}), KEY)
+                await read_record(memory_store({KEY: record[:length]}), Kind.COMMIT, KEY)
         with pytest.raises(ObjectNotFoundError):
-            await read_record(memory_store({}), KEY)
+            await read_record(memory_store({}), Kind.COMMIT, KEY)
         store.plan([Fault(StoreUnreachableError("no"))])
         with pytest.raises(StoreUnreachableError):
-            await read_record(store, KEY)
+            await read_record(store, Kind.COMMIT, KEY)
 
     asyncio.run(main())
 

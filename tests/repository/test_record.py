@@ -57,7 +57,7 @@ def test_what_is_sealed_is_unsealed(value: Any, kind: Kind) -> None:
     assert unseal(kind, KEY, record, Any_).value == value
     assert unseal(kind, KEY, memoryview(record), Any_).value == value
     assert seal(kind, KEY, Any_(value)) == record, "equal inputs, other bytes"
-    assert declared_bytes(KEY, record[:HEADER_BYTES]) == len(record)
+    assert declared_bytes(kind, KEY, record[:HEADER_BYTES]) == len(record)
     assert record[32:64] == digest_of(record)
 
 
@@ -160,12 +160,19 @@ def test_a_packed_payload_must_be_one_honest_frame(stored: bytes, raw_length: in
 def test_a_header_that_declares_too_much_is_refused_before_the_rest_is_read() -> None:
     for kind, bound in ((Kind.COMMIT, JSON_BYTES_MAX), (Kind.MANIFEST, PAYLOAD_BYTES_MAX)):
         head = _HEAD.pack(MAGIC, kind, 1, 0, 0, 0, bound) + bytes(32)
-        assert declared_bytes(KEY, head) == HEADER_BYTES + bound
+        assert declared_bytes(kind, KEY, head) == HEADER_BYTES + bound
         head = _HEAD.pack(MAGIC, kind, 1, 0, 0, 0, bound + 1) + bytes(32)
         with pytest.raises(RecordDamagedError):
-            declared_bytes(KEY, head)
+            declared_bytes(kind, KEY, head)
     with pytest.raises(RecordDamagedError, match="magic"):
-        declared_bytes(KEY, bytes(64))
+        declared_bytes(Kind.COMMIT, KEY, bytes(64))
+
+
+@pytest.mark.parametrize("kind", sorted(set(Kind) - {Kind.MANIFEST}))
+def test_what_says_that_it_is_a_manifest_gets_no_more_memory_for_that(kind: Kind) -> None:
+    head = _HEAD.pack(MAGIC, Kind.MANIFEST, 1, 1, 0, 0, JSON_BYTES_MAX + 1) + bytes(32)
+    with pytest.raises(RecordDamagedError, match="declares a payload of"):
+        declared_bytes(kind, KEY, head)
 
 
 @given(junk=st.binary(max_size=300))
