@@ -90,7 +90,7 @@ class Copy:
         If the copying thread has ended without it, `done` hears that now.
 
         Raises:
-            Exception: what `done` raised.
+            Exception: what `done` raised; only once, as it may be raised in a later step.
         """
         end = time.monotonic() + (math.inf if timeout_seconds is None else timeout_seconds)
         trains = threading.get_ident() == self._trainer
@@ -103,8 +103,9 @@ class Copy:
                 self.finish(CkptmgrError("has ended before the copy", subject="copying thread"))
             else:
                 self._finished.wait(min(left, LOOK_SECONDS_MAX))
-        if self._failure is not None:
-            raise self._failure
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
         return self._finished.is_set
 
 

@@ -137,7 +137,7 @@ class Saving:
         self._link.wait_populated(slot)
         handle = SaveHandle(self, step)
         writer = self._link.buffer.begin(slot)
-        to_seal = [prepared]
+        to_seal, trainer = [prepared], threading.get_ident()
 
         def done(error: BaseException | None) -> None:
             # The copy keeps this as long as somebody keeps the handle, and the tensors must not
@@ -150,8 +150,13 @@ class Saving:
                 handle.snapshot = self._seal(writer, step, copied, plain, stall)
                 self._link.sealed()
             except CkptmgrError as failure:
-                handle.failure = failure.with_traceback(None)
-                self.failed(str(failure))
+                self._not_sealed(handle, failure.with_traceback(None))
+            except Exception as failure:
+                if threading.get_ident() == trainer:
+                    raise  # it may be a signal handler's, which came over the copy
+                self._not_sealed(
+                    handle, HostMemoryError(f"was not copied: {failure!r}", subject=f"step {step}")
+                )
 
         self._handle = handle
         handle.copy = self._capture.copy(prepared, writer.data, done)
@@ -162,6 +167,11 @@ class Saving:
             raise handle.failure
         self._handles.append(handle)
         return handle
+
+    def _not_sealed(self, handle: SaveHandle, failure: CkptmgrError) -> None:
+        """Tell it, and whoever asks the handle; later snapshots have nothing to do with it."""
+        handle.failure = failure
+        self.failed(str(failure))
 
     def _stalled(self, start: float, handle: SaveHandle) -> float:
         """Measure the stall: up to the seal, or up to the return of an overlapped copy."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import threading
+import warnings
 import weakref
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,9 @@ import pytest
 import torch
 
 import ckptmgr
-from ckptmgr.errors import TornSnapshotError
-from driven import PATIENCE_SECONDS, Daemon
+from ckptmgr.errors import HostMemoryError, TornSnapshotError
+from ckptmgr.rank.overlap import Job, Turn
+from driven import PATIENCE_SECONDS, Daemon, until
 from rigged import Rig
 
 
@@ -83,3 +86,40 @@ def test_a_torn_snapshot_keeps_no_tensor_either(runtime: Path, store_url: str) -
         assert ckpt.save(2).committed(PATIENCE_SECONDS)
         gc.collect()
         assert seen() is None
+
+
+@pytest.mark.parametrize("warnings_raise", [False, True])
+def test_a_copy_that_fails_behind_training_fails_its_own_step_only(
+    runtime: Path, store_url: str, monkeypatch: pytest.MonkeyPatch, warnings_raise: bool
+) -> None:
+    """Also one that fails by a surprise, and where a warning about it is an error."""
+    net = torch.nn.Linear(2, 2)
+    state: dict[str, Any] = {"net": net, "optimizer": torch.optim.SGD(net.parameters(), lr=0.1)}
+    begin = threading.Event()
+
+    def fail(job: Job, turn: Turn) -> None:
+        begin.wait(PATIENCE_SECONDS)
+        raise RuntimeError("out of something")
+
+    with (
+        ckptmgr.Checkpointer(store_url, state, every=1, overlap=True) as ckpt,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("error" if warnings_raise else "ignore")
+        with monkeypatch.context() as patch:
+            patch.setattr(Job, "_copy", fail)
+            first = ckpt.step(1)
+            assert first is not None
+            begin.set()
+            if warnings_raise:
+                with pytest.raises(RuntimeWarning, match="out of something"):
+                    ckpt.step(2)
+            else:
+                until(lambda: first.failure, "it fails")
+        third = ckpt.step(3)
+        assert third is not None
+        assert third.committed(PATIENCE_SECONDS)
+        for ask in (first.sealed, first.committed):
+            with pytest.raises(HostMemoryError, match=r"step 1: was not copied: RuntimeError"):
+                ask()
+        assert ckpt.stats.failures == 1
