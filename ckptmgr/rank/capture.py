@@ -21,7 +21,7 @@ from ckptmgr.bucket import Bucket, bytes_per_second
 from ckptmgr.errors import CkptmgrError, UnsupportedLeafError, UsageError
 from ckptmgr.rank.externals import externalize
 from ckptmgr.rank.frame import Frame, Sources, make_frame, sources_again, sources_of
-from ckptmgr.rank.gates import Gates
+from ckptmgr.rank.gates import Gates, can_wait
 from ckptmgr.rank.gpuclones import cloned
 from ckptmgr.rank.latch import Latch
 from ckptmgr.rank.objects import Objects, find_objects
@@ -304,8 +304,9 @@ class Capture:
             return {}
         self._gates.hang(self._optimizers)
         passed = self._gates.passed()
+        gated = [one for one in self._optimizers if can_wait(one)]
         tensors = prepared.sources.tensors
-        later = self._leaves_of(passed if self._overlap is None else self._optimizers, prepared)
+        later = self._leaves_of(passed if self._overlap is None else gated, prepared)
         others = {at: tensors[at] for at in set(range(len(tensors))).difference(later)}
         return {at: tensors[at] for at in later} | cloned(others)
 

@@ -14,6 +14,13 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ckptmgr.rank.pagelocks import cuda_in_use
 
 
+def can_wait(optimizer: Optimizer) -> bool:
+    """Whether its steps can be made to wait. One that wraps another, and was not initialised as an
+    optimizer itself (torch's PostLocalSGDOptimizer), has no hooks.
+    """
+    return hasattr(optimizer, "_optimizer_step_pre_hooks")
+
+
 @dataclass(slots=True)
 class Gate:
     """One optimizer, whether it has come to its gate since that was asked, and whether its step was
@@ -53,7 +60,7 @@ class Gates:
 
     def hang(self, optimizers: Iterable[Optimizer]) -> None:
         """Let these optimizers wait before they step, and with them all that are in no state."""
-        wanted = {id(optimizer): optimizer for optimizer in optimizers}
+        wanted = {id(one): one for one in optimizers if can_wait(one)}
         self._trainer = threading.get_ident()
         if wanted and self._before_all is None:
             self._before_all = register_optimizer_step_pre_hook(self._before_any)

@@ -437,8 +437,10 @@ def _step_devices(optimizer: Optimizer) -> Iterator[torch.device]:
 def _has_own_code(optimizer: Optimizer) -> bool:
     """Whether hooks or an override load; those of a partitioned one are not asked."""
     one = local_optimizer(optimizer)
-    hooks = one._optimizer_load_state_dict_pre_hooks or one._optimizer_load_state_dict_post_hooks
-    return bool(hooks) or type(one).load_state_dict is not Optimizer.load_state_dict
+    # One that wraps another may not have been initialised as an optimizer, and has no hooks then.
+    names = (f"_optimizer_load_state_dict_{when}_hooks" for when in ("pre", "post"))
+    hooks = any(getattr(one, name, None) for name in names)
+    return hooks or type(one).load_state_dict is not Optimizer.load_state_dict
 
 
 def _only_dtype_differs(kept: Any, exact: Tensor) -> bool:

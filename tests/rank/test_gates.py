@@ -12,8 +12,10 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from ckptmgr.rank.capture import Capture
 from ckptmgr.rank.overlap import Job, Turn
+from ckptmgr.rank.place import place
 from ckptmgr.types import PAGE_BYTES
 from rank.loop import WAIT_SECONDS_MAX, Loop, copied, differs, reference
+from rank.shape import difference
 from rank.slot import buffer_for, read, seal
 
 
@@ -128,3 +130,54 @@ def test_hooks_follow_the_optimizers_in_the_state() -> None:
     assert not loop.optimizer._optimizer_step_pre_hooks
     assert len(other._optimizer_step_pre_hooks) == 1
     capture.close()
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As torch's PostLocalSGDOptimizer wraps another: it is no initialised optimizer itself."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner = inner
+        self.param_groups = inner.param_groups
+        self.count = 0
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.inner.state
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self.inner.state_dict(), "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count = state["count"]
+        self.inner.load_state_dict(state)
+
+    def step(self, closure: Any = None) -> None:
+        self.count += 1
+        self.inner.step()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_an_optimizer_without_hooks_is_not_overlapped_and_comes_back(overlap: bool) -> None:
+    def make(seed: int) -> dict[str, Any]:
+        torch.manual_seed(seed)
+        model = nn.Linear(3, 3)
+        inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        return {"model": model, "optimizer": Wrapper(inner)}
+
+    state, live = make(1), make(2)
+    state["model"](torch.ones(4, 3)).sum().backward()
+    state["optimizer"].step()
+    capture = Capture(state, rng=False, overlap=overlap)
+    heard: list[BaseException | None] = []
+    with buffer_for(capture.prepare()) as buffer:
+        prepared = capture.prepare()
+        copy = capture.copy(prepared, buffer.data(0), heard.append)
+        assert copy.turn is None
+        assert heard == [None]
+        capture.close()
+        seal(buffer, 0, prepared)
+        saved = read(buffer, 0)
+        place(live, saved)
+        saved.data.release()
+    assert difference(state, live) == ""
+    assert live["optimizer"].count == 1
