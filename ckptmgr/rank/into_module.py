@@ -98,7 +98,8 @@ class ModuleLoad:
         """Load it.
 
         Raises:
-            StateMismatchError: the module's own code asks for names that were not saved.
+            StateMismatchError: the module's own code asks for names that were not saved, or has put
+                what it was given nowhere (torch copies into a meta tensor without a word).
         """
         found = self.module.load_state_dict(self.state, strict=False)
         missing = [name for name in found.missing_keys if name not in self.ignored]
@@ -106,6 +107,10 @@ class ModuleLoad:
             raise StateMismatchError(
                 f"did not take {found.unexpected_keys} and misses {missing}", subject=self.path
             )
+        if any(_is_meta(place.live) for place in self.places):
+            empty = [name for name, item in self.module.state_dict().items() if _is_meta(item)]
+            if empty:
+                raise StateMismatchError(f"left {empty} on the meta device", subject=self.path)
 
 
 def plan_module(
@@ -158,6 +163,10 @@ def has_own_code(module: nn.Module) -> bool:
         if not all(_home(getattr(type(part), name)).startswith(_TORCH) for name in _METHODS):
             return True
     return False
+
+
+def _is_meta(item: Any) -> bool:
+    return isinstance(item, Tensor) and item.is_meta
 
 
 def _home(code: Any) -> str:

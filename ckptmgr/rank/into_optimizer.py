@@ -330,6 +330,8 @@ def _want_state(load: OptimizerLoad, entry: Entry, wants: Wants) -> None:
     if entry.items is None:
         wants.all_of(entry.named[0].saved)
         return
+    if entry.param.is_meta:
+        wants.problems.append(f"{entry.named[0].path}: the parameter is a meta tensor")
     before = held_state(load.optimizer).get(entry.param, {})
     for name, item in entry.items.items():
         if type(item) is not SavedLeaf:

@@ -67,7 +67,9 @@ class Wants:
         """Want the saved bits of `live`, which has the shape of the whole, in place."""
         for box, local in views(live):
             taken = self.part(path, saved.whole, box)
-            if self.claim(path, local, saved, box):
+            if local.is_meta:
+                self.problems.append(f"{path}: is a meta tensor: it has no memory to load into")
+            elif self.claim(path, local, saved, box):
                 self.writes.append(Write(path, local, box, taken))
 
     def hold(self, path: str, live: Any, saved: SavedLeaf) -> None:

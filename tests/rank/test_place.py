@@ -120,6 +120,23 @@ def test_tied_live_weights_do_not_take_two_different_saved_ones() -> None:
     assert live["m"][1].weight is live["m"][0].weight
 
 
+def test_a_model_on_the_meta_device_has_no_memory_to_load_into() -> None:
+    with torch.device("meta"):
+        live = {"m": net(1), "x": torch.empty(2)}
+    with (
+        snapshot({"m": net(2), "x": torch.ones(2)}) as saved,
+        pytest.raises(StateMismatchError) as refused,
+    ):
+        check(live, saved)
+    assert "m/0.weight: is a meta tensor" in refused.value.message
+    assert "x: is a meta tensor" in refused.value.message
+    with torch.device("meta"):
+        empty = {"optimizer": torch.optim.AdamW(net(1).parameters())}
+    assert "the parameter is a meta tensor" in mismatch(
+        empty, {"optimizer": trained(1)["optimizer"]}
+    )
+
+
 def test_optimizer_groups_and_parameter_order_must_fit() -> None:
     model = net(1)
     one = {"o": torch.optim.SGD(model.parameters(), lr=0.1)}
