@@ -160,7 +160,9 @@ def has_own_code(module: nn.Module) -> bool:
         ]
         if not all(_home(hook).startswith(_TORCH) for hook in hooks):
             return True
-        if not all(_home(getattr(type(part), name)).startswith(_TORCH) for name in _METHODS):
+        # What was put onto the instance counts as well: it may give copies.
+        methods = (vars(part).get(name, getattr(type(part), name)) for name in _METHODS)
+        if not all(_home(method).startswith(_TORCH) for method in methods):
             return True
     return False
 
