@@ -6,7 +6,6 @@ one, and load_state_dict is not called. Code of the user gets new tensors, by lo
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ckptmgr.errors import StateMismatchError
+from ckptmgr.rank.backup import backup_of
 from ckptmgr.rank.devices import moved
 from ckptmgr.rank.flat import is_flat
 from ckptmgr.rank.living import is_spread, is_tensor
@@ -88,7 +88,7 @@ class ModuleLoad:
 
     def backup(self) -> Any:
         """What `undo` needs."""
-        return copy.deepcopy(self.module.state_dict())
+        return backup_of(self.module.state_dict())
 
     def undo(self, backup: Any) -> None:
         """Put back what `backup` kept."""

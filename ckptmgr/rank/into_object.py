@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections import deque
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ckptmgr.errors import StateMismatchError
+from ckptmgr.rank.backup import backup_of
 from ckptmgr.rank.devices import moved
 from ckptmgr.rank.living import is_spread
 from ckptmgr.rank.pagelocks import cuda_in_use
@@ -60,7 +60,7 @@ class ObjectLoad:
 
     def backup(self) -> Any:
         """A deep copy of the state it has now."""
-        return copy.deepcopy(self.live.state_dict())
+        return backup_of(self.live.state_dict())
 
     def undo(self, backup: Any) -> None:
         """Load what `backup` kept."""

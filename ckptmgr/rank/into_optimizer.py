@@ -7,7 +7,6 @@ It is called only where hooks or an override take part.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ckptmgr.rank.backup import backup_of
 from ckptmgr.rank.externals import OPTIMIZER
 from ckptmgr.rank.living import is_spread, is_tensor
 from ckptmgr.rank.names import unwrapped
@@ -162,7 +162,7 @@ class OptimizerLoad:
 
     def backup(self) -> Any:
         """What `undo` needs; taken only where loading can fail half-way."""
-        return copy.deepcopy(self.optimizer.state_dict()) if self.own_code else None
+        return backup_of(self.optimizer.state_dict()) if self.own_code else None
 
     def undo(self, backup: Any) -> None:
         """Put back what `backup` kept."""

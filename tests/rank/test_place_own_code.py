@@ -43,3 +43,45 @@ def test_a_module_that_leaves_its_tensors_on_the_meta_device_is_told() -> None:
         pytest.warns(UserWarning, match="no-op"),
     ):
         place({"m": hooked(device="meta")}, saved)
+
+
+def test_a_refusal_keeps_the_values_of_a_tensor_that_has_its_graph() -> None:
+    """An average whose owner has forgotten to detach it is saved; it can be taken back, too."""
+
+    class Average(nn.Module):
+        def __init__(self, start: float) -> None:
+            super().__init__()
+            self.now = torch.full((2,), start, requires_grad=True) * 1
+
+        def get_extra_state(self) -> Any:
+            return {"now": [self.now]}
+
+        def set_extra_state(self, state: Any) -> None:
+            self.now = state["now"][0]
+
+    class Kept:
+        def __init__(self, start: float) -> None:
+            self.average = Average(start)
+
+        def state_dict(self) -> Any:
+            return {"now": self.average.now}
+
+        def load_state_dict(self, state: Any) -> None:
+            self.average.now = state["now"]
+
+    class Refuses(Kept):
+        def load_state_dict(self, state: Any) -> None:
+            if state["now"].tolist() == [3.0, 3.0]:
+                raise ValueError("no")
+            super().load_state_dict(state)
+
+    saved_from = {"a": Kept(1.0), "b": Average(2.0), "c": Kept(3.0)}
+    live = {"a": Kept(4.0), "b": Average(5.0), "c": Refuses(6.0)}
+    with snapshot(saved_from) as saved:
+        with pytest.raises(StateMismatchError, match="c: refused its saved state: no"):
+            place(live, saved)
+        assert (live["a"].average.now.tolist(), live["b"].now.tolist()) == ([4.0] * 2, [5.0] * 2)
+        assert live["c"].average.now.tolist() == [6.0, 6.0]
+        live["c"] = Kept(6.0)
+        place(live, saved)
+    assert (live["a"].average.now.tolist(), live["b"].now.tolist()) == ([1.0] * 2, [2.0] * 2)
