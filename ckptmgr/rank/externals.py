@@ -157,13 +157,24 @@ def _python_generator(item: Any, trail: Trail) -> External | None:
     if type(item) is random.Random:
         return External("random.Random", item.getstate(), {})
     if type(item) is np.random.RandomState:
-        return External("numpy.RandomState", _listed(item.get_state(legacy=False)), {})
+        state = _state_of(item)
+        refuse_unknown(state["bit_generator"], trail)
+        return External("numpy.RandomState", _listed(state), {})
     if type(item) is np.random.Generator:
         name = type(item.bit_generator).__name__
-        if name not in _BIT_GENERATORS:
-            raise refuse(trail, f"has the bit generator {name}")
+        refuse_unknown(name, trail)
         return External("numpy.Generator", [name, _listed(item.bit_generator.state)], {})
     return None
+
+
+def refuse_unknown(name: str, trail: Trail) -> None:
+    """Refuse the state of a bit generator that is not one of NumPy's own.
+
+    Raises:
+        UnsupportedLeafError: it is not.
+    """
+    if name not in _BIT_GENERATORS:
+        raise refuse(trail, f"has the bit generator {name}")
 
 
 def _listed(state: Any) -> Any:
@@ -286,17 +297,30 @@ def _assemble_random(attributes: Any, _: Any) -> random.Random:
     return generator
 
 
+def new_bit_generator(name: str) -> Any:
+    """One of NumPy's own, by the name of its class.
+
+    Raises:
+        KeyError: it is none of them.
+    """
+    return _BIT_GENERATORS[name]()
+
+
+def _state_of_bit_generator(name: str, listed: Any) -> Any:
+    return _unlisted(listed, np.uint32 if name == "MT19937" else np.uint64)
+
+
 def _assemble_random_state(attributes: Any, _: Any) -> np.random.RandomState:
-    generator = np.random.RandomState(0)
-    generator.set_state(_unlisted(attributes, np.uint32))
+    name = attributes["bit_generator"]
+    generator = np.random.RandomState(new_bit_generator(name))
+    generator.set_state(_state_of_bit_generator(name, attributes))
     return generator
 
 
 def _assemble_numpy_generator(attributes: Any, _: Any) -> np.random.Generator:
     name, state = attributes
-    generator = np.random.Generator(_BIT_GENERATORS[name]())
-    dtype = np.uint32 if name == "MT19937" else np.uint64
-    generator.bit_generator.state = _unlisted(state, dtype)
+    generator = np.random.Generator(new_bit_generator(name))
+    generator.bit_generator.state = _state_of_bit_generator(name, state)
     return generator
 
 
@@ -312,7 +336,13 @@ def same_generator(live: Any, saved: Any) -> bool:
         return bool(live.device == saved.device)
     if isinstance(live, np.random.Generator):
         return isinstance(saved.bit_generator, type(live.bit_generator))
+    if isinstance(live, np.random.RandomState):
+        return bool(_state_of(live)["bit_generator"] == _state_of(saved)["bit_generator"])
     return True
+
+
+def _state_of(generator: np.random.RandomState) -> Any:
+    return generator.get_state(legacy=False)
 
 
 def take_over(live: Any, saved: Any) -> None:
@@ -321,6 +351,8 @@ def take_over(live: Any, saved: Any) -> None:
         live.bit_generator.state = saved.bit_generator.state
     elif isinstance(live, random.Random):
         live.setstate(saved.getstate())
+    elif isinstance(live, np.random.RandomState):
+        live.set_state(_state_of(saved))
     else:
         live.set_state(saved.get_state())
 

@@ -9,16 +9,21 @@ import numpy as np
 import torch
 
 from ckptmgr.errors import StateMismatchError
+from ckptmgr.rank.externals import new_bit_generator, refuse_unknown
 
 RNG_KEY = "rng"
 """Reserved name in the state for the generators of the process."""
 
 
 def read_generators() -> dict[str, Any]:
-    """States of torch (CPU, and each CUDA device once CUDA is in use), Python and NumPy."""
+    """States of torch (CPU, and each CUDA device once CUDA is in use), Python and NumPy.
+
+    Raises:
+        UnsupportedLeafError: NumPy was given a bit generator of another library.
+    """
     return {
         "python": random.getstate(),
-        "numpy": np.random.get_state(legacy=False),  # noqa: NPY002 - it is the global one
+        "numpy": _numpy_state(),
         "torch": torch.get_rng_state(),
         "cuda": _cuda_states(),
     }
@@ -50,11 +55,30 @@ def check_generators(saved: Any) -> list[str]:
         return [f"{RNG_KEY}: is not a set of generator states"]
     try:
         random.Random().setstate(saved["python"])  # noqa: S311 - a trial
-        np.random.RandomState(0).set_state(saved["numpy"])
+        _numpy_like(saved["numpy"]).set_state(saved["numpy"])
         torch.Generator().set_state(saved["torch"].clone())
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         return [f"{RNG_KEY}: {error}"]
     return []
+
+
+def _numpy_like(state: Any) -> np.random.RandomState:
+    """A generator that can have this state."""
+    return np.random.RandomState(new_bit_generator(state["bit_generator"]))
+
+
+def _numpy_state() -> Any:
+    state: Any = np.random.get_state(legacy=False)  # noqa: NPY002 - it is the global one
+    refuse_unknown(state["bit_generator"], ((None, RNG_KEY), "numpy"))
+    return state
+
+
+def _write_numpy(state: Any) -> None:
+    now: Any = np.random.get_state(legacy=False)  # noqa: NPY002 - it is the global one
+    name = state["bit_generator"]
+    if now["bit_generator"] != name:
+        np.random.set_bit_generator(new_bit_generator(name))  # type: ignore[attr-defined]
+    np.random.set_state(state)  # noqa: NPY002 - it is the global one
 
 
 def write_generators(saved: Any) -> None:
@@ -64,7 +88,7 @@ def write_generators(saved: Any) -> None:
         StateMismatchError: a CUDA generator refuses its state.
     """
     random.setstate(saved["python"])
-    np.random.set_state(saved["numpy"])  # noqa: NPY002 - it is the global one
+    _write_numpy(saved["numpy"])
     torch.set_rng_state(saved["torch"].clone())
     if not torch.cuda.is_available():
         return
