@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +25,7 @@ from ckptmgr.rank.regions import Clones, SavedLeaf
 from ckptmgr.rank.saved import fresh
 from ckptmgr.rank.wants import Wants
 from ckptmgr.staging.paths import Trail, render
-from ckptmgr.staging.values import MAPPING_TAGS, External
+from ckptmgr.staging.values import MAPPING_TAGS, External, fixed_attributes
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +97,12 @@ class Merging:
                 self.wants.all_of(saved)
                 self.generators.append((live, saved))
             return live
-        if type(live) is type(saved):
+        if can_be_filled(live, saved):
             if type(live) in MAPPING_TAGS:
                 return self._mapping(live, saved, trail)
             if type(live) in (list, tuple, deque):
                 return self._sequence(live, saved, trail)
-        self._need_nothing_of(live, trail, f"but a {kind_of(saved)} was saved")
+        self._need_nothing_of(live, trail, f"but a {_called(saved)} was saved")
         return self._new(saved)
 
     def _is_again(self, live: Any, saved: Any, trail: Trail) -> bool:
@@ -218,6 +218,23 @@ def _needy(live: Any, trail: Trail, depth: int) -> Iterator[str]:
     elif depth < 100 and type(live) in (list, tuple, deque):
         for at, item in enumerate(live):
             yield from _needy(item, (trail, at), depth + 1)
+
+
+def can_be_filled(live: Any, saved: Any) -> bool:
+    """Whether a live container can become what was saved: neither maxlen nor default_factory can
+    be changed, and a deque with another maxlen would drop items.
+    """
+    if type(live) is not type(saved):
+        return False
+    return type(live) not in (deque, defaultdict) or fixed_attributes(live) == fixed_attributes(
+        saved
+    )
+
+
+def _called(saved: Any) -> str:
+    if type(saved) is deque:
+        return f"deque with maxlen={saved.maxlen}"
+    return kind_of(saved)
 
 
 def fill(container: Any, items: Any) -> None:

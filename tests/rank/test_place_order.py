@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, UserDict, defaultdict
+from collections import Counter, OrderedDict, UserDict, defaultdict, deque
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
+from ckptmgr.errors import StateMismatchError
 from ckptmgr.rank.place import place
 from rank.shape import difference
 from rank.slot import snapshot
@@ -112,3 +113,31 @@ def test_the_users_mapping_keeps_its_own_order(build: Callable[..., Any]) -> Non
     assert state["x"] is x
     assert state["n"] == 6
     assert list(state["inner"].items()) == [("b", 3), ("a", 4)]
+
+
+def test_a_deque_of_another_length_drops_nothing() -> None:
+    """Its length can not be changed: it is replaced, or where it has tensors refused."""
+    short: deque[float] = deque([9.0], maxlen=2)
+    live = {"losses": short, "same": deque([1], maxlen=3)}
+    same = live["same"]
+    with snapshot({"losses": deque(range(4), maxlen=4), "same": deque([5], maxlen=3)}) as saved:
+        place(live, saved)
+    assert live["losses"] == deque(range(4))
+    assert live["losses"].maxlen == 4
+    assert list(short) == [9.0]
+    assert live["same"] is same
+    assert list(same) == [5]
+    why = r"x/0: .* but a deque with maxlen=None was"
+    with (
+        snapshot({"x": deque([torch.ones(1), torch.ones(2)])}) as saved,
+        pytest.raises(StateMismatchError, match=why),
+    ):
+        place({"x": deque([torch.zeros(1)], maxlen=1)}, saved)
+
+
+def test_a_defaultdict_keeps_no_factory_that_was_not_saved() -> None:
+    live: dict[str, Any] = {"x": defaultdict(int, a=1)}
+    with snapshot({"x": defaultdict(list, a=[1])}) as saved:
+        place(live, saved)
+    live["x"]["b"].append(2)
+    assert live["x"] == {"a": [1], "b": [2]}
