@@ -216,6 +216,7 @@ def _assemble_sparse(kind: str, attributes: Any, children: Any) -> Tensor:
                 shape,
                 check_invariants=True,
                 is_coalesced=coalesced,
+                device="cpu",
             )
         else:
             shape, grad = attributes
@@ -226,6 +227,7 @@ def _assemble_sparse(kind: str, attributes: Any, children: Any) -> Tensor:
                 shape,
                 layout=layout,
                 check_invariants=True,
+                device="cpu",
             )
     return found.requires_grad_(bool(grad))
 
@@ -245,7 +247,11 @@ def _assemble_per_tensor(attributes: Any, children: Any) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says that it will replace them some day
         empty = torch._empty_affine_quantized(
-            whole.shape, scale=scale, zero_point=zero_point, dtype=dtype_of(dtype)
+            whole.shape,
+            scale=scale,
+            zero_point=zero_point,
+            dtype=dtype_of(dtype),
+            device="cpu",
         )
     return _filled(empty, whole)
 
@@ -261,6 +267,7 @@ def _assemble_per_channel(attributes: Any, children: Any) -> Tensor:
             zero_points=children["zero_points"],
             axis=axis,
             dtype=dtype_of(dtype),
+            device="cpu",
         )
     return _filled(empty, whole)
 

@@ -59,6 +59,16 @@ def test_rebuilt_state_is_exact(shape: Shape) -> None:
     assert ties(state) <= ties(found)
 
 
+@pytest.mark.parametrize("shape", [shape for shape in EXACT if shape.area == "special"], ids=_name)
+def test_a_default_device_changes_nothing(shape: Shape) -> None:
+    state, live = shape.make(1), shape.make(2)
+    with snapshot(state) as saved, torch.device("meta"):
+        place(live, saved)
+        found = rebuild(saved)
+    assert difference(state, live) == ""
+    assert difference(_plain(state), found) == ""
+
+
 @pytest.mark.parametrize("shape", EXACT, ids=_name)
 def test_placed_state_is_exact(shape: Shape) -> None:
     state, twin = shape.make(1), shape.make(2)
