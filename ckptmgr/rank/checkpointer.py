@@ -18,7 +18,7 @@ from ckptmgr.config import (
     env_limit,
 )
 from ckptmgr.config import runtime_dir as default_runtime_dir
-from ckptmgr.errors import CkptmgrError, RanksError, StepOrderError, UsageError
+from ckptmgr.errors import CkptmgrError, RanksError, StateError, StepOrderError, UsageError
 from ckptmgr.keep import Keep
 from ckptmgr.preemption import Source, open_sources
 from ckptmgr.rank.arguments import absolute_url, checked, checked_patterns, checked_state
@@ -30,7 +30,7 @@ from ckptmgr.rank.link import Link, Wanted
 from ckptmgr.rank.pace import OwnPace, Pace
 from ckptmgr.rank.planner import Planner
 from ckptmgr.rank.preempting import Preempting
-from ckptmgr.rank.resuming import Resuming
+from ckptmgr.rank.resuming import Live, Resuming
 from ckptmgr.rank.saving import Saving
 from ckptmgr.rank.schedule import parse_every
 from ckptmgr.staging.hostbuffer import TAGS_BYTES_MAX, round_up
@@ -134,6 +134,7 @@ class Checkpointer:
         )
         self._link: Link | None = None
         self._saving: Saving | None = None
+        self._live = Live()
         self._last_step = -1
         self._stepped = self._restoring = False
         self._used = False
@@ -159,7 +160,9 @@ class Checkpointer:
         """Save and restore under the attempt that `link` has."""
         saving = Saving(self._capture, link, pace, self._ranks, self.stats, self._url)
         self._resuming = Resuming(
-            link, self._ranks, self.state, saving.release, rng=self._rng, url=self._url
+            *(link, self._ranks, self.state, self._live, saving.release),
+            rng=self._rng,
+            url=self._url,
         )
         self._saving, self._stepped = saving, False
         return saving
@@ -305,6 +308,8 @@ class Checkpointer:
             StepOrderError: `step` is not greater than the last one.
             SupersededError: a newer attempt of this job is active; stop.
             UnsupportedLeafError: the state has got a leaf that can not be stored.
+            StateError: a restore was cut short amid putting a step back, and none has succeeded
+                since.
         """
         return self._entered().step(self._next_step(step), tags)
 
@@ -339,6 +344,12 @@ class Checkpointer:
     def _next_step(self, step: int) -> int:
         """`step` as a plain int, remembered as the last one."""
         saving = self._entered_alone("save")
+        if not self._live.whole:
+            raise StateError(
+                "is half of one step and half of another: a restore was cut short",
+                subject="state",
+                hint="Restore again, or leave the block.",
+            )
         try:
             number = -1 if isinstance(step, bool) else operator.index(step)
         except TypeError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -136,20 +137,17 @@ def own_part(own: Any, trail: Trail, other: Any) -> Any:
     return other if own is None else own
 
 
-def apply_loads(loads: list[Load]) -> None:
-    """Give objects their state. Those with code of their own go first: they may refuse.
+def apply_loads(loads: list[Load], undo: contextlib.ExitStack) -> None:
+    """Give objects with code of their own their state; closing `undo` gives them their old one.
 
     Raises:
-        StateMismatchError: one refused, and those before it were given their old state again.
+        StateMismatchError: one refused; what was done to it and to others is still to be undone.
     """
-    done: list[tuple[Load, Any]] = []
-    for load in sorted(loads, key=lambda item: not item.own_code):
+    for load in loads:
         try:
-            done.append((load, load.backup()))
+            undo.callback(load.undo, load.backup())
             load.apply()
         except Exception as error:
-            for earlier, backup in reversed(done):
-                earlier.undo(backup)
             raise StateMismatchError(
                 f"refused its saved state: {error}", subject=load.path
             ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -58,6 +59,7 @@ class Merging:
     arrays: list[tuple[Any, Any]] = field(default_factory=list)
     generators: list[tuple[Any, Any]] = field(default_factory=list)
     fills: list[tuple[Any, Any]] = field(default_factory=list)
+    loaded: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def build(self, clones: Clones) -> None:
         """Make everything that is new; nothing in it is in saved memory."""
@@ -68,12 +70,23 @@ class Merging:
         self.fills = [(live, finished_all(items, clones)) for live, items in self.fills]
 
     def load_objects(self) -> None:
-        """Give objects their state: those with code of their own first, as they may refuse.
+        """Give objects with code of their own their state, which they may refuse.
 
         Raises:
-            StateMismatchError: one refused, and those before it have their old state again.
+            StateMismatchError: one refused; `undo_objects` is to be called, as after any exception.
         """
-        apply_loads(self.loads)
+        apply_loads([load for load in self.loads if load.own_code], self.loaded)
+
+    def undo_objects(self) -> None:
+        """Give them their old state again, each of them whatever the others do."""
+        self.loaded.close()
+
+    def load_others(self) -> None:
+        """Give the others their state, after which nothing is undone."""
+        self.loaded.pop_all()
+        for load in self.loads:
+            if not load.own_code:
+                load.apply()
 
     def fill(self) -> None:
         """Change arrays, generators and containers."""

@@ -3,7 +3,8 @@
 plan = plan_placing(state, tables, ...)   looks at layouts and live objects only
 plan.needs                                bytes of each saved rank to fetch
 plan.verify({rank: memoryview})           what only the bytes can tell; makes what is new
-plan.apply()                              writes
+plan.load()                               objects with code of their own, which may refuse
+plan.write()                              all else, which may not: or undo(), and nothing is changed
 """
 
 from __future__ import annotations
@@ -94,22 +95,44 @@ class Placing:
             self.merged = finished_all(self.merged, clones)
         self._regions = regions
 
-    def apply(self) -> None:
-        """Change the live state, after `verify`; nothing refers to the slots afterwards.
+    def load(self) -> None:
+        """Give objects with code of their own their state, after `verify`.
 
         Raises:
-            StateMismatchError: an object refused its state, and those loaded before it were given
-                their old state again.
+            StateMismatchError: one refused it; `undo` is to be called, as after any exception.
         """
-        assert self._regions is not None, "verify comes first"
         with collection_paused():
             self.merging.load_objects()
+
+    def undo(self) -> None:
+        """Give them their old state again: the live state is what it was before `load`."""
+        self.merging.undo_objects()
+
+    def write(self) -> None:
+        """Change all else, after `load`; nothing refers to the slots afterwards."""
+        assert self._regions is not None, "verify comes first"
+        with collection_paused():
+            self.merging.load_others()
             write_all(self.wants.writes, self._regions)
         self._regions = None
         self.merging.fill()
         _replace(self.state, self.merged)
         if self.rng is not None:
             write_generators(self.rng)
+
+    def apply(self) -> None:
+        """Change the live state of a process that is alone, after `verify`.
+
+        Raises:
+            StateMismatchError: an object refused its state, and those loaded before it were given
+                their old state again.
+        """
+        try:
+            self.load()
+        except BaseException:
+            self.undo()
+            raise
+        self.write()
 
 
 def plan_placing(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
 from ckptmgr.config import RESTORE_SECONDS_MAX
@@ -19,6 +20,15 @@ from ckptmgr.staging.control import Restore, Restored
 from ckptmgr.types import StepId
 
 
+@dataclass(slots=True)
+class Live:
+    """The live state, as far as restores know: `whole` is whether it is that of one step, and not
+    what one has left that was cut short amid putting back another.
+    """
+
+    whole: bool = True
+
+
 class Resuming:
     """The restores of one block. `release` lets the daemon have back what it lent."""
 
@@ -27,12 +37,13 @@ class Resuming:
         link: Link,
         ranks: Ranks,
         state: MutableMapping[str, Any],
+        live: Live,
         release: Callable[[], None],
         *,
         rng: bool,
         url: str,
     ) -> None:
-        self._link, self._ranks, self._state = link, ranks, state
+        self._link, self._ranks, self._state, self._live = link, ranks, state, live
         self._release = release
         self._rng = rng
         self._url = url
@@ -45,8 +56,8 @@ class Resuming:
 
         With `before`, of the steps before that expression over tags first held.
 
-        All ranks call it. Nothing is changed on any rank before all know that all can use the
-        step, and it returns only when all have it.
+        All ranks call it. Nothing is changed on any rank, but for what is undone again, before all
+        know that all can use the step and no object refuses it; it returns only when all have it.
         """
         attempt, number = together(
             self._ranks, "restore", AGREE_SECONDS_MAX, lambda: parse_step(step)
@@ -93,12 +104,26 @@ class Resuming:
                 skipped[one] = str(error).partition("\n")[0]
                 return None
             self._refuse_untaken(part)
-            # Another rank may still be reading what this one will write next.
-            together(self._ranks, "applied", AGREE_SECONDS_MAX, part.apply)
+            self._put_back(part)
             for note in part.placing.notes:
                 warnings.warn(f"ckptmgr: {note}", RuntimeWarning, stacklevel=5)
             reasons = tuple(skipped.items())
             return RestoredStep(reply.step, reply.attempt, part.source, reasons)
+
+    def _put_back(self, part: Taken) -> None:
+        """Change the live state. Objects with code of their own may refuse theirs, and Ctrl-C may
+        come: as long as that is undone, no byte is written on any rank.
+        """
+        was_whole, self._live.whole = self._live.whole, False
+        try:
+            together(self._ranks, "loaded", AGREE_SECONDS_MAX, part.placing.load)
+        except BaseException:
+            part.placing.undo()
+            self._live.whole = was_whole
+            raise
+        # Another rank may still be reading what this one will write next.
+        together(self._ranks, "applied", AGREE_SECONDS_MAX, part.write)
+        self._live.whole = True
 
     def _checked(
         self, lent: contextlib.ExitStack, request: Restore, reply: Restored, daemon: int

@@ -53,12 +53,17 @@ class Taken:
         """Where the bytes were: "memory" or "store"."""
         return self.here.source
 
-    def apply(self) -> None:
-        """Put it into the live objects; as `Placing.apply`.
+    def write(self) -> None:
+        """Put it into the live objects, after `placing.load()`; as `Placing.write`.
 
         Raises:
             TornSnapshotError: a slot was reused meanwhile.
         """
+        self.placing.write()
+        self.here.check_unchanged()
+
+    def apply(self) -> None:
+        """Both of that, in a process that is alone; errors as `Placing.apply` and `write`."""
         self.placing.apply()
         self.here.check_unchanged()
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import ckptmgr
+from ckptmgr.errors import NothingToRestoreError, StateError, StateMismatchError
+from ckptmgr.rank import place
+from ckptmgr.rank.group import Alone, Verdict
 from driven import Daemon
 from interrupting import Interrupted, interrupt, signalled
 from rigged import Rig
@@ -89,3 +95,107 @@ def test_what_a_cut_restore_had_decided_is_not_the_next_ones(runtime: Path, tmp_
             rig.obey()
             assert ckpt.restore(2) == 2
             assert state["x"].unique().tolist() == [2]
+
+
+class Counting:
+    """An object with code of its own. `then` is done once, amid loading."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        self.then: Callable[[], None] = lambda: None
+
+    def state_dict(self) -> dict[str, int]:
+        return {"n": self.n}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.n = state["n"]
+        then, self.then = self.then, lambda: None
+        then()
+
+
+class Refused(Alone):
+    """Another rank's object does not take its state."""
+
+    def agree(self, topic: str, verdict: Verdict, timeout_seconds: float) -> Verdict:
+        if topic == "loaded":
+            return Verdict(1, StateMismatchError.__name__, "refused its saved state", "other")
+        return super().agree(topic, verdict, timeout_seconds)
+
+
+@pytest.fixture
+def counted(runtime: Path, store_url: str) -> Iterator[tuple[ckptmgr.Checkpointer, dict[str, Any]]]:
+    """A block in which steps 1 and 2 are committed, and its state."""
+    weight = torch.nn.Parameter(torch.zeros(4))
+    optimizer = torch.optim.SGD([weight], lr=0.0, momentum=0.9)
+    state: dict[str, Any] = {"w": weight, "first": Counting(), "last": Counting(), "o": optimizer}
+    with ckptmgr.Checkpointer(store_url, state, every=None) as ckpt:
+        for step in (1, 2):
+            set_all(state, step)
+            assert ckpt.save(step).committed(60)
+        yield ckpt, state
+
+
+def set_all(state: dict[str, Any], step: int) -> None:
+    with torch.no_grad():
+        state["w"].fill_(step)
+    state["first"].n = state["last"].n = step
+    state["o"].state[state["w"]] = {"momentum_buffer": torch.full((4,), float(step))}
+    state["o"].param_groups[0]["lr"] = float(step)
+
+
+def steps_in(state: dict[str, Any]) -> set[float]:
+    """The steps that the parts of the state are of."""
+    (kept,) = state["o"].state.values()
+    tensors = [*state["w"].tolist(), *kept["momentum_buffer"].tolist()]
+    return {*tensors, state["first"].n, state["last"].n, state["o"].param_groups[0]["lr"]}
+
+
+def test_what_ctrl_c_met_amid_loading_has_its_old_state(
+    counted: tuple[ckptmgr.Checkpointer, dict[str, Any]],
+) -> None:
+    ckpt, state = counted
+    for put_back in (partial(ckpt.restore, 1), partial(ckptmgr.load, ckpt._url, state, step=1)):
+        state["last"].then = interrupt_by_ctrl_c
+        with pytest.raises(KeyboardInterrupt):
+            put_back()
+        assert steps_in(state) == {2}
+    assert ckpt.save(3).committed(60)
+    assert ckpt.restore(1) == 1
+    assert steps_in(state) == {1}
+
+
+def test_what_another_rank_refuses_is_put_back_nowhere(
+    counted: tuple[ckptmgr.Checkpointer, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ckpt, state = counted
+    with monkeypatch.context() as patch:
+        patch.setattr(ckpt, "_ranks", Refused())
+        with pytest.raises(StateMismatchError, match="rank 1: other: refused"):
+            ckpt.restore(1)
+    assert steps_in(state) == {2}
+    assert ckpt.save(3).committed(60)
+
+
+def test_of_a_state_that_is_half_put_back_nothing_is_saved(
+    counted: tuple[ckptmgr.Checkpointer, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ckpt, state = counted
+    with monkeypatch.context() as patch:
+        patch.setattr(place, "write_all", lambda *_: interrupt_by_ctrl_c())
+        with pytest.raises(KeyboardInterrupt):
+            ckpt.restore(1)
+    assert steps_in(state) == {1, 2}
+    for use in (lambda: ckpt.step(3), lambda: ckpt.save(3)):
+        with pytest.raises(StateError, match="a restore was cut short"):
+            use()
+    with pytest.raises(NothingToRestoreError):
+        ckpt.restore(7)
+    with pytest.raises(StateError, match="a restore was cut short"):
+        ckpt.save(3)
+    assert ckpt.restore(2) == 2
+    assert steps_in(state) == {2}
+    assert ckpt.save(3).committed(60)
+
+
+def interrupt_by_ctrl_c() -> None:
+    raise KeyboardInterrupt
