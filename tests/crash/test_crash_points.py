@@ -234,36 +234,38 @@ def _never_durable(prefix: str) -> Callable[[CrashStore, str], Awaitable[None]]:
     return make_durable
 
 
-BUGS: dict[str, tuple[str, Any, str, Any]] = {
-    "data goes before the mark": ("first run", retain, "retire", _delete_first),
-    "holds are not looked at": ("reading", retain, "_delete_retired", _delete_blindly),
-    "a mark of others is believed": ("first run", retain, "_delete_retired", _delete_on_sight),
-    "garbage goes without ABORT": ("second run", retain, "abort_step", _no_abort),
-    "a register of others is believed": ("first run", Catalog, "registered", _believe),
-    "each rank chooses for itself": ("first run", crash_job, "decide_resume", _choose_alone),
+async def _nobody(*_: Any) -> bool:
+    return False
+
+
+Patch = tuple[Any, str, Any]
+BUGS: dict[str, tuple[str, *tuple[Patch, ...]]] = {
+    "data goes before the mark": ("first run", (retain, "retire", _delete_first)),
+    "holds are not looked at": ("reading", (retain, "_delete_retired", _delete_blindly)),
+    "a mark of others is believed": ("first run", (retain, "_delete_retired", _delete_on_sight)),
+    "garbage goes without ABORT": ("second run", (retain, "abort_step", _no_abort)),
+    "a register of others is believed": ("first run", (Catalog, "registered", _believe)),
+    "each rank chooses for itself": ("first run", (crash_job, "decide_resume", _choose_alone)),
     "manifests of others are believed": (
         "first run",
-        CrashStore,
-        "make_durable",
-        _never_durable("man/"),
+        (CrashStore, "make_durable", _never_durable("man/")),
     ),
     "commits of others are believed": (
         "first run",
-        CrashStore,
-        "make_durable",
-        _never_durable("commit/"),
+        (CrashStore, "make_durable", _never_durable("commit/")),
     ),
     "one newer commit is enough": (
         "first run",
-        retain,
-        "victims",
-        lambda commits, _held, _keep: sorted(commits)[:-1],
+        (retain, "victims", lambda commits, _held, _keep: sorted(commits)[:-1]),
     ),
     "retention forgets what is held": (
         "reading",
-        retain,
-        "victims",
-        lambda commits, _held, keep: retain_victims(commits, frozenset(), keep),
+        (
+            retain,
+            "victims",
+            lambda commits, _held, keep: retain_victims(commits, frozenset(), keep),
+        ),
+        (retain, "_wanted_by_now", _nobody),
     ),
 }
 retain_victims = retain.victims
@@ -271,8 +273,9 @@ retain_victims = retain.victims
 
 @pytest.mark.parametrize("name", BUGS)
 def test_a_seeded_bug_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    where, module, attribute, change = BUGS[name]
-    monkeypatch.setattr(module, attribute, change)
+    where, *changes = BUGS[name]
+    for change in changes:
+        monkeypatch.setattr(*change)
     world, script = SCRIPTS[where]
     enumeration = Enumeration(world)
     with pytest.raises((ViolatedError, CkptmgrError)) as found:

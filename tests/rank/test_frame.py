@@ -137,6 +137,7 @@ def test_values_that_change_their_kind_do_not_change_the_layout() -> None:
     assert after.layout is before.layout
     data = memoryview(bytearray(after.data_bytes))
     assert copied(capture, after, data) == [None]
+    capture.close()
     found = rebuild(Saved(after.layout, after.values, data))
     assert difference(state, found) == ""
 
@@ -170,6 +171,7 @@ def test_bytes_between_leaves_are_zero_whatever_the_slot_held() -> None:
     prepared = capture.prepare()
     raw = bytearray(b"\xff" * prepared.data_bytes)
     assert copied(capture, prepared, memoryview(raw)) == [None]
+    capture.close()
     used = sum(leaf.nbytes for leaf in prepared.layout.leaves)
     assert len(raw) - raw.count(0) == 5 + 6  # five ones, and two bytes of each 1.0
     assert used == 17
