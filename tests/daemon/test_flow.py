@@ -22,7 +22,7 @@ MIB = 1 << 20
 STORES = (50, 200, 500, 1024, 2000)  # MiB/s
 RATIOS = (1.05, 1.2, 1.46)
 CODECS = ((500, 320), (250, 250), (1200, 700))  # all encoders, one encoder
-PACKS = (1, 3, 8, 16)
+PACKS = (1, 3, 4, 8, 16)
 
 
 def best_fixed(world: Callable[[], World]) -> float:
