@@ -238,14 +238,19 @@ def test_what_an_attempt_resumes_from_is_not_decided_by_a_mirror_that_lags(
         assert (came.attempt, came.step, came.skipped) == (2, 4, ())
 
 
-def test_a_register_that_is_gone_costs_its_step_though_the_mirror_has_it(
-    runtime: Path, store_url: str, mirror: Path
-) -> None:
-    """What training goes on from must be durable in the first store: a mirror decides nothing."""
+def mirrored_and_forgotten(runtime: Path, store_url: str) -> None:
+    """Two steps in both stores, and in no memory."""
     with Daemon(runtime) as daemon, Rank(runtime, store_url) as rank:
         save(rank, 1, 2)
         until(lambda: follows(daemon, 2), "it follows")
     shutil.rmtree(runtime / "buffers")
+
+
+def test_a_register_that_is_gone_costs_its_step_though_the_mirror_has_it(
+    runtime: Path, store_url: str, mirror: Path
+) -> None:
+    """What training goes on from must be durable in the first store: a mirror decides nothing."""
+    mirrored_and_forgotten(runtime, store_url)
     (Path(store_url.removeprefix("file://")) / "commit/00000001/000000000002").unlink()
     with Daemon(runtime), Rank(runtime, store_url) as rank:
         came = rank.restore()
@@ -255,10 +260,7 @@ def test_a_register_that_is_gone_costs_its_step_though_the_mirror_has_it(
 def test_a_register_that_is_damaged_is_read_from_the_mirror(
     runtime: Path, store_url: str, mirror: Path
 ) -> None:
-    with Daemon(runtime) as daemon, Rank(runtime, store_url) as rank:
-        save(rank, 1, 2)
-        until(lambda: follows(daemon, 2), "it follows")
-    shutil.rmtree(runtime / "buffers")
+    mirrored_and_forgotten(runtime, store_url)
     spoil(Path(store_url.removeprefix("file://")), 1, 2, "commit")
     with Daemon(runtime) as daemon, Rank(runtime, store_url) as rank:
         came = rank.restore()

@@ -11,7 +11,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from ckptmgr.rank.capture import Capture, Prepared
 from ckptmgr.rank.place import Saved, rebuild
+from ckptmgr.staging.hostbuffer import HostBuffer
 from rank.shape import difference, tensors
+from rank.slot import read, seal
 
 WAIT_SECONDS_MAX = 60.0
 
@@ -66,6 +68,18 @@ def reference(state: dict[str, Any]) -> dict[str, Any]:
 def differs(saved: Saved, expected: dict[str, Any]) -> list[str]:
     found = dict(tensors(rebuild(saved)))
     return [path for path in expected if difference(expected[path], found.get(path))]
+
+
+def sealed_differs(
+    buffer: HostBuffer, slot: int, prepared: Prepared, expected: dict[str, Any]
+) -> list[str]:
+    """Seal what was copied into a slot, and compare what a reader finds there."""
+    seal(buffer, slot, prepared)
+    saved = read(buffer, slot)
+    try:
+        return differs(saved, expected)
+    finally:
+        saved.data.release()
 
 
 def copied(capture: Capture, prepared: Prepared, data: memoryview) -> list[BaseException | None]:

@@ -18,9 +18,9 @@ from ckptmgr.rank import overlap, pieces
 from ckptmgr.rank.capture import Capture, Copy
 from ckptmgr.rank.place import Saved, rebuild
 from ckptmgr.types import PAGE_BYTES
-from rank.loop import WAIT_SECONDS_MAX, Loop, copied, differs, reference
+from rank.loop import WAIT_SECONDS_MAX, Loop, copied, reference, sealed_differs
 from rank.shape import difference
-from rank.slot import buffer_for, read, seal
+from rank.slot import buffer_for
 from scale import scaled
 
 TORN_SNAPSHOTS = scaled(1_000, 10_000)
@@ -45,11 +45,8 @@ def test_no_snapshot_is_torn_by_what_happens_after_the_call() -> None:
             capture.copy(prepared, writer.data, heard.append)
             changes[step % 3]()
             assert heard == [None]
-            seal(buffer, slot, prepared, step)
             sealed += 1
-            saved = read(buffer, slot)
-            wrong = differs(saved, expected)
-            saved.data.release()
+            wrong = sealed_differs(buffer, slot, prepared, expected)
             if wrong:
                 torn.append((step, wrong))
         capture.close()
@@ -69,10 +66,7 @@ def test_overlapped_snapshots_are_whole_while_training_goes_on() -> None:
             loop.step()
             assert copy.wait(WAIT_SECONDS_MAX)
             assert heard == [None]
-            seal(buffer, slot, prepared, step)
-            saved = read(buffer, slot)
-            assert differs(saved, expected) == []
-            saved.data.release()
+            assert sealed_differs(buffer, slot, prepared, expected) == []
         capture.close()
 
 
@@ -81,7 +75,7 @@ def test_a_change_by_hand_under_an_overlapped_copy_is_found_and_then_avoided() -
     capture = Capture(loop.state, rng=False, overlap=True)
     outcomes = []
     with buffer_for(capture.prepare()) as buffer:
-        for step in range(1, 40):
+        for _ in range(1, 40):
             prepared, expected = capture.prepare(), reference(loop.state)
             heard: list[BaseException | None] = []
             copy = capture.copy(prepared, buffer.data(0), heard.append)
@@ -89,10 +83,7 @@ def test_a_change_by_hand_under_an_overlapped_copy_is_found_and_then_avoided() -
             assert copy.wait(WAIT_SECONDS_MAX)
             outcomes.append(heard[0])
             if heard[0] is None:
-                seal(buffer, 0, prepared, step)
-                saved = read(buffer, 0)
-                assert differs(saved, expected) == []
-                saved.data.release()
+                assert sealed_differs(buffer, 0, prepared, expected) == []
         capture.close()
     torn = [error for error in outcomes if error is not None]
     assert isinstance(torn[0], TornSnapshotError)
@@ -122,10 +113,7 @@ def test_a_child_that_is_forked_in_between_can_train_and_capture() -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert copy.wait(WAIT_SECONDS_MAX)
         assert heard == [None]
-        seal(buffer, 0, prepared)
-        saved = read(buffer, 0)
-        assert differs(saved, expected) == []
-        saved.data.release()
+        assert sealed_differs(buffer, 0, prepared, expected) == []
         capture.close()
 
 
@@ -249,10 +237,7 @@ def test_a_step_in_another_thread_waits_too_and_does_not_hang() -> None:
         assert not thread.is_alive()
         assert copy.wait(WAIT_SECONDS_MAX)
         assert heard == [None]
-        seal(buffer, 0, prepared)
-        saved = read(buffer, 0)
-        assert differs(saved, expected) == []
-        saved.data.release()
+        assert sealed_differs(buffer, 0, prepared, expected) == []
         capture.close()
 
 

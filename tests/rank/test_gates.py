@@ -14,7 +14,7 @@ from ckptmgr.rank.capture import Capture
 from ckptmgr.rank.overlap import Job, Turn
 from ckptmgr.rank.place import place
 from ckptmgr.types import PAGE_BYTES
-from rank.loop import WAIT_SECONDS_MAX, Loop, copied, differs, reference
+from rank.loop import WAIT_SECONDS_MAX, Loop, copied, reference, sealed_differs
 from rank.shape import difference
 from rank.slot import buffer_for, read, seal
 
@@ -54,10 +54,7 @@ def test_by_default_only_optimizers_that_come_to_their_gate_are_overlapped(
             optimizer.step()
             assert copy.wait(WAIT_SECONDS_MAX)
             assert heard == [None]
-            seal(buffer, 0, prepared, step + 1)
-            saved = read(buffer, 0)
-            assert differs(saved, expected) == []
-            saved.data.release()
+            assert sealed_differs(buffer, 0, prepared, expected) == []
         capture.close()
     assert overlapped == [False, hooked, hooked, hooked]
     assert not optimizer._optimizer_step_pre_hooks
@@ -84,10 +81,7 @@ def test_an_optimizer_in_no_state_waits_too(monkeypatch: pytest.MonkeyPatch) -> 
         other.step()
         assert copy.wait(WAIT_SECONDS_MAX)
         assert heard == [None]
-        seal(buffer, 0, prepared)
-        saved = read(buffer, 0)
-        assert differs(saved, expected) == []
-        saved.data.release()
+        assert sealed_differs(buffer, 0, prepared, expected) == []
     capture.close()
     assert not _global_optimizer_pre_hooks
 

@@ -32,6 +32,16 @@ from watch.trainer_writer import files_of, saved_by_safetensors, saved_by_torch
 from watch.watching import PATIENCE_SECONDS, Watch, commits_of, restored, tree_of
 
 
+async def watched_until_commit(root: Path, store: Path, step: int) -> None:
+    """Watch in this process until a step that ends in this digit is committed."""
+    given = root, str(store), Keep.of("3"), [], 0.1, "auto"
+    watch = asyncio.create_task(_watch(*given, once=False))
+    while not any((store / "commit").rglob(f"*{step}")):
+        await asyncio.sleep(0.05)
+    watch.cancel()
+    await asyncio.gather(watch, return_exceptions=True)
+
+
 def adopt(root: Path, store: Path, keep: str = "3") -> Any:
     """What `watch --once --json` prints; in this process, because a command takes a second."""
     return asyncio.run(_watch(root, str(store), Keep.of(keep), [], 0.1, "auto", once=True))
@@ -247,17 +257,9 @@ def test_a_commit_whose_answer_was_lost_is_not_made_twice(
             raise StorePermissionError("no", subject=key)
         return found
 
-    async def watched() -> None:
-        given = root, str(store), Keep.of("3"), [], 0.1, "auto"
-        watch = asyncio.create_task(_watch(*given, once=False))
-        while not any((store / "commit").rglob("*8")):
-            await asyncio.sleep(0.05)
-        watch.cancel()
-        await asyncio.gather(watch, return_exceptions=True)
-
     monkeypatch.setattr(LocalStore, "put_new", lose_an_answer)
     (root / "model-7.safetensors").write_bytes(saved_by_safetensors(b"first"))
-    asyncio.run(watched())
+    asyncio.run(watched_until_commit(root, store, 8))
     assert [entry.id.step for entry in commits_of(store)] == [7, 8]
 
 
@@ -280,17 +282,9 @@ def test_files_that_are_replaced_after_their_manifest_was_put_are_adopted_as_the
         (tmp_path / "new").write_bytes(saved_by_safetensors(content))
         (tmp_path / "new").rename(root / "model-7.safetensors")
 
-    async def watched() -> None:
-        given = root, str(store), Keep.of("3"), [], 0.1, "auto"
-        watch = asyncio.create_task(_watch(*given, once=False))
-        while not any((store / "commit").rglob("*7")):
-            await asyncio.sleep(0.05)
-        watch.cancel()
-        await asyncio.gather(watch, return_exceptions=True)
-
     monkeypatch.setattr(LocalStore, "put_new", refuse_once)
     replace(b"first")
-    asyncio.run(watched())
+    asyncio.run(watched_until_commit(root, store, 7))
     assert refused == 1
     (found,) = commits_of(store)
     assert restored(store, found.id) == tree_of(root)
