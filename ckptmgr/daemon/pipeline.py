@@ -48,6 +48,7 @@ from ckptmgr.repository.pack import pack_header, padded
 from ckptmgr.staging.hostbuffer import HostBuffer, Table
 from ckptmgr.staging.layout import decode_layout
 from ckptmgr.store.base import PutResult, Store
+from ckptmgr.store.lanes import together
 from ckptmgr.types import PAGE_BYTES, Snapshot, StepId
 
 CORES_PER_ENCODER = 8
@@ -202,8 +203,11 @@ class Pipeline:
         layout = decode_layout(table.layout, subject=source.subject)
         route = self.route(source.store.url)
         data_key = DataKey.fresh() if source.keyring.encrypting else None
-        packs = _Packs(source, codec, cut(layout.groups), self._pool, route, stored, data_key)
-        await flow(route, packs.sizes, codec, packs, encrypted=data_key is not None)
+        async with together() as ahead:
+            packs = _Packs(
+                source, codec, cut(layout.groups), self._pool, route, stored, ahead, data_key
+            )
+            await flow(route, packs.sizes, codec, packs, encrypted=data_key is not None)
         await in_thread(source.check_unchanged)
         manifest = _manifest(source, table, packs.in_order(), data_key)
         if await source.store.put_new(manifest.key, [memoryview(manifest.record)]) is PutResult.OK:
@@ -226,12 +230,15 @@ class _Packs:
         pool: BufferPool,
         route: Route,
         stored: Callable[[int, int], None],
+        ahead: asyncio.TaskGroup,
         data_key: DataKey | None = None,
     ) -> None:
         self._source, self._codec, self._cuts = source, codec, cuts
         self._data_key = data_key
         self._groups = list(packs_of(cuts))
         self._pool, self._route, self._stored = pool, route, stored
+        self._ahead = ahead
+        self._hashes: dict[int, asyncio.Task[_Pack]] = {}
         self._done: dict[int, _Pack] = {}
         self.sizes = [sum(one.nbytes for one in group) for group in self._groups]
 
@@ -251,8 +258,17 @@ class _Packs:
                 copied = await in_thread(_copied_pack, self._source, group, "none", lease, None)
                 await self._put(index, copied)
             return
-        pack = await in_thread(_raw_pack, self._source, self._groups[index])
+        self._hash(index)
+        pack = await self._hashes[index]
+        # Meanwhile the one that is to have this place next: the store need not wait for its hash.
+        self._hash(index + self._route.width.now)
         await self._put(index, pack)
+
+    def _hash(self, index: int) -> None:
+        """Begin with a raw pack, if there is one and it was not begun with before."""
+        if index < len(self._groups) and index not in self._hashes:
+            work = in_thread(_raw_pack, self._source, self._groups[index])
+            self._hashes[index] = self._ahead.create_task(work)
 
     async def compressed(self, index: int, encoded: Callable[[], None]) -> None:
         """As `Packs.compressed`."""

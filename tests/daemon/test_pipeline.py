@@ -8,14 +8,17 @@ import time
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from ckptmgr.config import BUDGET_BYTES
+from ckptmgr.config import BUDGET_BYTES, PACK_BYTES
+from ckptmgr.daemon import pipeline
 from ckptmgr.daemon.pipeline import Pipeline, Source
 from ckptmgr.errors import RegisterConflictError, StoreUnreachableError, TornSnapshotError
 from ckptmgr.repository import keys
 from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.catalog import Catalog
+from ckptmgr.repository.chunk import Cut
 from ckptmgr.repository.codec import Codec
 from ckptmgr.repository.commit import FROM_SCRATCH, commit_step
 from ckptmgr.repository.manifest import SealedManifest
@@ -76,6 +79,37 @@ def test_what_was_sealed_comes_back(codec: str) -> None:
         if codec != "auto":
             expected = {"none": {0}, "zstd": {0, 1}, "planes": {0, 1, 2}}[codec]
             assert {chunk.codec for chunk in manifest.chunks} == expected
+
+    asyncio.run(main())
+
+
+def test_a_pack_is_hashed_while_those_before_it_are_put(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a store need not wait for a hash, only for the first one."""
+
+    async def main() -> None:
+        loop, hashed, third = asyncio.get_running_loop(), set[int](), asyncio.Event()
+
+        def hash_pack(source: Source, cuts: list[Cut]) -> Any:
+            pack = raw_pack(source, cuts)
+            hashed.add(cuts[0].offset // PACK_BYTES)
+            if hashed == {0, 1, 2}:
+                loop.call_soon_threadsafe(third.set)
+            return pack
+
+        class Slow(MemoryStore):
+            async def put_new(self, key: str, buffers: Buffers) -> PutResult:
+                async with asyncio.timeout(30):
+                    await third.wait()
+                return PutResult.OK
+
+        raw_pack = pipeline._raw_pack
+        monkeypatch.setattr(pipeline, "_raw_pack", hash_pack)
+        encoded = encode_state({"state": np.zeros(3 * PACK_BYTES, np.uint8)})
+        store = Slow("slow")
+        with host_buffer(store.url, len(encoded.data)) as buffer:
+            sealed = await write(store, buffer, sealed_in(buffer, encoded), "none")
+        assert len(sealed.manifest.packs) == 3
+        assert hashed == {0, 1, 2}
 
     asyncio.run(main())
 
