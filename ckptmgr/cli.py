@@ -21,6 +21,7 @@ from ckptmgr.commands import (  # noqa: F401 - registers them
 )
 from ckptmgr.commands.app import STATUS, app
 from ckptmgr.errors import CkptmgrError
+from ckptmgr.heap import keep_freed_memory
 
 __all__ = ["STATUS", "app", "main"]
 
@@ -45,6 +46,7 @@ def _top(
 def main() -> None:
     """Run a command; an error is one line and a hint, a traceback only with --debug."""
     sys.excepthook = _last_words
+    keep_freed_memory()
     try:
         # Not `app()`, which puts an excepthook of its own in the place of ours.
         sys.exit(typer.main.get_command(app)(prog_name="ckptmgr", standalone_mode=False))

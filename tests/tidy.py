@@ -23,6 +23,7 @@ IMPORTS: dict[str, set[str]] = {
     "types": {"errors"},
     "config": {"errors", "types"},
     "bucket": set(),
+    "heap": set(),
     "keep": {"errors"},
     "preemption": {"errors"},
     "metrics": BASE,
@@ -37,7 +38,8 @@ IMPORTS: dict[str, set[str]] = {
     "report": BASE | {"goodput", "plots", "present", "report_style", "repository"},
     "doctor": BASE | {"staging", "store", "repository", "present", FACE},
     "daemon": BASE
-    | {"keep", "metrics", "staging", "store", "repository", "restore", "bucket", "goodput", FACE},
+    | {"keep", "metrics", "staging", "store", "repository", "restore", "bucket", "goodput", FACE}
+    | {"heap"},
     "watch": BASE
     | {"keep", "metrics", "staging", "store", "repository", "restore", "daemon", "bucket"},
     "rank": BASE | {"keep", "staging", "bucket", "preemption"},
@@ -48,7 +50,7 @@ IMPORTS: dict[str, set[str]] = {
     | {"metrics", "staging", "store", "repository", "restore", "daemon", "testing"}
     | {"keep", "watch", "bucket", "foreground", "present", "demo"}
     | {"goodput", "advise", "report", "doctor", FACE},
-    "cli": BASE | {"commands", "foreground", "present", FACE},
+    "cli": BASE | {"commands", "foreground", "heap", "present", FACE},
     # Explicit, because they stand outside the layers: the lazy faces, and the demonstration, which
     # uses the package as its users do.
     FACE: {"errors", "keep", "rank"},

@@ -17,6 +17,7 @@ from ckptmgr.daemon import log
 from ckptmgr.daemon.notify import Supervisor
 from ckptmgr.daemon.service import Service
 from ckptmgr.errors import CkptmgrError, DaemonError
+from ckptmgr.heap import keep_freed_memory
 
 NICE = 5
 """As in the units of systemd/: where cores are short, training has three quarters of one that it
@@ -37,6 +38,7 @@ if __name__ == "__main__":
         settings = DaemonSettings.from_env(auto=True)
         log.configure()
         give_way()
+        keep_freed_memory()
         with contextlib.suppress(DaemonError):  # two ranks may start one at a time: one is enough
             asyncio.run(Service(settings, Supervisor.from_env()).run())
     except CkptmgrError as error:

@@ -27,6 +27,7 @@ from bench.throttled import SinkStore, ThrottledStore
 from bench.trained import trained_state
 from ckptmgr.config import BUDGET_BYTES, MIB
 from ckptmgr.daemon.pipeline import Pipeline, Source
+from ckptmgr.heap import keep_freed_memory
 from ckptmgr.repository.budget import BufferPool
 from ckptmgr.store.base import Store
 from ckptmgr.store.local import LocalStore
@@ -106,6 +107,7 @@ def main() -> None:
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--directory", default=None, help="on the disk to be measured")
     args = parser.parse_args()
+    keep_freed_memory()  # as the daemon does
     print("| state | store | auto, s | none | zstd | planes | auto / best | CPU s | ratio |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for name in args.dtypes.split(","):

@@ -27,6 +27,7 @@ import numpy as np
 from bench.beside.disk import BLOCK_BYTES, write_file
 from ckptmgr.config import BUDGET_BYTES, MIB
 from ckptmgr.daemon.pipeline import Pipeline, Source
+from ckptmgr.heap import keep_freed_memory
 from ckptmgr.rank.bench import drop_cache
 from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.envelope import Key
@@ -149,6 +150,7 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, required=True, help="on the disk to be measured")
     parser.add_argument("--encrypt", action="store_true", help="with a key")
     args = parser.parse_args()
+    keep_freed_memory()  # as the daemon does
     keyring = keyring_of(Key.of(os.urandom(32))) if args.encrypt else NO_KEYS
     bench = Bench(args.directory, args.mib, args.codec, keyring)
     bench.turn(0)

@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import contextlib
 import mmap
+import multiprocessing
 import os
 import re
 import secrets
@@ -21,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import obstore
@@ -28,6 +30,7 @@ import obstore
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from ckptmgr.config import MIB, PACK_BYTES
+from ckptmgr.heap import keep_freed_memory
 from ckptmgr.store.base import PutResult, Wanted
 from ckptmgr_objectstore.clients import open_store
 from ckptmgr_objectstore.store import ObjectStore
@@ -38,6 +41,8 @@ PACKS = 4
 CHUNK_BYTES = 4 * MIB
 
 Work = Callable[[], Awaitable[None]]
+Measured = tuple[float, float]
+"""MiB per second, and CPU seconds of the process per GiB."""
 
 
 def serve_sink(listener: socket.socket) -> None:
@@ -143,33 +148,66 @@ class Bench:
         await asyncio.gather(*(lane() for _ in range(8)))
 
 
-async def measure(work: Work) -> tuple[float, float]:
-    """MiB per second, and CPU seconds of this process per GiB."""
+async def measure(work: Work) -> Measured:
+    """One round."""
     start, before = time.perf_counter(), time.process_time()
     await work()
     seconds, cpu = time.perf_counter() - start, time.process_time() - before
     return PACKS * PACK_BYTES / MIB / seconds, cpu / (PACKS * PACK_BYTES / MIB / 1024)
 
 
-async def compare(rounds: int, url: str, bucket: Bucket | None) -> None:
-    bench = Bench(open_store(url))
-    for name, ours, bare in (
-        ("put", bench.put_ours, bench.put_bare),
-        ("get", bench.get_ours, bench.get_bare),
-    ):
-        found: dict[str, list[tuple[float, float]]] = {"ours": [], "bare": []}
-        for _ in range(rounds):
-            found["bare"].append(await measure(bare))
-            found["ours"].append(await measure(ours))
-            if bucket is not None and name == "put":  # a cluster in memory holds little
-                stale = [key for key in bucket.keys("run") if f"/{bench.turn}/" not in key]
-                for key in stale:
-                    bucket.remove(key)
-        ratios = [o[0] / b[0] for o, b in zip(found["ours"], found["bare"], strict=True)]
-        for who, results in found.items():
-            rate, cpu = (statistics.median(column) for column in zip(*results, strict=True))
-            sys.stdout.write(f"{name} {who}: {rate:7.0f} MiB/s {cpu:5.2f} CPU s/GiB\n")
-        sys.stdout.write(f"{name} ratio: {statistics.median(ratios):.2f}\n")
+def serve_rounds(url: str, who: str, orders: Connection) -> None:
+    """A process of its own for each, because our processes keep freed memory, as a bare client's
+    do not: do what is asked for, again and again.
+    """
+    if who == "ours":
+        keep_freed_memory()
+
+    async def serve() -> None:
+        bench = Bench(open_store(url))
+        while name := orders.recv():
+            orders.send((await measure(getattr(bench, f"{name}_{who}")), bench.turn))
+
+    asyncio.run(serve())
+
+
+@contextlib.contextmanager
+def workers(url: str) -> Iterator[dict[str, Connection]]:
+    """The processes that take turns, by who they are."""
+    context, found = multiprocessing.get_context("spawn"), {}
+    for who in ("bare", "ours"):
+        found[who], theirs = context.Pipe()
+        context.Process(target=serve_rounds, args=(f"{url}/{who}", who, theirs)).start()
+    try:
+        yield found
+    finally:
+        for orders in found.values():
+            orders.send("")
+
+
+def compare(rounds: int, url: str, bucket: Bucket | None) -> None:
+    """Print what both do, in turns; the first round of each is not counted."""
+    with workers(url) as by_name:
+        for name in ("put", "get"):
+            found: dict[str, list[Measured]] = {who: [] for who in by_name}
+            for _ in range(rounds + 1):
+                for who, orders in by_name.items():
+                    orders.send(name)
+                    measured, turn = orders.recv()
+                    found[who].append(measured)
+                    if bucket is not None and name == "put":  # a cluster in memory holds little
+                        _remove_all_but(bucket, f"run/{who}", f"/{turn}/")
+            ratios = [o[0] / b[0] for o, b in zip(found["ours"], found["bare"], strict=True)]
+            for who, results in found.items():
+                rate, cpu = (statistics.median(column[1:]) for column in zip(*results, strict=True))
+                sys.stdout.write(f"{name} {who}: {rate:7.0f} MiB/s {cpu:5.2f} CPU s/GiB\n")
+            sys.stdout.write(f"{name} ratio: {statistics.median(ratios[1:]):.2f}\n")
+
+
+def _remove_all_but(bucket: Bucket, prefix: str, kept: str) -> None:
+    for key in bucket.keys(prefix):
+        if kept not in key:
+            bucket.remove(key)
 
 
 def main() -> None:
@@ -183,7 +221,7 @@ def main() -> None:
         if options.server == "ceph":
             bucket = Bucket("bench", environment["AWS_ENDPOINT_URL"])
             bucket.make()
-        asyncio.run(compare(options.rounds, "s3://bench/run", bucket))
+        compare(options.rounds, "s3://bench/run", bucket)
 
 
 if __name__ == "__main__":
