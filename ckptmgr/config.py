@@ -25,7 +25,7 @@ DEFAULT_KEEP = 3
 
 BUDGET_BYTES = 192 * MIB
 """Most memory the pipeline holds in bounce buffers, over all snapshots and restores together.
-Three packs: one being filled, one being written, one for a restore at the same time."""
+Two packs, with what compressing into them takes: one is filled while the other is written."""
 
 STORE_TIMEOUT_SECONDS = 60.0
 """Deadline of one store operation; past it the operation counts as failed with unknown outcome."""

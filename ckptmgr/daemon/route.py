@@ -68,6 +68,7 @@ class Route:
         self._encoder: dict[int, Ratio] = {}
         self._encoding: list[Work] = []
         self._places: list[Work] = []
+        self._moved = self._moved_at = 0.0
         self._waiting: list[int] = []
         self._raw_since_probe = 0
         self._area = self._area_at = 0.0
@@ -135,9 +136,25 @@ class Route:
         return self._encoder[known].value
 
     def _flying(self) -> list[float]:
-        """Bytes of each pack being put that the store has not got yet, if they share its rate."""
-        now, share = self._clock(), self.store.rate / max(len(self._places), 1)
-        return [max(work.nbytes - (now - work.since) * share, 0.0) for work in self._places]
+        """Bytes of each pack being put that the store has not got yet, if it serves all alike."""
+        self._move()
+        left, moved = [], self._moved
+        for at, nbytes in enumerate(sorted(work.nbytes for work in self._places)):
+            part = min(moved / (len(self._places) - at), nbytes)
+            left.append(nbytes - part)
+            moved -= part
+        return left
+
+    def _move(self) -> None:
+        """Bring up to date how much the store has got of all packs under way together.
+
+        A pack that has ended takes its bytes out of that, whichever way the store serves them: one
+        that it puts off until then still has all of its own to go.
+        """
+        now = self._clock()
+        most = sum(work.nbytes for work in self._places)
+        self._moved = min(self._moved + (now - self._moved_at) * self.store.rate, most)
+        self._moved_at = now
 
     # -- encoders -----------------------------------------------------------------------------
 
@@ -178,12 +195,15 @@ class Route:
 
     def take_place(self, nbytes: int) -> Work:
         """Take a place before the store; `leave_place` gives it back."""
+        self._move()
         work = Work(nbytes, self._clock())
         self._places.append(work)
         return work
 
     def leave_place(self, work: Work) -> None:
         """Give it back."""
+        self._move()
+        self._moved = max(self._moved - work.nbytes, 0.0)
         self._places.remove(work)
         self._ring()
 

@@ -63,8 +63,23 @@ class Shared:
 
 
 @dataclass(slots=True)
+class InTurn:
+    """Something that serves one user after the other."""
+
+    rate: float
+    _free_at: float = 0.0
+
+    async def move(self, nbytes: float) -> None:
+        now = asyncio.get_running_loop().time()
+        self._free_at = max(self._free_at, now) + nbytes / self.rate
+        await asyncio.sleep(self._free_at - now)
+
+
+@dataclass(slots=True)
 class World:
-    """Rates in MiB/s. `noise` is the spread of how well a pack compresses and of every latency."""
+    """Rates in MiB/s. `noise` is the spread of how well a pack compresses and of every latency;
+    `in_turn` says that the store serves one put after the other. Buffers are the daemon's.
+    """
 
     store: float
     codec: float = 500.0
@@ -72,14 +87,16 @@ class World:
     ratio: float = 1.2
     latency: float = 0.002
     stream: float = 1e9
-    buffers: int = 3
+    buffers: int = 2
     packs: int = 16
     noise: float = 0.0
-    link: Shared = field(init=False)
+    in_turn: bool = False
+    link: Shared | InTurn = field(init=False)
     cores: Shared = field(init=False)
 
     def __post_init__(self) -> None:
-        self.link = Shared(self.store * MIB, self.stream * MIB)
+        shared = Shared(self.store * MIB, self.stream * MIB)
+        self.link = InTurn(self.store * MIB) if self.in_turn else shared
         self.cores = Shared(self.codec * MIB, self.encoder * MIB)
 
 
