@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import secrets
 import time
 from dataclasses import replace
@@ -110,6 +111,37 @@ def test_a_pack_is_hashed_while_those_before_it_are_put(monkeypatch: pytest.Monk
             sealed = await write(store, buffer, sealed_in(buffer, encoded), "none")
         assert len(sealed.manifest.packs) == 3
         assert hashed == {0, 1, 2}
+
+    asyncio.run(main())
+
+
+def test_a_pack_that_can_not_be_read_ends_the_puts_before_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def main() -> None:
+        def unreadable(source: Source, cuts: list[Cut]) -> Any:
+            if cuts[0].offset == 2 * PACK_BYTES:
+                raise OSError(errno.EIO, "the third pack")
+            return raw_pack(source, cuts)
+
+        class Waiting(MemoryStore):
+            async def put_new(self, key: str, buffers: Buffers) -> PutResult:
+                return await asyncio.get_running_loop().create_future()
+
+        raw_pack = pipeline._raw_pack
+        monkeypatch.setattr(pipeline, "_raw_pack", unreadable)
+        encoded = encode_state({"state": np.zeros(3 * PACK_BYTES, np.uint8)})
+        store = Waiting("waiting")
+        with (
+            host_buffer(store.url, len(encoded.data)) as buffer,
+            pytest.raises(OSError, match="the third pack"),
+        ):
+            async with asyncio.timeout(30):
+                await write(store, buffer, sealed_in(buffer, encoded), "none")
+        task = asyncio.current_task()
+        assert task is not None
+        assert asyncio.all_tasks() == {task}
+        assert not task.cancelling()
 
     asyncio.run(main())
 
