@@ -16,9 +16,9 @@ PAGE_BYTES = 4096
 """Alignment of everything that may be written with O_DIRECT or registered for RDMA."""
 
 
-ATTEMPT_MAX, STEP_MAX = 10**8 - 1, 10**12 - 1
-"""The greatest numbers that have a name: a key has 8 digits for an attempt and 12 for a step, and
-what were written under more of them would be found by nobody."""
+ATTEMPT_MAX, STEP_MAX, RANK_MAX = 10**8 - 1, 10**12 - 1, 10**6 - 1
+"""The greatest numbers that have a name: a key has 8 digits for an attempt, 12 for a step and 6 for
+a rank, and what were written under more of them would be found by nobody."""
 
 
 @dataclass(frozen=True, slots=True, order=True)

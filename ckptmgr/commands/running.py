@@ -23,6 +23,7 @@ from ckptmgr.config import (
     runtime_dir,
 )
 from ckptmgr.errors import CkptmgrError, SupersededError, UsageError
+from ckptmgr.types import RANK_MAX
 
 
 @command
@@ -144,6 +145,8 @@ def _ranks_of(text: str) -> tuple[int, ...]:
         first, dash, last = part.partition("-")
         if not (first.isdecimal() and (last.isdecimal() or not dash)):
             raise UsageError(f"{text!r} names no ranks", hint="Write them as in 0-7 or 8,9.")
+        if max(len(first), len(last)) > len(str(RANK_MAX)):
+            raise UsageError(f"{part!r} goes beyond the last rank", hint=f"It is {RANK_MAX}.")
         if int(last or first) < int(first):
             raise UsageError(f"{part!r} goes backwards", hint=f"Write it as {last}-{first}.")
         found += range(int(first), int(last or first) + 1)

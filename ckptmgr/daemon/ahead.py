@@ -45,6 +45,7 @@ class Ahead:
         self._intake = intake
         self._directory = directory
         self._kept: dict[tuple[str, int], _Kept] = {}
+        self._leaving: set[asyncio.Task[None]] = set()
 
     @property
     def urls(self) -> set[str]:
@@ -114,12 +115,14 @@ class Ahead:
         for key in [key for key in self._kept if key[0] == url]:
             await self._drop(key)
 
-    async def expire(self) -> None:
-        """Free what nobody has come for."""
+    def expire(self) -> None:
+        """Begin to free what nobody has come for; a store that is down is not waited for here."""
         now = time.monotonic()
         for key in [key for key, kept in self._kept.items() if kept.until <= now]:
             event("prefetch_expired", rank=key[1], seconds=KEEP_SECONDS)
-            await self._drop(key)
+            leaving = asyncio.create_task(self._drop(key))
+            self._leaving.add(leaving)
+            leaving.add_done_callback(self._leaving.discard)
 
     async def _drop(self, key: tuple[str, int]) -> None:
         kept = self._kept.pop(key, None)
@@ -128,4 +131,4 @@ class Ahead:
 
     async def aclose(self) -> None:
         """Free everything."""
-        await asyncio.gather(*(self._drop(key) for key in list(self._kept)))
+        await asyncio.gather(*self._leaving, *(self._drop(key) for key in list(self._kept)))

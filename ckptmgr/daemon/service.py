@@ -169,7 +169,7 @@ class Service:
             self._clock.look()
             self._count()
             self._look_after_orphans()
-            await self.ahead.expire()
+            self.ahead.expire()
             self._accounts.look(self.jobs, self.intake)
             await self._close_unused()
             if self._idle_for() > self.settings.idle_seconds > 0:

@@ -123,6 +123,11 @@ def test_1_not_drained(runtime: Path, tmp_path: Path, monkeypatch: pytest.Monkey
             ["prefetch", "{store}", "--ranks=0,5-2"],
             ["'5-2' goes backwards", "hint: Write it as 2-5"],
         ),
+        (
+            ["prefetch", "{store}", "--ranks=0-99999999999"],
+            ["'0-99999999999' goes beyond the last rank", "hint: It is 999999"],
+        ),
+        (["prefetch", "{store}", "--ranks=" + 5000 * "9"], ["goes beyond the last rank"]),
         (["drain", "--timeout=nan"], ["--timeout: nan is not a number of seconds"]),
         (["drain", "--timeout=inf"], ["--timeout: inf is not a number of seconds"]),
         (["drain", "--timeout=-1"], ["--timeout: -1.0 is not a number of seconds"]),

@@ -82,10 +82,11 @@ def test_memory_that_nobody_comes_for_goes_back(
         assert service.ahead.urls == {saved.file_url}
         while not fetched(runtime):
             await asyncio.sleep(0.01)
-        await service.ahead.expire()
+        service.ahead.expire()
         assert len(fetched(runtime)) == 1
         monkeypatch.setattr(ahead.time, "monotonic", lambda: now + ahead.KEEP_SECONDS)
-        await service.ahead.expire()
+        service.ahead.expire()
+        await service.ahead.aclose()
         assert (fetched(runtime), service.ahead.urls) == ([], set())
         await job.aclose()
 
