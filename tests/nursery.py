@@ -219,6 +219,7 @@ def serve(number: int, modules: Sequence[str]) -> None:
                 return
             for descriptor in descriptors:
                 os.close(descriptor)
+            statuses.pop(pid, None)  # of one before it, which had the same number
             answer = {"pid": pid}
         else:
             pid = request["status"]
