@@ -19,22 +19,23 @@ class Packs(Protocol):
         """Whether a pack could be compressed without waiting for a buffer."""
 
     async def raw(self, index: int) -> None:
-        """Put a pack as it is; it has a place."""
+        """Put a pack as it is, from where it is; it has a place."""
 
     async def compressed(self, index: int, encoded: Callable[[], None]) -> None:
         """Compress a pack, say that it is encoded, and put it when there is a place."""
 
-    async def sealed(self, index: int, encoded: Callable[[], None]) -> None:
-        """As `compressed`, but only encrypt it."""
+    async def copied(self, index: int, encoded: Callable[[], None]) -> None:
+        """As `compressed`, but only copy it, or encrypt it."""
 
     async def probe(self) -> None:
         """Measure the codec on a little of the snapshot."""
 
 
 async def flow(
-    route: Route, sizes: Sequence[int], codec: str, packs: Packs, *, encrypted: bool = False
+    route: Route, sizes: Sequence[int], codec: str, packs: Packs, *, copied: bool = False
 ) -> None:
-    """Bring packs of `sizes` raw bytes to the store; none as it is where they are `encrypted`.
+    """Bring packs of `sizes` raw bytes to the store; if they must be `copied`, none in place: all
+    that need a buffer take it before a place, lest two kinds wait for each other.
 
     Raises:
         CkptmgrError: the first failure; whatever else was under way has ended.
@@ -42,7 +43,7 @@ async def flow(
     async with together() as tasks:
         if codec == "auto" and route.probe_is_due(sum(sizes)):
             tasks.create_task(packs.probe())
-        await _start_all(route, sizes, codec, packs, tasks, encrypted=encrypted)
+        await _start_all(route, sizes, codec, packs, tasks, copied=copied)
 
 
 async def _start_all(
@@ -52,7 +53,7 @@ async def _start_all(
     packs: Packs,
     tasks: asyncio.TaskGroup,
     *,
-    encrypted: bool,
+    copied: bool,
 ) -> None:
     pending = deque(enumerate(sizes))
     route.pending_bytes += sum(sizes)
@@ -60,18 +61,18 @@ async def _start_all(
         while pending:
             index, nbytes = pending[0]
             bell = route.bell
-            send = route.next(codec, nbytes, spare=packs.spare(), copied=encrypted)
+            send = route.next(codec, nbytes, spare=packs.spare(), copied=copied)
             if send is None:
                 await bell.wait()
                 continue
             pending.popleft()
             route.pending_bytes -= nbytes
-            if send is Send.RAW and not encrypted:
+            if send is Send.RAW and not copied:
                 _start(tasks, packs.raw(index), route.leave_place, route.take_place(nbytes))
             else:
                 work = route.start_encoding(nbytes)
                 ended = partial(route.stop_encoding, work)
-                bring = packs.sealed if send is Send.RAW else packs.compressed
+                bring = packs.copied if send is Send.RAW else packs.compressed
                 _start(tasks, bring(index, ended), route.stop_encoding, work)
             await asyncio.sleep(0)  # it takes its buffer, so that `spare` tells the truth
     finally:

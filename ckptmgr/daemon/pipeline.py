@@ -207,7 +207,8 @@ class Pipeline:
             packs = _Packs(
                 source, codec, cut(layout.groups), self._pool, route, stored, ahead, data_key
             )
-            await flow(route, packs.sizes, codec, packs, encrypted=data_key is not None)
+            copied = data_key is not None or not source.in_place
+            await flow(route, packs.sizes, codec, packs, copied=copied)
         await in_thread(source.check_unchanged)
         manifest = _manifest(source, table, packs.in_order(), data_key)
         if await source.store.put_new(manifest.key, [memoryview(manifest.record)]) is PutResult.OK:
@@ -252,12 +253,6 @@ class _Packs:
 
     async def raw(self, index: int) -> None:
         """As `Packs.raw`."""
-        if not self._source.in_place:
-            async with self._pool.lease() as lease:
-                group = self._groups[index]
-                copied = await in_thread(_copied_pack, self._source, group, "none", lease, None)
-                await self._put(index, copied)
-            return
         self._hash(index)
         pack = await self._hashes[index]
         # Meanwhile the one that is to have this place next: the store need not wait for its hash.
@@ -278,8 +273,8 @@ class _Packs:
             async with self._route.place(pack.nbytes):
                 await self._put(index, pack)
 
-    async def sealed(self, index: int, encoded: Callable[[], None]) -> None:
-        """As `Packs.sealed`."""
+    async def copied(self, index: int, encoded: Callable[[], None]) -> None:
+        """As `Packs.copied`."""
         async with self._pool.lease() as lease:
             what = self._source, self._groups[index], "none", lease, self._data_key
             pack = await in_thread(_copied_pack, *what)

@@ -86,7 +86,7 @@ class Route:
         """What to do with the next pack of a snapshot; None: wait for the bell.
 
         `spare` is whether a buffer is free; `copied` says that raw packs need one and an encoder,
-        too, as they do to be encrypted. It never says to wait when nothing is under way.
+        too, as they do where they are copied. It never says to wait when nothing is under way.
         """
         place = len(self._places) + len(self._waiting) < self.width.now
         encoder = len(self._encoding) < self.encoders

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ckptmgr.config import BUDGET_BYTES, PACK_BYTES
+from ckptmgr.config import BUDGET_BYTES, MIB, PACK_BYTES
 from ckptmgr.daemon import pipeline
 from ckptmgr.daemon.pipeline import Pipeline, Source
+from ckptmgr.daemon.route import Send
 from ckptmgr.errors import RegisterConflictError, StoreUnreachableError, TornSnapshotError
 from ckptmgr.repository import keys
 from ckptmgr.repository.budget import BufferPool
@@ -143,6 +144,31 @@ def test_a_pack_that_can_not_be_read_ends_the_puts_before_it(
         assert asyncio.all_tasks() == {task}
         assert not task.cancelling()
 
+    asyncio.run(main())
+
+
+def test_packs_that_must_be_copied_never_wait_for_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As of files that `watch` adopts: what goes raw needs a buffer, too. Two that had a place and
+    waited for a buffer, and two that had one and waited for a place, waited for ever.
+    """
+
+    class Elsewhere(Source):
+        in_place = False
+
+    async def main() -> None:
+        writing, store = Pipeline(BufferPool(BUDGET_BYTES)), MemoryStore("elsewhere")
+        sends = iter([Send.COMPRESSED, Send.COMPRESSED, Send.RAW, Send.RAW])
+        monkeypatch.setattr(writing.route(store.url), "next", lambda *_, **__: next(sends))
+        with host_buffer(store.url, len(encoded.data)) as buffer:
+            source = Elsewhere(buffer, sealed_in(buffer, encoded), store, HOST)
+            async with asyncio.timeout(30):
+                sealed = await writing.write(source, "zstd", lambda _raw, _stored: None)
+        assert await read(store, sealed) == encoded.data
+
+    monkeypatch.setattr(pipeline.packs_of, "__defaults__", (4 * MIB,))
+    encoded = encode_state({"letters": np.arange(16 * MIB, dtype=np.uint8) % 16})
     asyncio.run(main())
 
 
