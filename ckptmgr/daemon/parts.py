@@ -79,12 +79,13 @@ class Lending:
             async with part.lock:
                 if self._parts.get(key) is not part:
                     continue  # whoever began to fetch it was ended, and it was freed
-                before = set(part.readers)
+                is_new = reader not in part.readers
                 part.readers.add(reader)
                 try:
                     await _bring(job, part, wanted)
                 except BaseException:
-                    part.readers = before
+                    if is_new:
+                        part.readers.discard(reader)
                     self._free_unread(key, part)
                     raise
                 return part.lent()

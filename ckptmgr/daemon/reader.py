@@ -47,6 +47,7 @@ from ckptmgr.restore.plan import check_ranges
 from ckptmgr.staging.control import Fetched, Lent, Load, Ranges, Restore, Restored
 from ckptmgr.staging.hostbuffer import Table
 from ckptmgr.staging.tables import RankTable, Tables, TablesFile
+from ckptmgr.store.lanes import in_lanes
 from ckptmgr.types import Snapshot, StepId
 
 PART_SECONDS_MAX = 60.0
@@ -310,15 +311,14 @@ class Reader:
 
     async def _tables(self, session: Session, ranks: Iterable[int]) -> Path:
         chosen = session.the_chosen
-        gate = asyncio.Semaphore(_READS_AT_ONCE)
 
         async def one(rank: int) -> RankTable:
-            async with gate:
-                in_memory = await self._memory_part(session, rank)
-                found = in_memory[2] if in_memory else await self._manifest(session, rank)
-                return RankTable(rank, found.layout, found.values, found.tags)
+            in_memory = await self._memory_part(session, rank)
+            found = in_memory[2] if in_memory else await self._manifest(session, rank)
+            return RankTable(rank, found.layout, found.values, found.tags)
 
-        tables = tuple(await asyncio.gather(*map(one, ranks)))
+        # When one fails, all others have ended: a late one would hold the step for nobody.
+        tables = tuple(await in_lanes(one, ranks, _READS_AT_ONCE))
         file = TablesFile(Tables(chosen.id.attempt, chosen.id.step, chosen.world, tables))
         session.files.append(file)
         return file.path

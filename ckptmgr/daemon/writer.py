@@ -253,8 +253,10 @@ class Writer:
             while not deciding.done():
                 await asyncio.wait([deciding], timeout=seconds / _LOOKS)
                 silent = committer.silent_seconds(snapshot.id) >= seconds
-                if silent and not deciding.done() and self._has_room(spool, snapshot):
-                    with contextlib.suppress(StoreError):
+                # All of it is in the store: where it can not go to the spool any more, it waits.
+                there = self._held.buffer.unchanged(snapshot)
+                if silent and there and not deciding.done() and self._has_room(spool, snapshot):
+                    with contextlib.suppress(StoreError, TornSnapshotError):
                         await self._to_spool(spool, snapshot)
                         return None
             return deciding.result()

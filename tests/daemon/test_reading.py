@@ -8,12 +8,18 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import asking
 from asking import Came
-from ckptmgr.daemon.resume import decide_resume
+from ckptmgr.config import BUDGET_BYTES, DaemonSettings
+from ckptmgr.daemon.intake import Intake
+from ckptmgr.daemon.job import Job
+from ckptmgr.daemon.reader import Reader
+from ckptmgr.daemon.resume import claim_attempt, decide_resume
+from ckptmgr.daemon.session import Session
 from ckptmgr.errors import (
     DaemonUnreachableError,
     DamageError,
@@ -21,6 +27,9 @@ from ckptmgr.errors import (
     StorePermissionError,
     UsageError,
 )
+from ckptmgr.metrics import Metrics
+from ckptmgr.repository import keys
+from ckptmgr.repository.budget import BufferPool
 from ckptmgr.repository.commit import abort_step
 from ckptmgr.staging.control import Client, Done, Load, Release, Restore, Restored
 from ckptmgr.staging.hostbuffer import HostBuffer
@@ -30,6 +39,7 @@ from ckptmgr.types import Outcome, StepId
 from driven import PATIENCE_SECONDS, Daemon, Rank, Trainer, check_slot, until
 from processes import needs_root
 from rigged import Rig
+from small_step import commit_ranks, encode_state, smallest_state
 
 
 @pytest.fixture
@@ -422,3 +432,38 @@ def test_a_full_tmpfs_stops_no_load(tmp_path: Path, saved: Rig) -> None:
             until(lambda: not fetched(place), "all are freed")
     finally:
         subprocess.run(["umount", "-l", place], check=True)
+
+
+def test_what_one_damaged_manifest_leaves_under_way_holds_nothing(
+    tmp_path: Path, runtime: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of more ranks than are read at a time: those that came later put holds for nobody."""
+    ranks, url = 24, f"file://{tmp_path}/store"
+
+    async def main() -> None:
+        pool = BufferPool(BUDGET_BYTES)
+        job = Job.open(url, Metrics(), pool, DaemonSettings(runtime_dir=runtime))
+        attempt, nonce = await claim_attempt(job.store, ranks, "")
+        encoded = [encode_state(smallest_state(1))] * ranks
+        decision = await commit_ranks(job.store, attempt, nonce, 10, encoded)
+        manifest = tmp_path / "store" / keys.manifest(decision.id, 0)
+        manifest.write_bytes(manifest.read_bytes()[:-1] + b"?")
+        near = vars(job.store)["_inner"].get
+
+        async def far(key: str, *where: Any, **into: Any) -> memoryview:
+            if key.startswith("man/") and key != keys.manifest(decision.id, 0):
+                await asyncio.sleep(0.05)
+            found: memoryview = await near(key, *where, **into)
+            return found
+
+        monkeypatch.setattr(vars(job.store)["_inner"], "get", far)
+        reader, session = Reader(Intake(runtime), runtime), Session(job, 0)
+        await reader.load(session, Load(url=url))
+        with pytest.raises(DamageError):
+            await reader.describe(session)
+        await session.release()
+        await asyncio.sleep(0.5)  # in which others would have come to their turn
+        assert await job.store.list("holds/") == []
+        await job.aclose()
+
+    asyncio.run(main())

@@ -269,6 +269,31 @@ def test_a_store_that_falls_silent_before_the_register_leaves_the_slot_free(
     assert committed(rig.file_url) == ["1.1", "1.2", "1.3"]
 
 
+def test_a_step_that_is_stored_whole_is_not_given_up_because_its_slot_is_reused(
+    runtime: Path, rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It can not go to the spool any more, and need not: only its register is missing."""
+
+    def stored(step: int) -> None:
+        manifest = rig.path / f"man/{ONE}{step}/000000"
+        until(manifest.exists, f"step {step} is stored")
+
+    monkeypatch.setenv("CKPTMGR_SPOOL_SECONDS", "3")
+    with Daemon(runtime) as daemon, Rank(runtime, rig.url, keep=9) as rank:
+        rank.save(1)
+        assert rank.wait(1).outcome == Outcome.COMMITTED
+        rig.obey(("*", "commit/", "dead"))
+        second = rank.save(2)
+        stored(2)
+        rank.save(3)
+        stored(3)
+        rank.save(4, slot=second.slot)
+        daemon.await_event("spooled")  # of another: so long the store has been silent
+        rig.obey()
+        until(lambda: committed(rig.file_url) == ["1.1", "1.2", "1.3", "1.4"], "all are committed")
+        assert not daemon.events("given_up")
+
+
 def test_what_was_given_up_meanwhile_is_dropped_and_told(
     runtime: Path, rig: Rig, tmp_path: Path
 ) -> None:
