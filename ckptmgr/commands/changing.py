@@ -19,7 +19,7 @@ def hold(
     """Keep retention away from a step; prints the id to release it by."""
     import secrets
 
-    from ckptmgr.repository.hold import put_hold
+    from ckptmgr.repository.hold import put_hold, release_hold
     from ckptmgr.restore.choose import find
 
     async def use(catalog: Any) -> dict[str, Any]:
@@ -28,8 +28,15 @@ def hold(
         await put_hold(catalog.store, decision.id, hold_id, why)
         return {**decision.id.document(), "hold": hold_id}
 
+    async def take_back(catalog: Any) -> None:
+        await release_hold(catalog.store, (await find(catalog, step)).id, document["hold"])
+
     document = with_store(url, use)
-    out(document, as_json, lambda: typer.echo(document["hold"]))
+    try:
+        out(document, as_json, lambda: typer.echo(document["hold"]))
+    except OSError:  # nobody was told the id: whoever asks again would have two
+        with_store(url, take_back)
+        raise
 
 
 @command

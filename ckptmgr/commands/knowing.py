@@ -226,6 +226,9 @@ def report(
 
 def _write(path: Path, text: str) -> None:
     """Replace a file whole, so that whoever serves it never shows a part."""
+    if not path.name:
+        hint = "Give --to a file in a directory that you may write."
+        raise UsageError("is a directory", subject=str(path), hint=hint)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(text, encoding="utf-8")

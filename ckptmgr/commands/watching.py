@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ckptmgr import foreground
+from ckptmgr import foreground, present
 from ckptmgr.commands.app import Json, command, out
 from ckptmgr.commands.keeping import Best, Daily, Every, Hourly, Last, policy_of
 from ckptmgr.config import DaemonSettings
@@ -76,9 +76,9 @@ def watch(
 
 def _show(document: dict[str, Any]) -> None:
     for one in document["adopted"]:
-        typer.echo(f"{one['source']} is step {one['id']}")
+        typer.echo(present.printable(f"{one['source']} is step {one['id']}"))
     for one in document["left"]:
-        typer.echo(f"{one['source']} {one['why']}")
+        typer.echo(present.printable(f"{one['source']} {one['why']}"))
 
 
 async def _watch(

@@ -63,20 +63,10 @@ class Ahead:
             StoreUnreachableError: the store can not be read now.
         """
         steps = await standing_steps(job.reading.store)
-        decision = await self._newest(job, steps)
-        if decision is None:
+        found = await self._newest(job, steps, ranks)
+        if found is None:
             return Prefetching(0, 0)
-        wrong = [rank for rank in ranks if not 0 <= rank < decision.world]
-        if wrong:
-            raise UsageError(
-                f"has {decision.world} ranks, and no {wrong[0]}", subject=f"step {decision.id}"
-            )
-        wanted = [
-            rank
-            for rank in ranks or range(decision.world)
-            if not any(held.snapshots() for held in self._intake.of_rank(job.url, rank))
-        ]
-        parts = [(await job.reading.manifest(decision, rank)).manifest for rank in wanted]
+        decision, wanted, parts = found
         nbytes = self._checked_room(parts)
         for rank, part in zip(wanted, parts, strict=True):
             key, session = (job.url, rank), Session(job, rank)
@@ -86,16 +76,32 @@ class Ahead:
             self._kept[key] = _Kept(session, time.monotonic() + KEEP_SECONDS)
         return Prefetching(decision.id.attempt, decision.id.step, tuple(wanted), nbytes)
 
-    async def _newest(self, job: Job, steps: Sequence[StepId]) -> Decision | None:
+    async def _newest(
+        self, job: Job, steps: Sequence[StepId], ranks: Sequence[int]
+    ) -> tuple[Decision, list[int], list[Manifest]] | None:
+        """The newest commit whose records hold, the ranks that need it, and their manifests."""
         for step in steps:
             try:
                 decision = await job.reading.decision(step)
+                if decision.committed:
+                    wanted = self._wanted(job, decision, ranks)
+                    of = [await job.reading.manifest(decision, rank) for rank in wanted]
+                    return decision, wanted, [sealed.manifest for sealed in of]
             except (DamageError, ObjectNotFoundError) as error:
                 event("prefetch_failed", why=str(error))
-                continue
-            if decision.committed:
-                return decision
         return None
+
+    def _wanted(self, job: Job, decision: Decision, ranks: Sequence[int]) -> list[int]:
+        wrong = [rank for rank in ranks if not 0 <= rank < decision.world]
+        if wrong:
+            raise UsageError(
+                f"has {decision.world} ranks, and no {wrong[0]}", subject=f"step {decision.id}"
+            )
+        return [
+            rank
+            for rank in ranks or range(decision.world)
+            if not any(held.snapshots() for held in self._intake.of_rank(job.url, rank))
+        ]
 
     def _checked_room(self, parts: Sequence[Manifest]) -> int:
         """Bytes of the parts; a trainer that finds no room for its slots would not start."""

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from ckptmgr.config import store_timeout_seconds
 from ckptmgr.errors import (
@@ -20,6 +20,7 @@ from ckptmgr.errors import (
     StoreFullError,
     StorePermissionError,
     StoreUnreachableError,
+    UsageError,
 )
 from ckptmgr.store.base import Buffers, PutResult, Store, Wanted
 from ckptmgr.store.registry import normalise_url, open_store
@@ -35,6 +36,9 @@ may be missing by right, and only the first store knows."""
 _HASHED = ("data/", "man/")
 """What a commit tells the hashes of: whoever gives the bytes, they are the right ones or damage, if
 the commit was."""
+
+_OF_PATHS = ("file", "hf3fs")
+"""Schemes whose URLs spell a path."""
 
 T = TypeVar("T")
 
@@ -59,10 +63,15 @@ def place_of(mirror: str, url: str) -> str:
     """The URL of a job's copy below a mirror: its scheme, its host and its path.
 
     Raises:
-        UsageError: one of them is not a URL.
+        UsageError: one of them is not a URL, or the job's leads out of the mirror.
     """
     mirror, parts = normalise_url(mirror), urlsplit(normalise_url(url))
     path = "/".join(filter(None, (parts.netloc, parts.path.strip("/"))))
+    # Only in the URL of a path does "%20" stand for a character; elsewhere it is three of a key.
+    named = unquote(path) if parts.scheme in _OF_PATHS else path
+    if {".", ".."} & set(named.split("/")):
+        raise UsageError("leads out of a mirror", subject=url, hint="Leave out '.' and '..'.")
+    path = quote(named) if urlsplit(mirror).scheme in _OF_PATHS else path
     if parts.query:
         path += f"-{blake2b(parts.query.encode(), digest_size=4).hexdigest()}"
     base, question, query = mirror.partition("?")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -27,7 +29,7 @@ from watchdog.observers import Observer
 from ckptmgr.config import RETRY_SECONDS_MAX, RETRY_SECONDS_MIN
 from ckptmgr.daemon.job import Job
 from ckptmgr.daemon.log import event, warning
-from ckptmgr.errors import StoreError, TornSnapshotError
+from ckptmgr.errors import StoreError, StoreUnreachableError, TornSnapshotError
 from ckptmgr.keep import Keep
 from ckptmgr.repository.budget import in_thread
 from ckptmgr.watch.adopting import Adopter
@@ -41,6 +43,15 @@ network file system is not told."""
 
 LOOKS_PER_QUIET = 4
 """Looks within one quiet period, at most, however much is written."""
+
+TRIES_OF_ONCE = 3
+"""How often `once` reads what fails by an error that may pass, before it is left."""
+
+_PASSING = frozenset(
+    {errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EAGAIN}
+    | {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOTCONN}
+)
+"""Of a mount that is away for a moment, or of a process that is short of something."""
 
 _CHANGES: list[type[FileSystemEvent]] = [
     *(FileCreatedEvent, FileModifiedEvent, FileMovedEvent, FileDeletedEvent, FileClosedEvent),
@@ -85,6 +96,7 @@ class Watcher:
         self._once = once
         self._seen: dict[str, Seen] = {}
         self._judged: dict[str, Candidate] = {}
+        self._tries: Counter[str] = Counter()
         self._changed = asyncio.Event()
         self.outcome = Outcome()
 
@@ -150,7 +162,7 @@ class Watcher:
         """One look, and whatever can be adopted after it; seconds until the next look is due, None
         where only a change can make a difference.
         """
-        found = await in_thread(scan, self._root, self._patterns)
+        found = await in_thread(self._look)
         now = time.monotonic()
         self._seen = seen_now(self._seen, found, now)
         self._judged = {n: c for n, c in self._judged.items() if n in self._seen}
@@ -160,14 +172,32 @@ class Watcher:
             try:
                 await self._judge(candidate)
                 self._judged[candidate.name] = candidate
-            except (TornSnapshotError, FileNotFoundError, NotADirectoryError) as error:
-                warning("watch_torn", source=candidate.name, why=str(error).partition("\n")[0])
+            except (TornSnapshotError, OSError) as error:
+                why = str(error).partition("\n")[0]
+                if isinstance(error, OSError) and not self._passes(candidate, error):
+                    self._leave(candidate, f"can not be read: {why}")
+                    self._judged[candidate.name] = candidate  # until it is changed, or its mode
+                    continue
+                warning("watch_torn", source=candidate.name, why=why)
                 self._seen.pop(candidate.name, None)  # to be quiet anew
                 return self._quiet_seconds
-            except OSError as error:  # until somebody changes it, or its mode
-                self._leave(candidate, f"can not be read: {error}".partition("\n")[0])
-                self._judged[candidate.name] = candidate
         return next_look(self._seen, self._quiet_seconds, time.monotonic())
+
+    def _look(self) -> list[Candidate]:
+        try:
+            return scan(self._root, self._patterns)
+        except OSError as error:  # of a mount that is away, or of a process that is short of things
+            why = f"can not be listed: {error.strerror}"
+            raise StoreUnreachableError(why, subject=str(self._root)) from error
+
+    def _passes(self, candidate: Candidate, error: OSError) -> bool:
+        """Whether a candidate that could not be read may be read later as it is."""
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
+            return True
+        if error.errno not in _PASSING:
+            return False
+        self._tries[candidate.name] += 1
+        return not self._once or self._tries[candidate.name] < TRIES_OF_ONCE
 
     async def _judge(self, candidate: Candidate) -> None:
         flaw = await in_thread(self._flaw, candidate)

@@ -253,7 +253,7 @@ def said_of(root: Path, candidate: Candidate) -> Tags:
 
 def _is_said(name: str, value: Any) -> bool:
     known = type(value) is float or (type(value) is int and abs(value) < 1 << 63)
-    return known and name != "step" and len(name) <= TAG_CHARS_MAX
+    return known and name != "step" and name.isprintable() and len(name) <= TAG_CHARS_MAX
 
 
 def _plain(value: float) -> float | str:

@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import secrets
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from called import call, check_error, make_store, spoil
-from ckptmgr.config import open_private_dir
+from called import call, check_error, spoil
 from ckptmgr.types import Outcome
-from driven import PYTHON_PATH, Daemon, Rank, until
+from driven import Daemon, Rank, until
 from rigged import Rig
 
 ESCAPE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """One store for all tests that only read."""
-    runtime = Path(f"/dev/shm/ckptmgr-test-{secrets.token_hex(6)}")
-    open_private_dir(runtime)
-    yield make_store(tmp_path_factory.mktemp("made"), runtime)
-    shutil.rmtree(runtime)
 
 
 @pytest.fixture
@@ -441,50 +426,6 @@ def test_debug_shows_where_an_error_came_from(made: Path) -> None:
     found = call("--debug", "show", made, "99")
     assert "Traceback (most recent call last)" in found.err
     assert "NothingToRestoreError" in found.err
-
-
-def test_a_reader_that_closes_the_pipe_is_no_error(made: Path) -> None:
-    command = f"{sys.executable} -m ckptmgr.cli show {made} --tensors | head -n 1"
-    done = subprocess.run(
-        ["bash", "-c", command],
-        env={**os.environ, "PYTHONPATH": PYTHON_PATH},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout.startswith("id ")
-    assert "Traceback" not in done.stderr
-
-
-def with_output_to(redirection: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    program = [sys.executable, "-m", "ckptmgr.cli", *map(str, arguments)]
-    return subprocess.run(
-        ["bash", "-c", f'"$@" {redirection}', "bash", *program],
-        env={**os.environ, "PYTHONPATH": PYTHON_PATH},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-@pytest.mark.parametrize("how", [[], ["--json"]])
-def test_an_output_that_is_full_is_said(made: Path, how: list[str]) -> None:
-    done = with_output_to(">/dev/full", "ls", made, *how)
-    assert done.returncode == 1
-    first, second = done.stderr.splitlines()
-    assert first == "ckptmgr: standard output: can not be written: No space left on device"
-    assert second.startswith("hint: ")
-
-
-@pytest.mark.parametrize("how", [[], ["--json"]])
-def test_an_output_that_is_closed_gets_nothing(made: Path, how: list[str]) -> None:
-    done = with_output_to(">&-", "ls", made, *how)
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_a_closed_error_output_leaves_the_status(tmp_path: Path) -> None:
-    done = with_output_to(">&- 2>&-", "ls", tmp_path / "nothing")
-    assert done.returncode == 4
 
 
 def test_a_store_of_a_newer_version_is_refused(store: Path) -> None:

@@ -20,7 +20,7 @@ from ckptmgr.staging.control import Client, Done, Prefetch, Prefetching, Release
 from ckptmgr.staging.inbox import SOCKET
 from ckptmgr.store.local import LocalStore
 from ckptmgr.types import Outcome, StepId
-from daemon.test_reading import daemon, fetched, saved
+from daemon.test_reading import daemon, fetched, saved, spoil
 from driven import PATIENCE_SECONDS, Daemon, Rank, until
 from processes import needs_root
 from rigged import Rig
@@ -69,6 +69,14 @@ def test_a_trainer_waits_for_a_prefetch_that_is_under_way(
         came = rank.restore()
         assert (came.step, came.source) == (3, "store")
         assert Path(came.path).parent.name == FETCHED
+
+
+def test_a_damaged_step_is_passed_over(runtime: Path, saved: Rig, daemon: Daemon) -> None:
+    """As a restore does, which would come to the same one."""
+    spoil(saved, 3, "man")
+    with Client(runtime / SOCKET) as client:
+        assert client.ask(Prefetch(saved.url), Prefetching, PATIENCE_SECONDS).step == 2
+    assert "does not have the recorded" in daemon.await_event("prefetch_failed")["why"]
 
 
 def test_memory_that_nobody_comes_for_goes_back(

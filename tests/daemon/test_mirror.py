@@ -10,7 +10,7 @@ import pytest
 
 import asking
 from called import call, spoil
-from ckptmgr.errors import StoreUnreachableError
+from ckptmgr.errors import StoreUnreachableError, UsageError
 from ckptmgr.staging.control import Load
 from ckptmgr.staging.hostbuffer import HostBuffer
 from ckptmgr.staging.launch import connect
@@ -66,10 +66,20 @@ def steps_at(url: object) -> list[str]:
         ("/m/", "/data/a b", "file:///m/file/data/a b"),
         ("s3://copy/x?endpoint=e", "s3://bucket/run7", "s3://copy/x/s3/bucket/run7?endpoint=e"),
         ("file:///m", "s3://bucket/run7?endpoint=e", "file:///m/s3/bucket/run7-46d9265e"),
+        ("file:///m", "s3://bucket/a b", "file:///m/s3/bucket/a b"),
+        ("file:///m", "s3://bucket/a%20b", "file:///m/s3/bucket/a%2520b"),
+        ("file:///m", "s3://b/%2e%2e/%2e%2e/x", "file:///m/s3/b/%252e%252e/%252e%252e/x"),
+        ("s3://copy/x", "s3://bucket/a%2f..%2fb", "s3://copy/x/s3/bucket/a%2f..%2fb"),
     ],
 )
 def test_each_job_has_a_place_of_its_own(mirror: str, url: str, place: str) -> None:
     assert place_of(mirror, url).replace("%20", " ") == place
+
+
+@pytest.mark.parametrize("url", ["s3://b/../../x", "hf3fs://stage/a%2f..%2f../x", "memory://./x"])
+def test_no_job_leads_its_copy_out_of_the_mirror(url: str) -> None:
+    with pytest.raises(UsageError, match="leads out of a mirror"):
+        place_of("file:///m", url)
 
 
 def test_a_mirror_is_a_store_by_itself_and_follows_retention(

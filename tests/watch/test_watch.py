@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import shutil
 import signal
@@ -17,7 +18,13 @@ from called import call
 from ckptmgr.cli import app
 from ckptmgr.commands.watching import _watch
 from ckptmgr.daemon.retain import retire
-from ckptmgr.errors import LockedError, StorePermissionError, SupersededError, UsageError
+from ckptmgr.errors import (
+    LockedError,
+    StorePermissionError,
+    StoreUnreachableError,
+    SupersededError,
+    UsageError,
+)
 from ckptmgr.keep import Keep
 from ckptmgr.repository.keyring import KEY_FILE
 from ckptmgr.store.base import Buffers, PutResult, Store
@@ -173,6 +180,57 @@ def test_what_can_not_be_read_is_left_and_holds_nothing_up(
     assert left["source"] == "model-7.safetensors"
     assert left["why"].startswith("can not be read: ")
     assert "Permission denied" in left["why"]
+
+
+@pytest.mark.parametrize(("number", "tries"), [(errno.ESTALE, 2), (errno.EMFILE, 1)])
+def test_what_can_not_be_read_for_a_moment_is_read_again(
+    root: Path, store: Path, monkeypatch: pytest.MonkeyPatch, number: int, tries: int
+) -> None:
+    """Nothing changes a file on a mount that was away: whoever waits for that waits for ever."""
+    (root / "model-7.safetensors").write_bytes(saved_by_safetensors(b"whole"))
+    errors, flaw_of = [OSError(number, os.strerror(number))] * tries, watcher.flaw_of
+
+    def away(where: Any, candidate: Candidate) -> str:
+        if errors:
+            raise errors.pop()
+        return flaw_of(where, candidate)
+
+    monkeypatch.setattr(watcher, "flaw_of", away)
+    document = adopt(root, store)
+    assert [one["source"] for one in document["adopted"]] == ["model-7.safetensors"]
+
+
+def test_once_ends_over_what_can_never_be_read(
+    root: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root / "model-7.safetensors").write_bytes(saved_by_safetensors(b"whole"))
+
+    def away(where: Any, candidate: Candidate) -> str:
+        raise OSError(errno.EIO, f"{candidate.name}: Input/output error")
+
+    monkeypatch.setattr(watcher, "flaw_of", away)
+    (left,) = adopt(root, store)["left"]
+    assert left["why"].startswith("can not be read: ")
+
+
+def test_a_directory_that_can_not_be_listed_for_a_moment_is_listed_again(
+    root: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks, scan = 0, watcher.scan
+
+    def away(where: Path, patterns: Any) -> list[Candidate]:
+        nonlocal looks
+        looks += 1
+        if looks == 2:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return scan(where, patterns)
+
+    monkeypatch.setattr(watcher, "scan", away)
+    (root / "model-7.safetensors").write_bytes(saved_by_safetensors(b"whole"))
+    asyncio.run(asyncio.wait_for(watched_until_commit(root, store, 7), PATIENCE_SECONDS))
+    looks = 1
+    with pytest.raises(StoreUnreachableError, match="can not be listed: Stale file handle"):
+        adopt(root, store)
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,7 @@ def test_what_a_trainer_logged_becomes_tags(tmp_path: Path) -> None:
     state = json.loads((place / "trainer_state.json").read_text())
     state["log_history"].append({"step": 20, "eval_loss": float("nan"), "odd": [1], "big": 2**70})
     state["log_history"].append({"step": 10, "loss": 99.0})
+    state["log_history"].append({"step": 20, "\ud800 is no character": 1.0, "two\nlines": 2.0})
     (place / "trainer_state.json").write_text(json.dumps(state))
     found = scan_one(tmp_path, place.name)
     assert found is not None
