@@ -78,7 +78,7 @@ class Requests:
             case control.Prefetch():
                 _check_protocol(request.protocol)
                 return await self._service.ahead.begin(
-                    self._job(normalise_url(request.url)), request.ranks
+                    self._job(_url_of(request.url)), request.ranks
                 )
             case control.Describe():
                 return control.Described(str(await self._work(self._reader.describe)))
@@ -130,7 +130,7 @@ class Requests:
         _check_protocol(request.protocol)
         if not 2 <= request.slots <= SLOTS_MAX or not 0 <= request.rank < request.world:
             raise UsageError(f"slots={request.slots} rank={request.rank} world={request.world}")
-        url = normalise_url(request.url)
+        url = _url_of(request.url)
         job = self._job(url)
         attempt, nonce, is_new = request.attempt, request.nonce, not request.attempt
         if is_new and request.rank:
@@ -251,7 +251,7 @@ class Requests:
 
     async def _load(self, request: control.Load) -> control.Reply:
         _check_protocol(request.protocol)
-        job = self._job(normalise_url(request.url))
+        job = self._job(_url_of(request.url))
         if self._session is not None and self._session.held is not None:
             raise UsageError("load on a connection of its own", subject="control socket")
         await self._released()
@@ -336,3 +336,10 @@ def _check_protocol(theirs: int) -> None:
             subject="daemon",
             hint="Run `ckptmgr drain --stop`, then start again: the new version starts its own.",
         )
+
+
+def _url_of(text: str) -> str:
+    if "://" not in text and not text.startswith("/"):  # it would be below where the daemon runs
+        hint = "Send an absolute path, or a URL."
+        raise UsageError("is a relative path", subject=text, hint=hint)
+    return normalise_url(text)

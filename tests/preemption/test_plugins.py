@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import os
@@ -363,3 +364,33 @@ def test_the_idiom_of_hfai_saves_and_resumes(
         optimizer.step()
         optimizer.zero_grad()
     assert torch.equal(resumed, model.weight)
+
+
+def test_a_model_with_its_saver_can_be_copied(runtime: Path, store_url: str) -> None:
+    """As every running average of one is."""
+    model: Any = torch.nn.Linear(3, 3)
+    given = model, torch.optim.SGD(model.parameters())
+    checkpoint.init(*given, ckpt_path=store_url, source=SuspendSource(lambda: False))
+    assert copy.deepcopy(model).try_save is None
+    assert torch.optim.swa_utils.AveragedModel(model).module.try_save is None
+    model.try_save.close()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_training_that_fails_is_not_held_up_by_its_saver(
+    runtime: Path, store_url: str, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """As a block is left by the exception, though the process ends by it alone."""
+    left: list[object] = []
+    model = torch.nn.Linear(3, 3)
+    given = model, torch.optim.SGD(model.parameters())
+    checkpoint.init(*given, ckpt_path=store_url, source=SuspendSource(lambda: False))
+    saving: Any = model.try_save
+    error = RuntimeError("the loss is nan") if fails else None
+    leave = saving._checkpointer.__exit__
+    monkeypatch.setattr(
+        type(saving._checkpointer), "__exit__", lambda _, *how: (left.extend(how), leave(*how))[1]
+    )
+    monkeypatch.setattr(sys, "last_value", error, raising=False)
+    saving._at_exit()
+    assert left == [RuntimeError if fails else None, error, None]

@@ -170,6 +170,7 @@ def test_odd_requests_get_an_error_or_a_buffer(daemon: Daemon, field: str, value
         {"op": "load", "url": "memory://frames", "rank": -1},
         {"op": "load", "url": "memory://frames", "rank": 1 << 62, "step": -(1 << 63)},
         {"op": "load", "url": "file:///nowhere/at/all"},
+        {"op": "load", "url": "relative/path"},
     ],
     ids=str,
 )
@@ -179,6 +180,12 @@ def test_requests_out_of_order_get_an_answer(daemon: Daemon, request_: dict[str,
     answer = speak(daemon, frame(encode(request_)))
     assert answer, daemon.log.read_text()[-2000:]
     still_serves(daemon)
+
+
+def test_a_relative_path_makes_nothing_where_the_daemon_runs(daemon: Daemon) -> None:
+    sent = {**ATTACH, "url": "memory&/relative"}
+    assert b"is a relative path" in speak(daemon, frame(encode(sent)))
+    assert not Path(f"/proc/{daemon.process.pid}/cwd/memory&").exists()
 
 
 def test_random_frames(daemon: Daemon) -> None:

@@ -13,6 +13,7 @@ few minutes as well, so that a failure costs no more than that.
 from __future__ import annotations
 
 import atexit
+import sys
 import warnings
 from typing import Any
 
@@ -67,7 +68,7 @@ class TrySave:
         with awake("resuming"):
             self._checkpointer.__enter__()
             # The last step is not left behind, however the training ends.
-            atexit.register(self.close)
+            atexit.register(self._at_exit)
             restored = self._checkpointer.restore()
         if restored < carried_step():
             warnings.warn(
@@ -99,5 +100,21 @@ class TrySave:
 
     def close(self) -> None:
         """Commit the last snapshot and leave; done by itself when the process ends."""
-        atexit.unregister(self.close)
-        self._checkpointer.__exit__(None, None, None)
+        self._leave(None)
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        """A copy of the model, and one that is pickled, has None in its place."""
+        return _nothing, ()
+
+    def _at_exit(self) -> None:
+        # What ended the process, if an exception did: then nothing is waited for, as in a block.
+        self._leave(getattr(sys, "last_value", None))
+
+    def _leave(self, error: BaseException | None) -> None:
+        atexit.unregister(self._at_exit)
+        kind = None if error is None else type(error)
+        self._checkpointer.__exit__(kind, error, None)
+
+
+def _nothing() -> None:
+    return None
