@@ -154,7 +154,7 @@ class Capture:
         self._views = ViewCache()
         self._thread = CopyThread()
         self._gates = Gates(self._thread.settle)
-        self._seams = replace(SEAMS, expand=self._expand_again)
+        self._seams = replace(SEAMS, expand=self._expand)
 
     # -- prepare ------------------------------------------------------------------------------
 
@@ -186,11 +186,6 @@ class Capture:
             self._optimizers.append(item)
         return self._objects.state_of(item)
 
-    def _expand_again(self, item: Any) -> Any:
-        if isinstance(item, Optimizer):
-            self._optimizers.append(item)
-        return self._objects.state_again(item)
-
     def _again(self, live: dict[str, Any]) -> tuple[Sources, bytes] | None:
         if self._frame is None:
             return None
@@ -206,7 +201,7 @@ class Capture:
     def _anew(self, live: dict[str, Any]) -> tuple[Sources, bytes]:
         self._optimizers.clear()
         self._objects = find_objects(live)
-        seams = replace(self._seams, leaf_types=leaf_types(), expand=self._expand)
+        seams = replace(self._seams, leaf_types=leaf_types())
         flat = flatten(live, seams)
         values = encode_flat_values(flat)
         frame = make_frame(flat, seams, self._look_around(self._objects))

@@ -110,11 +110,12 @@ class Objects:
             raise StructureChangedError
         return names
 
-    def state_again(self, item: Any) -> Any:
-        """As `state_of`, but only of modules and optimizers that were found in the state.
+    def state_of(self, item: Any) -> Any:
+        """The state of an object that keeps its own; no rank is asked for anything.
 
         Raises:
-            StructureChangedError: it was not, or holds other parameters by now.
+            StructureChangedError: it is a module or optimizer that was not found in the state, or
+                holds other parameters by now.
         """
         if isinstance(item, Optimizer):
             return by_name(state_dict_of(item), self.names(item))
@@ -123,17 +124,6 @@ class Objects:
                 raise StructureChangedError
             return flat_state(item) if self._is_flat[id(item)] else item.state_dict()
         return item.state_dict()
-
-    def state_of(self, item: Any) -> Any:
-        """The state of an object that keeps its own; no rank is asked for anything.
-
-        An optimizer inside the state of something else keeps torch's form.
-        """
-        if isinstance(item, Optimizer) and id(item) not in self._named:
-            return state_dict_of(item)
-        if isinstance(item, nn.Module) and id(item) not in self._is_flat:
-            return flat_state(item) if is_flat(item) else item.state_dict()
-        return self.state_again(item)
 
 
 def _reshard(module: nn.Module) -> None:

@@ -95,6 +95,7 @@ class _Flattener:
     trails: list[Trail] = field(default_factory=list)
     values: list[Any] = field(default_factory=list)
     value_trails: list[Trail] = field(default_factory=list)
+    owners: list[Trail] = field(default_factory=list)
 
     def walk(self, item: Any, trail: Trail, depth: int) -> Template:
         kind = type(item)
@@ -114,8 +115,7 @@ class _Flattener:
         elif kind in (list, tuple, deque):
             branch = self._branch("sequence", item, trail, depth, enumerate(item))
         elif self.seams.expands(item):
-            child = self.walk(self.seams.expand(item), trail, depth + 1)
-            return Branch("object", kind, [child])
+            return self._object(item, trail, depth)
         else:
             return self._outside(item, trail, depth)
         if len(self.leaves) == mark[0] and all(type(c) is Value for c in branch.children):
@@ -136,6 +136,23 @@ class _Flattener:
     ) -> Branch:
         children = [self.walk(child, (trail, key), depth + 1) for key, child in places]
         return Branch(shape, type(item), children)
+
+    def _object(self, item: Any, trail: Trail, depth: int) -> Branch:
+        """An object with a state of its own; not within another's, which would be given a plain
+        dictionary in its place.
+        """
+        kind = type(item)
+        if self.owners:
+            raise v.refuse(
+                trail,
+                f"is a {kind.__module__}.{kind.__qualname__} within the state_dict of "
+                f"{render(self.owners[-1])}",
+                hint="Return its own state_dict() there, and give that back to it when loading.",
+            )
+        self.owners.append(trail)
+        child = self.walk(self.seams.expand(item), trail, depth + 1)
+        self.owners.pop()
+        return Branch("object", kind, [child])
 
     def _value(self, item: Any, trail: Trail) -> Value:
         self.values.append(item)

@@ -153,9 +153,9 @@ class LeafInValueError(Exception):
         self.trail = trail
 
 
-def refuse(trail: Trail, why: str) -> UnsupportedLeafError:
+def refuse(trail: Trail, why: str, hint: str = "") -> UnsupportedLeafError:
     """The error for a place of the state that can not be stored exactly."""
-    return UnsupportedLeafError(why, subject=render(trail))
+    return UnsupportedLeafError(why, subject=render(trail), hint=hint)
 
 
 def encode_values(values: Sequence[tuple[Any, Trail]], externalize: Externalize) -> bytes:

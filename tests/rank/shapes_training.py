@@ -199,6 +199,19 @@ class _Extra(nn.Module):
         self.note = state
 
 
+class _Holder:
+    """An object whose state_dict gives another object as it is."""
+
+    def __init__(self, held: Any) -> None:
+        self.epoch, self.held = 1, held
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
 class _Wrapped(nn.Module):
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -260,6 +273,11 @@ def _accumulating(seed: int) -> State:
     return {"model": net, "grads": grads, "micro_step": seed, "history": history}
 
 
+def _holds_optimizer(seed: int) -> State:
+    net = _net(seed)
+    return {"model": net, "x": [_Holder({"of": optim.AdamW(net.parameters())})]}
+
+
 def _metadata_of_old(seed: int) -> State:
     return {"weights": _net(seed).state_dict(), "list": [_net(seed).state_dict()]}
 
@@ -291,6 +309,10 @@ TRAINING = [
     Shape("trainer", "GradScaler", _scaler),
     Shape("trainer", "accumulated gradients, histories", _accumulating),
     Shape("trainer", "queue with a pointer (MoCo)", _lbfgs_tensors),
+    Shape("trainer", "object within the state_dict of another", lambda s: {
+        "x": _Holder(_scaler(s)["scaler"])}, refused="x/held"),
+    Shape("trainer", "optimizer within the state_dict of an object", _holds_optimizer,
+          refused="x/0/held/of"),
     Shape("data", "StatefulDataLoader in the middle", lambda s: _loader(s, 2)),
     Shape("data", "StatefulDataLoader at the end", lambda s: _loader(s, 5)),
 ]  # fmt: skip

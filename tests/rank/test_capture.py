@@ -302,6 +302,30 @@ def test_a_refused_leaf_is_named_also_when_it_comes_later() -> None:
     capture.prepare()
 
 
+def test_an_object_that_comes_into_the_state_of_another_later_is_refused() -> None:
+    scaler = torch.amp.GradScaler("cpu")
+
+    class Trainer:
+        held: Any = scaler.state_dict()
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"held": self.held}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.held = state["held"]
+
+    trainer = Trainer()
+    capture = Capture({"trainer": trainer})
+    capture.prepare()
+    trainer.held = [scaler]
+    with pytest.raises(
+        UnsupportedLeafError, match=r"GradScaler within the .* of trainer"
+    ) as caught:
+        capture.prepare()
+    assert caught.value.subject == "trainer/held/0"
+    assert "Return its own state_dict() there" in caught.value.hint
+
+
 def test_collection_is_on_again_after_prepare() -> None:
     assert gc.isenabled()
     Capture({"a": 1}).prepare()

@@ -183,31 +183,6 @@ def test_tied_tensors_are_one_leaf() -> None:
     assert [leaf.path for leaf in layout.leaves] == ["a", "c"]
 
 
-class _Holder:
-    """Gives live objects for its state."""
-
-    def __init__(self) -> None:
-        self.model = nn.Linear(2, 2)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
-        self.model(torch.ones(1, 2)).sum().backward()
-        self.optimizer.step()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"model": self.model, "optimizer": self.optimizer}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        raise NotImplementedError
-
-
-def test_objects_inside_the_state_of_another_are_captured_too() -> None:
-    holder = _Holder()
-    capture = Capture({"holder": holder}, rng=False)
-    first, second = capture.prepare(), capture.prepare()
-    assert first.layout_bytes == second.layout_bytes
-    paths = {leaf.path for leaf in second.layout.leaves}
-    assert {"holder/model/weight", "holder/optimizer/state/0/momentum_buffer"} <= paths
-
-
 def test_a_module_in_the_place_of_another_is_looked_at_anew() -> None:
     state: dict[str, Any] = {"m": nn.Linear(2, 2)}
     capture = Capture(state, rng=False)
