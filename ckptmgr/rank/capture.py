@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ckptmgr.bucket import Bucket, bytes_per_second
-from ckptmgr.errors import CkptmgrError, UnsupportedLeafError, UsageError
+from ckptmgr.errors import CkptmgrError, UnsupportedLeafError
 from ckptmgr.rank.externals import externalize
 from ckptmgr.rank.frame import Frame, Sources, make_frame, sources_again, sources_of
 from ckptmgr.rank.gates import Gates, can_wait
@@ -31,7 +31,7 @@ from ckptmgr.rank.pagelocks import cuda_in_use
 from ckptmgr.rank.parallel import Parallel, look_around, ranks_of_job
 from ckptmgr.rank.parts import PLAIN_TYPES, leaf_types, local_tensor
 from ckptmgr.rank.quiet import LOOK_SECONDS_MAX
-from ckptmgr.rank.randomness import RNG_KEY, Generators
+from ckptmgr.rank.randomness import RNG_KEY, Generators, check_names
 from ckptmgr.rank.tensors import is_leaf
 from ckptmgr.rank.twins import predicted_state_dict
 from ckptmgr.rank.views import ViewCache
@@ -139,8 +139,8 @@ class Capture:
         group: dist.ProcessGroup | None = None,
         max_d2h_gbps: float = 0.0,
     ) -> None:
-        if rng and RNG_KEY in state:
-            raise UsageError("is reserved for the generators of the process", subject=RNG_KEY)
+        if rng:
+            check_names(state)
         self._state = state
         self._rng = rng
         self._overlap = overlap
@@ -163,6 +163,7 @@ class Capture:
 
         Raises:
             UnsupportedLeafError: a leaf that can not be stored exactly, with its path.
+            UsageError: the name of the generators has come into the state.
         """
         self._thread.drain()  # one whose `copy` was interrupted has no Copy to wait for
         self._optimizers.clear()
@@ -352,8 +353,15 @@ def collection_paused() -> Iterator[None]:
 
 
 def live_state(state: MutableMapping[str, Any], *, rng: bool) -> dict[str, Any]:
-    """The mapping to flatten: the user's, and the generators of the process."""
-    return {**state, RNG_KEY: Generators()} if rng else dict(state)
+    """The mapping to flatten: the user's, and the generators of the process.
+
+    Raises:
+        UsageError: their name is taken.
+    """
+    if not rng:
+        return dict(state)
+    check_names(state)  # again: names may come into the mapping at any time
+    return {**state, RNG_KEY: Generators()}
 
 
 def keeps_own_state(item: Any) -> bool:

@@ -308,6 +308,7 @@ class Checkpointer:
             StepOrderError: `step` is not greater than the last one.
             SupersededError: a newer attempt of this job is active; stop.
             UnsupportedLeafError: the state has got a leaf that can not be stored.
+            UsageError: it has got the name `rng`, and `rng` is not False.
             StateError: a restore was cut short amid putting a step back, and none has succeeded
                 since.
         """
@@ -387,7 +388,8 @@ class Checkpointer:
         damaged, the one before is taken, a warning says so, and `restored.skipped` has the reasons.
 
         Raises:
-            UsageError: a signal handler calls it amid a snapshot or another restore.
+            UsageError: a signal handler calls it amid a snapshot or another restore; or the name
+                `rng` has come into `state`, and `rng` is not False.
             NothingToRestoreError: `step` is not there, or `required` and there is none.
             StateMismatchError: the saved and the live state differ; names every leaf.
             DamageError: there are steps, but none that can be read.

@@ -20,7 +20,7 @@ from ckptmgr.errors import StateMismatchError
 from ckptmgr.rank.capture import collection_paused
 from ckptmgr.rank.merging import Merging, finished_all
 from ckptmgr.rank.objects import find_objects
-from ckptmgr.rank.randomness import RNG_KEY, check_generators, write_generators
+from ckptmgr.rank.randomness import RNG_KEY, check_generators, check_names, write_generators
 from ckptmgr.rank.regions import Clones, Regions
 from ckptmgr.rank.saved import Saved, SavedState, fresh, read_state
 from ckptmgr.rank.sources import Ranges, Sources, Table, own_rank
@@ -161,16 +161,19 @@ def plan_placing(
         alone: this is the only live process; else see `Placing.surplus`.
 
     Raises:
+        UsageError: `rng`, and the name of the generators is taken in `state`.
         StateMismatchError: they differ in leaves, shapes or dtypes; at most 20 are named.
         RecordDamagedError, HostBufferDamagedError: what was saved can not be read.
     """
+    if rng:
+        check_names(state)
     known = list(tables)
     own = own_rank(rank, saved_world if saved_world is not None else len(known))
     with collection_paused():
         found = read_state(Sources(known, own))
         wants = Wants(alone)
         plan = Placing(wants, state, Merging(wants, find_objects(dict(state)), found.own))
-        if rng and own != rank and RNG_KEY not in state:
+        if rng and own != rank:
             plan.notes.append(f"the generators of rank {rank} were not saved and stay as they are")
         _plan(plan, found, rng=rng and own == rank, partial=partial)
     return plan

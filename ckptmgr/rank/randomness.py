@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Container
 from typing import Any
 
 import numpy as np
 import torch
 
-from ckptmgr.errors import StateMismatchError
+from ckptmgr.errors import StateMismatchError, UsageError
 from ckptmgr.rank.externals import new_bit_generator, refuse_unknown
 
 RNG_KEY = "rng"
 """Reserved name in the state for the generators of the process."""
+
+
+def check_names(state: Container[Any]) -> None:
+    """Refuse a state in which the name of the generators is taken.
+
+    Raises:
+        UsageError: it is.
+    """
+    if RNG_KEY in state:
+        raise UsageError(
+            "is reserved for the generators of the process",
+            subject=RNG_KEY,
+            hint="Give it another name in `state`, or leave the generators out: rng=False.",
+        )
 
 
 def read_generators() -> dict[str, Any]:

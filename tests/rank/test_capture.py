@@ -290,6 +290,20 @@ def test_generators_are_captured_under_a_reserved_name() -> None:
     assert capture.prepare().values != first.values
 
 
+def test_the_name_of_the_generators_is_theirs_also_later() -> None:
+    state: dict[str, Any] = {"x": torch.ones(1)}
+    capture = Capture(state)
+    capture.prepare()
+    state["rng"] = {"seed": 1}
+    with pytest.raises(UsageError, match="rng: is reserved") as caught:
+        capture.prepare()
+    assert "another name" in caught.value.hint
+    with pytest.raises(UsageError):
+        capture.predict()
+    del state["rng"]
+    capture.prepare()
+
+
 def test_a_refused_leaf_is_named_also_when_it_comes_later() -> None:
     state: dict[str, Any] = {"x": {"y": 1}}
     capture = Capture(state)

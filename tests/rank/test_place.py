@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from ckptmgr.errors import StateMismatchError
+from ckptmgr.errors import StateMismatchError, UsageError
 from ckptmgr.rank.names import match_names
 from ckptmgr.rank.place import check, place, rebuild
 from rank.shape import bytes_of, difference, tensors
@@ -418,6 +418,18 @@ def test_generators_of_the_process_come_back_last() -> None:
         assert draw() == expected
         place({"a": Noisy()}, saved, rng=False)
         assert draw() != expected
+
+
+def test_a_live_state_does_not_take_the_generators_for_its_own_name() -> None:
+    with snapshot({"x": torch.ones(1)}, rng=True) as saved:
+        live = {"x": torch.zeros(1), "rng": {"seed": 1}}
+        with pytest.raises(UsageError, match="rng: is reserved"):
+            place(live, saved)
+        assert live == {"x": torch.zeros(1), "rng": {"seed": 1}}
+        own = {"x": torch.zeros(1), "rng": torch.zeros(1)}
+        with snapshot({"x": torch.ones(1), "rng": torch.ones(1)}) as other:
+            place(own, other, rng=False)
+        assert own == {"x": torch.ones(1), "rng": torch.ones(1)}
 
 
 @pytest.mark.parametrize("batches_before", [0, 1, 5, 13, 14])
