@@ -53,14 +53,15 @@ class Branch:
     """A container with leaves inside: its exact type, keys, fixed attributes and children.
 
     `shape` is "map", "sequence", "object" (its state_dict is the only child) or "external" (the
-    attributes are the first child).
+    attributes are the first child). `key_forms` tell the keys of a map from others that are equal
+    to them; None if all are str.
     """
 
     shape: str
     kind: type
     children: list[Template]
     keys: list[Hashable] = field(default_factory=list)
-    key_kinds: list[type] | None = None
+    key_forms: list[Any] | None = None
     fixed: Any = None
     only_leaves: bool = False
 
@@ -110,8 +111,8 @@ class _Flattener:
             v.check_keys(item, trail)
             branch = self._branch("map", item, trail, depth, item.items())
             branch.keys = list(item)
-            kinds = list(map(type, item))
-            branch.key_kinds = None if {str}.issuperset(kinds) else kinds
+            if not {str}.issuperset(map(type, item)):
+                branch.key_forms = list(map(v.exact_form, item))
         elif kind in (list, tuple, deque):
             branch = self._branch("sequence", item, trail, depth, enumerate(item))
         elif self.seams.expands(item):
@@ -231,7 +232,8 @@ def _same_places(template: Branch, item: Any, seams: Seams) -> Iterable[Any]:
     if template.shape == "map":
         if template.keys != list(item):
             raise StructureChangedError
-        if template.key_kinds is not None and template.key_kinds != list(map(type, item)):
+        forms = template.key_forms
+        if forms is not None and forms != list(map(v.exact_form, item)):
             raise StructureChangedError
         if template.fixed is not None and template.fixed != v.fixed_attributes(item):
             raise StructureChangedError

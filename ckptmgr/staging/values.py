@@ -113,6 +113,9 @@ SEQUENCE_TAGS: dict[type, int] = {
 
 _FACTORY_NAMES = {factory: name for name, factory in FACTORIES.items()}
 _PLAIN = frozenset({type(None), bool, int, float, str, bytes})
+_EXACT = frozenset({type(None), bool, int, str, bytes})
+"""Types of which no two different values are equal."""
+
 _NUMPY_DTYPE = re.compile(r"[<>|][biufcMm][0-9]{1,2}(\[[0-9]*[a-zA-Zμ]{1,2}\])?")
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -289,6 +292,18 @@ def fixed_attributes(container: Any) -> Any:
     if kind is defaultdict:
         return container.default_factory
     return dict(vars(container)) if kind is OrderedDict or kind is Counter else None
+
+
+def exact_form(key: Hashable) -> Any:
+    """Something that is equal for the same key only: 1, True and 1.0 are equal, as are the zeros,
+    the tuples of them, and times in different zones.
+    """
+    kind = type(key)
+    if kind in _EXACT:
+        return kind, key
+    if isinstance(key, (tuple, frozenset)):
+        return kind, tuple(map(exact_form, key))
+    return kind, repr(key)
 
 
 def check_keys(value: Mapping[Hashable, Any], trail: Trail) -> None:

@@ -74,6 +74,18 @@ def _rename(state: dict[str, Any]) -> None:
     state["list"][0] = {True: state["list"][0].pop(1)}
 
 
+def _rename_inside(state: dict[str, Any]) -> None:
+    state["deep"] = {(True, (2.0,)): state["deep"].pop((1, (2,)))}
+
+
+def _sign(state: dict[str, Any]) -> None:
+    state["zero"] = {-0.0: state["zero"].pop(0.0)}
+
+
+def _unite(state: dict[str, Any]) -> None:
+    state["set"] = {frozenset({True}): state["set"].pop(frozenset({1}))}
+
+
 def _grad(state: dict[str, Any]) -> None:
     state["t"].requires_grad_()
 
@@ -97,6 +109,9 @@ def _wrap(state: dict[str, Any]) -> None:
         _tie,
         _transpose_tied,
         _rename,
+        _rename_inside,
+        _sign,
+        _unite,
         _grad,
         _sparse,
         _wrap,
@@ -111,6 +126,9 @@ def test_every_change_of_structure_is_noticed(change: Callable[[dict[str, Any]],
         "t": torch.zeros(4),
         "plain": {"k": None},
         "list": [{1: torch.ones(2)}],
+        "deep": {(1, (2,)): torch.ones(2)},
+        "zero": {0.0: torch.ones(2)},
+        "set": {frozenset({1}): torch.ones(2)},
     }
     capture = Capture(state, rng=False)
     before = capture.prepare()
