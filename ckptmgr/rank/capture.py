@@ -148,6 +148,7 @@ class Capture:
         self._group = group
         self._limit = Bucket(bytes_per_second(max_d2h_gbps)) if max_d2h_gbps else None
         self._frame: Frame | None = None
+        self._around: Parallel | None = None
         self._objects = Objects()
         self._optimizers: list[Optimizer] = []
         self._written_by_hand: set[str] = set()
@@ -188,12 +189,13 @@ class Capture:
         return self._objects.state_of(item)
 
     def _again(self, live: dict[str, Any]) -> tuple[Sources, bytes] | None:
-        if self._frame is None:
+        if self._frame is None or self._around is None:
             return None
         try:
             sources, values = sources_again(self._frame, live, self._seams)
             # Only now: what FSDP gathers for a forward, each state_dict has put back in its place.
             self._objects.check(live)
+            self._around.check()
             places = zip(values, self._frame.value_trails, strict=True)
             return sources, encode_values(list(places), externalize)
         except (StructureChangedError, LeafInValueError, UnsupportedLeafError):
@@ -205,8 +207,8 @@ class Capture:
         seams = replace(self._seams, leaf_types=leaf_types())
         flat = flatten(live, seams)
         values = encode_flat_values(flat)
-        frame = make_frame(flat, seams, self._look_around(self._objects))
-        self._frame = frame
+        self._around = self._look_around(self._objects)
+        self._frame = frame = make_frame(flat, seams, self._around)
         tensors = list(map(local_tensor, flat.leaves))
         return sources_of(frame, flat.leaves, tensors, frame.pointers), values
 
@@ -337,6 +339,7 @@ class Capture:
         self._views.clear()
         self._optimizers.clear()
         self._objects = Objects()
+        self._around = None
         self._frame = None
 
 

@@ -19,7 +19,9 @@ from ckptmgr.rank.names import unwrapped
 from ckptmgr.rank.objects import Objects
 from ckptmgr.rank.optimizers import is_partitioned, parameters_of
 from ckptmgr.rank.parts import PLAIN_TYPES, FlatRun, mesh_replicas
+from ckptmgr.rank.replicas import averaged_by, hooks_of, is_replicated, keeps_alike
 from ckptmgr.staging.paths import Trail, render
+from ckptmgr.staging.tree import StructureChangedError
 
 Ranks = tuple[int, ...]
 """Global ranks that hold the same bytes, in an order on which all of them agree."""
@@ -45,6 +47,16 @@ class Parallel:
     globs: tuple[str, ...]
     _module_trails: set[Trail] = field(default_factory=set)
     _held: dict[Trail, tuple[tuple[int, ...] | None, Ranks]] = field(default_factory=dict)
+    _hooks: list[tuple[DistributedDataParallel, tuple[Any, ...]]] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Look whether gradients are still communicated as they were.
+
+        Raises:
+            StructureChangedError: a module has got a communication hook.
+        """
+        if any(hooks_of(module) != hooks for module, hooks in self._hooks):
+            raise StructureChangedError
 
     def paths(self, trails: Sequence[Trail]) -> list[str]:
         """The path of each leaf; names in modules without wrappers, where that is unambiguous."""
@@ -96,12 +108,18 @@ def look_around(objects: Objects, globs: Sequence[str], job: Ranks) -> Parallel:
     if len(job) <= 1:
         return found
     replicas: dict[int, Ranks] = {}
+    averaged = set[int]().union(*(averaged_by(optimizer) for _, optimizer in objects.optimizers))
     for trail, module in objects.modules:
-        for name, param, ranks in _replicated_parameters(module):
-            found._held[trail, name] = None, ranks
-            replicas[id(param)] = ranks
+        for prefix, part in _replicating(module):
+            found._hooks.append((part, hooks_of(part)))
+            if is_replicated(part, averaged):
+                for name, param, ranks in _replicated_parameters(prefix, part):
+                    found._held[trail, name] = None, ranks
+                    replicas[id(param)] = ranks
     for trail, optimizer in objects.optimizers:
         alone = (rank,) if is_partitioned(optimizer) else None
+        if not (alone or keeps_alike(optimizer)):
+            continue
         pairs = zip(objects.names(optimizer), parameters_of(optimizer), strict=True)
         for called, param in pairs:
             if id(param) in replicas:
@@ -111,15 +129,19 @@ def look_around(objects: Objects, globs: Sequence[str], job: Ranks) -> Parallel:
     return found
 
 
-def _replicated_parameters(module: nn.Module) -> list[tuple[str, Tensor, Ranks]]:
-    """Name in the module, tensor and ranks of each parameter below a DistributedDataParallel."""
-    found = []
-    for prefix, part in module.named_modules(remove_duplicate=False):
-        if isinstance(part, DistributedDataParallel):
-            ranks = tuple(dist.get_process_group_ranks(part.process_group))
-            ignored = part.parameters_to_ignore
-            for name, param in part.module.named_parameters(remove_duplicate=False):
-                if name not in ignored:
-                    full = ".".join(filter(None, (prefix, "module", name)))
-                    found.append((full, param, ranks))
-    return found
+def _replicating(module: nn.Module) -> list[tuple[str, DistributedDataParallel]]:
+    """Each DistributedDataParallel in a module, with its name there."""
+    named = module.named_modules(remove_duplicate=False)
+    return [(name, part) for name, part in named if isinstance(part, DistributedDataParallel)]
+
+
+def _replicated_parameters(
+    prefix: str, part: DistributedDataParallel
+) -> list[tuple[str, Tensor, Ranks]]:
+    """Name in the module that has `part` as `prefix`, tensor and ranks of each parameter in it."""
+    ranks = tuple(dist.get_process_group_ranks(part.process_group))
+    return [
+        (".".join(filter(None, (prefix, "module", name))), param, ranks)
+        for name, param in part.module.named_parameters(remove_duplicate=False)
+        if name not in part.parameters_to_ignore
+    ]

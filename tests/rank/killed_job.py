@@ -110,8 +110,13 @@ class Training:
         bare = getattr(self.model, "module", self.model)
         for block in bare.blocks.values():
             block.register_forward_hook(dropped)
+        self.replicated: list[str] = []
         if layout == "ddp":
             self.model.register_comm_hook(None, lambda _, bucket: summed_in_order(bucket))
+            # Nobody but us knows that this hook gives all ranks the same gradients.
+            names = [name for name, _ in bare.named_parameters()]
+            self.replicated = [f"model/{name}" for name in names]
+            self.replicated += [f"optimizer/state/{name}/exp_avg*" for name in names]
         for group in self.optimizer.param_groups:
             group["lr"] = 0.01
         # Ranks that hold parts of one replica see one batch and drop the same numbers.
@@ -217,6 +222,7 @@ def checkpointed(training: Training, url: str, steps: int, mouth: Mouth) -> None
             pending.remove(handle)
 
     options: dict[str, Any] = {"every": EVERY, "keep": KEEP, "drain_timeout": 60.0}
+    options["replicated"] = training.replicated
     with ckptmgr.Checkpointer(url, training.state, **options) as ckpt:
         attempt = ckpt.attempt
         mouth.say("restoring")
