@@ -149,6 +149,7 @@ class Capture:
         self._limit = Bucket(bytes_per_second(max_d2h_gbps)) if max_d2h_gbps else None
         self._frame: Frame | None = None
         self._around: Parallel | None = None
+        self._of_one: frozenset[str] | None = None
         self._objects = Objects()
         self._optimizers: list[Optimizer] = []
         self._written_by_hand: set[str] = set()
@@ -213,7 +214,27 @@ class Capture:
         return sources_of(frame, flat.leaves, tensors, frame.pointers), values
 
     def _look_around(self, objects: Objects) -> Parallel:
-        return look_around(objects, self._replicated, ranks_of_job(self._group))
+        return look_around(objects, self._replicated, ranks_of_job(self._group), self._of_one)
+
+    def tell_parties(self, count: Callable[[str, int], int]) -> None:
+        """Count, with those of all ranks, the groups of ranks that share out a module of a path;
+        after `predict`, and before all ranks call `heed_parties`.
+        """
+        for path, led in self._parties().items():
+            if led:
+                count(path, led)
+
+    def heed_parties(self, count: Callable[[str, int], int]) -> None:
+        """Share out no module of which another group has one with the same path: as the parts of
+        a tensor that was cut by hand, they may be different tensors.
+        """
+        parties = self._parties()
+        self._of_one = frozenset(path for path in parties if count(path, 0) == 1)
+        if len(self._of_one) < len(parties):
+            self._frame = None
+
+    def _parties(self) -> dict[str, int]:
+        return {} if self._around is None else self._around.parties()
 
     def predict(self) -> tuple[int, int]:
         """Bytes of the table and of the data of a snapshot after the first optimizer step.

@@ -208,10 +208,12 @@ class Checkpointer:
                 )
             if not links:
                 links.append(self._joined(claimed))
+            self._capture.tell_parties(self._ranks.count)
 
         try:
             claimed = self._ranks.share(claim)
             together(self._ranks, "attach", AGREE_SECONDS_MAX, join)
+            self._capture.heed_parties(self._ranks.count)
         except BaseException:
             self._capture.close()
             for link in links:

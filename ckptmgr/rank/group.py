@@ -118,6 +118,13 @@ class Ranks(Protocol):
     def common(self, topic: str, items: Collection[str], timeout_seconds: float) -> list[str]:
         """Those of this rank's `items` that every rank has named. Waits and errors as `agree`."""
 
+    def count(self, item: str, more: int) -> int:
+        """Add to what all ranks have counted of an item since `share`, and give the sum.
+
+        Raises:
+            RendezvousError: the key-value store does not answer.
+        """
+
     def registers(self) -> Registers:
         """Registers of the attempt for another thread; only where there are many ranks."""
 
@@ -149,6 +156,10 @@ class Alone:
     ) -> list[str]:
         """All of them."""
         return list(items)
+
+    def count(self, item: str, more: int) -> int:  # noqa: ARG002
+        """Nobody else counts."""
+        return more
 
     def registers(self) -> Registers:
         """Nobody to tell anything."""
@@ -201,14 +212,17 @@ class Group:
         """As promised by Ranks: each item is a count of the ranks that have named it."""
         registers = self._entered()
         base = f"common/{self._agreements + 1}-{topic}"
-        digests = {item: blake2b(item.encode(), digest_size=12).hexdigest() for item in items}
-        keys = {item: f"{base}/{digest}" for item, digest in digests.items()}
+        keys = {item: f"{base}/{_short(item)}" for item in items}
         for key in keys.values():
             registers.count(key, 1)
         agreed = self.agree(topic, Verdict(self.rank), timeout_seconds)
         if not agreed.ok:
             raise agreed.failure()
         return [item for item, key in keys.items() if registers.count(key) == self.world]
+
+    def count(self, item: str, more: int) -> int:
+        """As promised by Ranks."""
+        return self._entered().count(f"count/{_short(item)}", more)
 
     def registers(self) -> Registers:
         """As promised by Ranks."""
@@ -223,6 +237,11 @@ class Group:
         self._agreements += 1
         round_ = _Round(self._entered(), f"agree/{self._agreements}-{topic}", self.world, verdict)
         return round_.result(timeout_seconds)
+
+
+def _short(item: str) -> str:
+    """What stands for an item of any length in a key."""
+    return blake2b(item.encode(), digest_size=12).hexdigest()
 
 
 class _Round:

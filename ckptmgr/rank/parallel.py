@@ -6,7 +6,7 @@ All of it is read off the live objects; no rank asks another.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -48,6 +48,16 @@ class Parallel:
     _module_trails: set[Trail] = field(default_factory=set)
     _held: dict[Trail, tuple[tuple[int, ...] | None, Ranks]] = field(default_factory=dict)
     _hooks: list[tuple[DistributedDataParallel, tuple[Any, ...]]] = field(default_factory=list)
+    _parties: dict[str, set[Ranks]] = field(default_factory=dict)
+
+    def parties(self) -> dict[str, int]:
+        """Modules that only some ranks of the job keep alike, by path: how many such groups of
+        ranks this rank is the first of. Another group may have another module of that path.
+        """
+        return {
+            path: sum(min(ranks) == self.rank for ranks in groups)
+            for path, groups in self._parties.items()
+        }
 
     def check(self) -> None:
         """Look whether gradients are still communicated as they were.
@@ -57,6 +67,17 @@ class Parallel:
         """
         if any(hooks_of(module) != hooks for module, hooks in self._hooks):
             raise StructureChangedError
+
+    def _is_of_one(
+        self, path: str, module: DistributedDataParallel, of_one: Container[str] | None
+    ) -> bool:
+        """Whether no other ranks have another module of this path."""
+        members = set(dist.get_process_group_ranks(module.process_group))
+        ranks = tuple(rank for rank in self.job if rank in members)
+        if len(ranks) == len(self.job):
+            return True
+        self._parties.setdefault(path, set()).add(ranks)
+        return of_one is None or path in of_one
 
     def paths(self, trails: Sequence[Trail]) -> list[str]:
         """The path of each leaf; names in modules without wrappers, where that is unambiguous."""
@@ -100,8 +121,18 @@ class Parallel:
 _NOBODY: tuple[None, Ranks] = (None, ())
 
 
-def look_around(objects: Objects, globs: Sequence[str], job: Ranks) -> Parallel:
-    """What the objects of a state, process groups and the user's patterns tell of its leaves."""
+def look_around(
+    objects: Objects, globs: Sequence[str], job: Ranks, of_one: Container[str] | None = None
+) -> Parallel:
+    """What the objects of a state, process groups and the user's patterns tell of its leaves.
+
+    Args:
+        objects: those of the state.
+        globs: patterns of paths of tensors that every rank has alike.
+        job: the ranks that save together.
+        of_one: paths of modules that are known to be of one group of ranks, of those that only some
+            ranks of the job keep alike; by default all of them.
+    """
     rank = dist.get_rank() if len(job) > 1 else 0
     found = Parallel(rank, job, tuple(globs))
     found._module_trails.update(trail for trail, _ in objects.modules)
@@ -112,7 +143,7 @@ def look_around(objects: Objects, globs: Sequence[str], job: Ranks) -> Parallel:
     for trail, module in objects.modules:
         for prefix, part in _replicating(module):
             found._hooks.append((part, hooks_of(part)))
-            if is_replicated(part, averaged):
+            if is_replicated(part, averaged) and found._is_of_one(render(trail), part, of_one):
                 for name, param, ranks in _replicated_parameters(prefix, part):
                     found._held[trail, name] = None, ranks
                     replicas[id(param)] = ranks

@@ -15,6 +15,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import (
     post_localSGD_hook,
 )
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.optim import PostLocalSGDOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
@@ -28,10 +29,12 @@ class Compressing(SGD):
     """Somebody's optimizer: that it is made of one of torch says nothing of what it keeps."""
 
 
-def state_of(build: Callable[[Any], Optimizer] = SGD, hook: Any = None, of: Any = None) -> State:
+def state_of(
+    build: Callable[[Any], Optimizer] = SGD, hook: Any = None, of: Any = None, among: Any = None
+) -> State:
     """A model that communicates by a hook, and an optimizer as after a step."""
     torch.manual_seed(0)
-    model = DistributedDataParallel(nn.Linear(8, 8, bias=False))
+    model = DistributedDataParallel(nn.Linear(8, 8, bias=False), process_group=among)
     if hook is not None:
         # Torch registers one of bfloat16 only with NCCL.
         model._comm_hooks.append((hook, of))
@@ -83,4 +86,24 @@ def two(place: Path) -> dict[str, list[str]]:
     found["before a hook"] = shared_paths(capture)
     state["m"].register_comm_hook(local, post_localSGD_hook)
     found["after it"] = shared_paths(capture)
+    return found
+
+
+def four(place: Path) -> dict[str, list[str]]:
+    """What four ranks share out that are two pairs, before they know of each other and after."""
+    store = _get_default_store()
+    pairs = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    pair = dist.get_rank() % 2
+    own = state_of(among=pairs[pair])
+    state: State = {"both": state_of(), "one": own["m"], "o": own["o"]}
+    state[f"stage{pair}"] = state_of(among=pairs[pair])["m"]
+    capture = Capture(state, rng=False)
+    found = {"before": shared_paths(capture)}
+    capture.predict()
+    capture.tell_parties(store.add)
+    dist.barrier()
+    capture.heed_parties(store.add)
+    found["after"] = shared_paths(capture)
+    state["later"] = state_of(among=pairs[pair])["m"]
+    found["later"] = shared_paths(capture)
     return found

@@ -195,6 +195,31 @@ def refuse(url: str) -> None:
         say(error=type(error).__name__, message=str(error))
 
 
+def cut_by_hand(url: str) -> None:
+    """Hold half of each tensor, which another rank has too, under the name of the whole one."""
+    halves = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    torch.manual_seed(RANK % 2)
+    net = DistributedDataParallel(nn.Linear(8, 8), process_group=halves[RANK % 2])
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    net(torch.randn(4, 8)).square().mean().backward()
+    optimizer.step()
+
+    def held() -> list[torch.Tensor]:
+        states = optimizer.state.values()
+        kept = [*net.parameters(), *(state["momentum_buffer"] for state in states)]
+        return [tensor.detach() for tensor in kept]
+
+    expected = [tensor.clone() for tensor in held()]
+    with ckptmgr.Checkpointer(url, {"net": net, "optimizer": optimizer}, every=None) as ckpt:
+        ckpt.save(1)
+    for tensor in held():
+        tensor.zero_()
+    with ckptmgr.Checkpointer(url, {"net": net, "optimizer": optimizer}, every=None) as ckpt:
+        start = ckpt.restore()
+    exact = [torch.equal(one, other) for one, other in zip(held(), expected, strict=True)]
+    say(start=start, exact=exact)
+
+
 def main() -> None:
     """Join the others, act, leave."""
     scenario, url, rendezvous = sys.argv[1:]
@@ -205,6 +230,7 @@ def main() -> None:
         "quiet": quiet,
         "differ": differ,
         "refuse": refuse,
+        "cut": cut_by_hand,
         "whole": lambda url: train(url, 20, crash=False),
         "first": lambda url: train(url, 14, crash=True),
         "second": lambda url: train(url, 20, crash=False),

@@ -81,6 +81,12 @@ def test_killed_ranks_resume_from_one_step_bit_for_bit(runtime: Path, tmp_path: 
     assert committed(url)[0] == "2.20"
 
 
+def test_halves_of_a_tensor_that_have_one_name_are_not_mixed(runtime: Path, store_url: str) -> None:
+    told = ranks("cut", store_url, world=4)
+    assert [one["start"] for one in told] == [1] * 4
+    assert [one["exact"] for one in told] == [[True] * 4] * 4
+
+
 def test_arguments_that_differ_are_refused_on_all_ranks(runtime: Path, store_url: str) -> None:
     told = ranks("differ", store_url)
     assert [one["error"] for one in told] == ["UsageError", "UsageError"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from ranks import run_ranks
@@ -34,3 +36,13 @@ def test_only_what_is_known_to_be_alike_is_shared_out(
 ) -> None:
     assert found.keys() == EXPECTED.keys()
     assert tuple(found[case]) == EXPECTED[case]
+
+
+def test_of_modules_that_some_ranks_share_out_no_two_have_one_path(tmp_path: Path) -> None:
+    """As the halves of a tensor that was cut by hand, they may be different tensors."""
+    both = ["both/m/weight", "both/o/state/weight/momentum_buffer"]
+    for rank, found in enumerate(run_ranks("rank.drifting", "four", 4, tmp_path)):
+        stage = f"stage{rank % 2}/weight"
+        assert found["before"] == [*both, "o/state/weight/momentum_buffer", "one/weight", stage]
+        assert found["after"] == [*both, stage]
+        assert found["later"] == found["after"], "of which nobody could be asked"
