@@ -60,6 +60,15 @@ def checked_patterns(patterns: Any) -> tuple[str, ...]:
     return tuple(patterns)
 
 
+def _exact(scalar: Any) -> Any:
+    """The same value of the very type that can be encoded, not of a subclass of it; what is no
+    character, as in the name of a file that is not UTF-8, is spelled.
+    """
+    if isinstance(scalar, str):
+        return str.__str__(scalar).encode(errors="backslashreplace").decode()
+    return next(kind(scalar) for kind in (bool, int, float) if isinstance(scalar, kind))
+
+
 def plain_tags(tags: Any) -> Tags:
     """Tags as JSON scalars: zero-dimensional tensors and NumPy scalars by `.item()`."""
     plain: Tags = {}
@@ -73,8 +82,8 @@ def plain_tags(tags: Any) -> Tags:
             raise UsageError(f"{value!r} has more than 64 bits", subject=f"tag {name!r}")
         # JSON has no inf and nan, and a loss of nan is exactly what somebody will look for.
         is_odd = isinstance(scalar, float) and not math.isfinite(scalar)
-        plain[name] = str(scalar) if is_odd else scalar
-    if sum(len(name) + len(str(value)) + 16 for name, value in plain.items()) > TAGS_BYTES_MAX:
+        plain[_exact(name)] = str(scalar) if is_odd else _exact(scalar)
+    if sum(len(f"{name}{value}".encode()) + 16 for name, value in plain.items()) > TAGS_BYTES_MAX:
         raise UsageError(f"are longer than {TAGS_BYTES_MAX} bytes", subject="tags")
     return plain
 

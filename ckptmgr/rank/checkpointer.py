@@ -153,7 +153,7 @@ class Checkpointer:
         except BaseException:
             saving.close(clean=False)
             raise
-        self._link = link
+        self._link, self._process = link, os.getpid()
         return self
 
     def _follow(self, link: Link, pace: Pace) -> Saving:
@@ -259,6 +259,9 @@ class Checkpointer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if os.getpid() != self._process:
+            self._link = None  # a forked child falls out of its parent's block: all of it is his
+            return
         saving = self._entered()
         drain_seconds = self._drain_timeout if kind is None else 0.0
         try:
@@ -278,6 +281,9 @@ class Checkpointer:
         if self._link is None or self._saving is None:
             hint = "Write `with ckptmgr.Checkpointer(...) as ckpt:`."
             raise UsageError("is used outside its block", subject="Checkpointer", hint=hint)
+        if os.getpid() != self._process:
+            hint = "Save and restore in the process that entered the block."
+            raise UsageError("is used in a forked child", subject="Checkpointer", hint=hint)
         return self._saving
 
     def _entered_alone(self, what: str) -> Saving:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
+
+from ckptmgr.errors import UsageError
 
 _LOOK_SECONDS = 0.01
 """How often a thread that waits looks whether it is its turn: what it waits for takes longer."""
@@ -27,11 +30,13 @@ class Turns:
 
     A lock that is waited for with a bound is taken by a call, and an exception out of a signal
     handler right after that call leaves it taken for ever. A turn begins within the `try` that
-    ends it, and both ends are one call of C.
+    ends it, and both ends are one call of C. A forked child never has one: what it would use is its
+    parent's.
     """
 
     def __init__(self) -> None:
         self._line: deque[_Turn] = deque()
+        self._process = os.getpid()
 
     @property
     def is_taken(self) -> bool:
@@ -50,9 +55,13 @@ class Turns:
         """Do it in this thread's turn, which must not be waited for by a thread that has it.
 
         Raises:
+            UsageError: this process is a forked child.
             TimeoutError: others have not ended theirs within `seconds_max`; nothing was done.
             Exception: what `do` raises.
         """
+        if os.getpid() != self._process:
+            hint = "Ask in the process that entered the block."
+            raise UsageError("is asked by a forked child", subject="daemon", hint=hint)
         end = time.monotonic() + seconds_max
         turn = _Turn(threading.get_ident())
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import signal
 import subprocess
@@ -220,22 +219,6 @@ def test_required_means_required(runtime: Path, store_url: str) -> None:
         assert ckpt.restore() == 0
         with pytest.raises(NothingToRestoreError):
             ckpt.restore(required=True)
-
-
-def test_tags_are_scalars(runtime: Path, store_url: str) -> None:
-    with ckptmgr.Checkpointer(store_url, {"x": torch.ones(3)}, every=None) as ckpt:
-        tags = {"loss": torch.tensor(0.5), "norm": math.nan, "lr": 1e-3, "note": "ok", "n": 3}
-        assert ckpt.save(1, tags=tags).committed(30)
-        for bad in ({"bad": [1]}, {1: 2}, "tags", {"big": 1 << 70}, {"t": torch.ones(2)}):
-            with pytest.raises(UsageError):
-                ckpt.save(2, tags=bad)  # type: ignore[arg-type]
-    assert ls(store_url)[0]["tags"] == {
-        "loss": 0.5,
-        "norm": "nan",
-        "lr": 1e-3,
-        "note": "ok",
-        "n": 3,
-    }
 
 
 def test_plain_python_comes_back_in_the_mapping(runtime: Path, store_url: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from training import CrashError, command, committed
 
 import ckptmgr
-from ckptmgr.errors import DaemonUnreachableError
+from ckptmgr.errors import DaemonUnreachableError, UsageError
 from ckptmgr.rank import checkpointer, link
 from ckptmgr.staging.control import Client, Message, Wait
 from driven import PATIENCE_SECONDS, Daemon, Rank, until
@@ -96,3 +97,32 @@ def test_a_question_of_another_thread_does_not_hold_up_the_end(
             asker.join(PATIENCE_SECONDS)
         assert len(failures) == 1
         daemon.await_event("committed")
+
+
+def test_a_forked_child_that_falls_out_of_the_block_says_nothing(
+    runtime: Path, store_url: str, asked: list[type[Message]], tmp_path: Path
+) -> None:
+    """It would be on its parent's connection, and each would hear what the other has asked."""
+    told = tmp_path / "told"
+    with ckptmgr.Checkpointer(store_url, {"x": torch.ones(3)}, every=None) as ckpt:
+        first = ckpt.save(1)
+        assert first.committed(PATIENCE_SECONDS)
+        second = ckpt.save(2)
+        pid = os.fork()
+        if not pid:
+            try:
+                asked.clear()
+                for use in (lambda: ckpt.save(3), lambda: ckpt.step(3), ckpt.restore):
+                    with pytest.raises(UsageError, match="forked child"):
+                        use()
+                ckpt.__exit__(None, None, None)
+                told.write_text(f"{asked}")
+            finally:
+                os._exit(0)
+        os.waitpid(pid, 0)
+        assert told.read_text() == "[]"
+        assert second.committed(PATIENCE_SECONDS)
+        assert ckpt.save(3).committed(PATIENCE_SECONDS)
+        assert ckpt._link is not None
+        assert ckpt._link.rejoined == 0
+    assert committed(store_url) == ["1.3", "1.2", "1.1"]
