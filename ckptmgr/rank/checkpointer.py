@@ -346,7 +346,9 @@ class Checkpointer:
         If no slot is free it waits for the store as long as bytes arrive there; then the oldest
         snapshot that is not committed is given up. Raises what `step` raises, and
         `HostMemoryError` or `DaemonUnreachableError` where no snapshot can be taken. A signal
-        handler may call it, but for amid a snapshot or a restore (UsageError).
+        handler may call it, but for amid a snapshot or a restore (UsageError). Where one does while
+        this call converts tags or waits for a slot, its later step is the one that is snapshotted:
+        this returns the handle of that, and `step` returns None.
         """
         return self._entered().save(self._next_step(step), tags)
 

@@ -67,6 +67,12 @@ class SaveHandle:
         self.snapshot: Snapshot | None = None
         self.last_word: tuple[Outcome, str] | None = None
 
+    @property
+    def holds(self) -> bool:
+        """Whether it is sealed, or is being copied and has not failed so far."""
+        begun = self.snapshot is not None or self.copy is not None
+        return begun and self.failure is None
+
     def sealed(self) -> bool:
         """Wait until the snapshot is sealed: it survives the death of this process from then on.
 

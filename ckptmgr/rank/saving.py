@@ -8,7 +8,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ckptmgr.config import CONTROL_TIMEOUT_SECONDS
@@ -62,27 +62,43 @@ class Saving:
         self._check_superseded()
         if not self._pace.due(step, self._look):
             return None
-        self.finish_copy()
+        plain = self._plain(tags)
         try:
-            slot = self._pace.slot(step, lambda: self._look_to_write(soon=True))
-            if slot is None:
-                self._stats.delayed += 1
-                return None
-            handle = self._snapshot(step, tags, slot, soon=True)
+            handle = self._snapshot(
+                *(step, *plain),
+                lambda: self._pace.slot(step, lambda: self._look_to_write(soon=True)),
+                soon=True,
+            )
         except (HostMemoryError, DaemonUnreachableError) as error:
             self.failed(str(error))
             return None
-        self._pace.taken()
-        return handle
+        if handle is None:
+            self._stats.delayed += 1
+        return handle if handle is not None and handle.step == step else None
 
     def save(self, step: int, tags: Mapping[str, Any] | None) -> SaveHandle:
-        """Snapshot now."""
+        """Snapshot now; the handle of a later step if a signal handler has saved one meanwhile."""
         self._check_superseded()
-        self.finish_copy()
-        slot = self._pace.slot_soon(step, lambda: self._look_to_write(soon=False), self._wait_for)
-        handle = self._snapshot(step, tags, slot, soon=False)
-        self._pace.taken()
+        plain = self._plain(tags)
+
+        def look() -> Look:
+            return self._look_to_write(soon=False)
+
+        handle = self._snapshot(
+            *(step, *plain),
+            lambda: self._pace.slot_soon(step, look, self._wait_for),
+            soon=False,
+        )
+        assert handle is not None, "it waits for a slot"
         return handle
+
+    def _plain(self, tags: Mapping[str, Any] | None) -> tuple[Tags, float]:
+        """The tags that this rank writes, and the seconds that took. A loss on a GPU is waited for,
+        and signal handlers run meanwhile: no slot may have been chosen yet.
+        """
+        start = time.perf_counter()
+        plain = plain_tags(tags) if self._ranks.rank == 0 else {}
+        return plain, time.perf_counter() - start
 
     def request(self) -> None:
         """Snapshot soon."""
@@ -117,15 +133,36 @@ class Saving:
     # -- one snapshot -------------------------------------------------------------------------
 
     def _snapshot(
-        self, step: int, tags: Mapping[str, Any] | None, slot: int, *, soon: bool
-    ) -> SaveHandle:
-        start = time.perf_counter()
-        plain = plain_tags(tags) if self._ranks.rank == 0 else {}
-        self.busy = True
-        try:
-            return self._copy_and_seal(step, plain, slot, start, soon=soon)
-        finally:
-            self.busy = False
+        self,
+        step: int,
+        plain: Tags,
+        spent_seconds: float,
+        choose: Callable[[], int | None],
+        *,
+        soon: bool,
+    ) -> SaveHandle | None:
+        """Fill the slot that `choose` finds; None where it finds none.
+
+        Until `busy` is set a signal handler may save, perhaps into the slot that was chosen here:
+        then that choice is no more. What it saved is a later step, which makes this one needless.
+        """
+        while True:
+            newest = self._handle
+            if newest is not None and newest.step > step and newest.holds:
+                return newest
+            self.finish_copy()
+            slot = choose()
+            if slot is None:
+                return None
+            start = time.perf_counter() - spent_seconds
+            self.busy = True
+            try:
+                if self._handle is newest:
+                    handle = self._copy_and_seal(step, plain, slot, start, soon=soon)
+                    self._pace.taken()
+                    return handle
+            finally:
+                self.busy = False
 
     def _copy_and_seal(
         self, step: int, plain: Tags, slot: int, start: float, *, soon: bool

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ import pytest
 import torch
 
 import ckptmgr
-from ckptmgr.errors import UsageError
+from ckptmgr.errors import HostMemoryError, UsageError
+from ckptmgr.rank.link import Link
+from ckptmgr.rank.pace import OwnPace
 from driven import PATIENCE_SECONDS, Daemon
 from interrupting import signalled
 from rigged import Rig
@@ -91,3 +95,84 @@ def test_a_handler_does_not_save_a_state_that_is_half_put_back(
         assert ckpt.restore() == 1
         assert len(refused) == 2
         assert ckpt.save(2).committed(PATIENCE_SECONDS)
+
+
+class Loss:
+    """A loss whose value is waited for, as one of a GPU is: a signal comes meanwhile."""
+
+    def item(self) -> float:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return 1.0
+
+
+def signalled_after(choose: Callable[..., Any]) -> Callable[..., Any]:
+    """Choose a slot, and then let a signal come, the first time."""
+    came = iter([False])
+
+    def chosen(*given: Any) -> Any:
+        found = choose(*given)
+        if not next(came, True):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return found
+
+    return chosen
+
+
+@pytest.mark.parametrize("use", ["save", "step"])
+@pytest.mark.parametrize("amid", ["tags", "slot"])
+def test_what_a_handler_saves_is_not_overwritten_by_what_it_interrupts(
+    amid: str, use: str, runtime: Path, store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its slot was free when the interrupted call chose it."""
+    state = {"x": torch.zeros(3)}
+    handles: list[ckptmgr.SaveHandle] = []
+
+    def handle(*_: object) -> None:
+        state["x"].fill_(11)
+        handles.append(ckpt.save(11))
+
+    with ckptmgr.Checkpointer(store_url, state, every=1) as ckpt:
+        assert ckpt.save(1).committed(PATIENCE_SECONDS)
+        before = signal.signal(signal.SIGUSR1, handle)
+        try:
+            if amid == "slot":
+                name = "slot_soon" if use == "save" else "slot"
+                monkeypatch.setattr(OwnPace, name, signalled_after(getattr(OwnPace, name)))
+            found = getattr(ckpt, use)(10, {"loss": Loss()} if amid == "tags" else None)
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+        assert found is (handles[0] if use == "save" else None)
+        assert handles[0].committed(PATIENCE_SECONDS)
+        assert ckpt.stats.delayed == 0
+        assert ckpt.save(12).committed(PATIENCE_SECONDS)
+    with ckptmgr.Checkpointer(store_url, state, every=None) as ckpt:
+        assert ckpt.restore(11) == 11
+        assert state["x"].tolist() == [11, 11, 11]
+
+
+def test_a_slot_is_chosen_again_where_a_handler_has_failed_to_save(
+    runtime: Path, store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {"x": torch.zeros(3)}
+    refused = []
+
+    def handle(*_: object) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Link, "sealed", refuse)
+            with pytest.raises(HostMemoryError):
+                ckpt.save(11)
+
+    def refuse(_: Link) -> None:
+        refused.append(1)
+        raise HostMemoryError("is gone", subject="inbox")
+
+    with ckptmgr.Checkpointer(store_url, state, every=None, overlap=False) as ckpt:
+        before = signal.signal(signal.SIGUSR1, handle)
+        try:
+            with pytest.warns(RuntimeWarning, match="is gone"):
+                saved = ckpt.save(10, {"loss": Loss()})
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+        assert refused
+        assert saved.step == 10
+        assert saved.committed(PATIENCE_SECONDS)
