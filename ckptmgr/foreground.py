@@ -130,7 +130,9 @@ class _Watch(threading.Thread):
         Raises:
             TimeoutError: there was none.
         """
-        if not select.select([self._reading], [], [], timeout_seconds)[0]:
+        looked = select.poll()  # select() takes no descriptor from 1024 on
+        looked.register(self._reading, select.POLLIN)
+        if not looked.poll(None if timeout_seconds is None else timeout_seconds * 1000):
             raise TimeoutError
         return os.read(self._reading, 1)[0]
 

@@ -59,7 +59,7 @@ class Forked:
     def poll(self) -> int | None:
         """Its exit status, or minus the signal that killed it; None while it runs."""
         with self._turn:
-            if self.returncode is None and select.select([self._handle], [], [], 0)[0]:
+            if self.returncode is None and self._is_over(0.0):
                 self.returncode = self._nursery.ask([], status=self.pid)["status"]
             return self.returncode
 
@@ -69,11 +69,16 @@ class Forked:
         Raises:
             subprocess.TimeoutExpired: it has not ended in time.
         """
-        if not select.select([self._handle], [], [], timeout)[0]:
+        if not self._is_over(timeout):
             raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0.0)
         status = self.poll()
         assert status is not None
         return status
+
+    def _is_over(self, timeout: float | None) -> bool:
+        looked = select.poll()  # for tests with more than 1024 descriptors
+        looked.register(self._handle, select.POLLIN)
+        return bool(looked.poll(None if timeout is None else timeout * 1000))
 
     def send_signal(self, number: int) -> None:
         """Nothing, if it has ended."""

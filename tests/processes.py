@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import select
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+SELECT_DESCRIPTORS_MAX = 1024
 
 SPARED: set[int] = set()
 """Pids of helpers of the tests that may hold a file of a test for a moment: they pass it on."""
@@ -18,6 +22,24 @@ def needs_root() -> None:
     """Skip the calling test, with the reason in the summary, where it is not run by root."""
     if os.getuid() != 0:
         pytest.skip("NEEDS ROOT: not checked in this run; run the suite as root to check it")
+
+
+@contextlib.contextmanager
+def many_descriptors() -> Iterator[list[int]]:
+    """So many open ones that the next has a number that select() does not take."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2 * SELECT_DESCRIPTORS_MAX:
+        pytest.skip("NEEDS DESCRIPTORS: the hard limit of open files is too low")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2 * SELECT_DESCRIPTORS_MAX), hard))
+    opened = [os.open(os.devnull, os.O_RDONLY)]
+    try:
+        while opened[-1] < SELECT_DESCRIPTORS_MAX:
+            opened.append(os.dup(opened[0]))
+        yield opened
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def holds(pid: int, directory: Path) -> bool:

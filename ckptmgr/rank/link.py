@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import select
 import threading
 import time
 import warnings
@@ -437,8 +436,8 @@ class Link:
         """Wait for the end of the connection, or for a question in vain; no more is sent on it."""
         while not self._ended.is_set():
             if not self._silent and self._is_of_our_daemon(self._liveness):
-                with contextlib.suppress(OSError):
-                    select.select([self._liveness.fileno()], [], [])
+                with contextlib.suppress(DaemonUnreachableError):
+                    self._liveness.wait_closed(None)
             if self._ended.is_set():
                 return
             self._liveness.close()

@@ -378,10 +378,6 @@ class Client:
             received += piece
         return bytes(received)
 
-    def fileno(self) -> int:
-        """The socket's descriptor: readable when the daemon is gone."""
-        return self._socket.fileno()
-
     @property
     def is_open(self) -> bool:
         """Whether nobody has closed this end."""
@@ -392,8 +388,8 @@ class Client:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
-    def wait_closed(self, timeout_seconds: float = CONTROL_TIMEOUT_SECONDS) -> None:
-        """Wait for the daemon to close the connection.
+    def wait_closed(self, timeout_seconds: float | None = CONTROL_TIMEOUT_SECONDS) -> None:
+        """Wait for the daemon to close the connection, as it does when it dies; None: for ever.
 
         Raises:
             DaemonUnreachableError: it did not within the time.

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ import pytest
 from called import make_store
 from ckptmgr.config import open_private_dir
 from driven import until
+from processes import many_descriptors
 from rigged import Rig
 
 
@@ -35,7 +36,12 @@ def rig(made: Path, tmp_path: Path) -> Rig:
 
 
 def start_restore(
-    rig: Rig, to: Path, *, ignored: bool = False, form: str = "safetensors"
+    rig: Rig,
+    to: Path,
+    *,
+    ignored: bool = False,
+    form: str = "safetensors",
+    keep: Sequence[int] = (),
 ) -> subprocess.Popen[str]:
     """A restore in the state of signals that a shell gives its foreground jobs, wherever the test
     itself runs; with `ignored`, in that of its background jobs.
@@ -48,6 +54,7 @@ def start_restore(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        pass_fds=keep,
     )
 
 
@@ -110,6 +117,15 @@ def test_an_interrupt_ends_the_export_too(rig: Rig, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     check_nothing_left(process, rig)
     assert not Path(f"/proc/{child}").exists()
+
+
+def test_an_interrupt_is_heard_past_descriptor_1024(rig: Rig, tmp_path: Path) -> None:
+    rig.obey(("get", "data/", "hold"))
+    with many_descriptors() as opened:
+        process = start_restore(rig, tmp_path / "out", keep=range(3, opened[-1] + 1))
+    until(lambda: rig.asked("get", "data/"), "it reads")
+    process.send_signal(signal.SIGINT)
+    check_nothing_left(process, rig)
 
 
 def test_an_ignored_interrupt_stays_ignored(rig: Rig, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from ckptmgr.rank import handle, link, saving
 from ckptmgr.staging.control import Stated, Status, Wait, Waited
 from ckptmgr.types import Outcome
 from driven import PATIENCE_SECONDS, Daemon, Rank, until
+from processes import many_descriptors
 from rigged import Rig
 
 pytestmark = pytest.mark.timeout(PATIENCE_SECONDS)
@@ -75,6 +76,12 @@ def test_one_death_of_the_daemon_is_met_once(runtime: Path, store_url: str) -> N
         link._turns.take(meet, 0.0)
         link.ask(Status(), Stated)  # after the other thread's turn
         assert link.rejoined == 1
+
+
+def test_a_death_of_the_daemon_is_heard_past_descriptor_1024(runtime: Path, store_url: str) -> None:
+    with many_descriptors(), Daemon(runtime) as daemon, Rank(runtime, store_url) as rank:
+        daemon.end(signal.SIGKILL)
+        until(lambda: rank.link.rejoined, "another daemon is started, without a question")
 
 
 def test_no_slot_is_written_that_a_daemon_that_hangs_may_be_filling(
