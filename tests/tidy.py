@@ -24,6 +24,7 @@ IMPORTS: dict[str, set[str]] = {
     "config": {"errors", "types"},
     "bucket": set(),
     "heap": set(),
+    "telling": set(),
     "keep": {"errors"},
     "preemption": {"errors"},
     "metrics": BASE,
@@ -42,7 +43,7 @@ IMPORTS: dict[str, set[str]] = {
     | {"heap"},
     "watch": BASE
     | {"keep", "metrics", "staging", "store", "repository", "restore", "daemon", "bucket"},
-    "rank": BASE | {"keep", "staging", "bucket", "preemption"},
+    "rank": BASE | {"keep", "staging", "bucket", "preemption", "telling"},
     "testing": {"errors", "types", "store"},
     "foreground": set(),
     "present": BASE | {"repository", "restore"},  # how the command line shows things
@@ -60,7 +61,7 @@ IMPORTS: dict[str, set[str]] = {
 """Unit -> units of ckptmgr that it may import. A module that stands here by its own name is judged
 by that entry instead of its package's."""
 
-PLUGIN_IMPORTS = BASE | {"store", "preemption"}
+PLUGIN_IMPORTS = BASE | {"store", "preemption", "telling"}
 PLUGIN_USES_THE_FACE = {"plugins/hai/ckptmgr_hai/checkpoint.py"}
 """An idiom of another library, kept by a Checkpointer: it uses the package as its users do."""
 

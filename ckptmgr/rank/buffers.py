@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import warnings
 from pathlib import Path
 
 from ckptmgr.errors import HostBufferDamagedError, HostMemoryError
@@ -12,6 +11,7 @@ from ckptmgr.rank.latch import Latch
 from ckptmgr.rank.pagelocks import PageLocks
 from ckptmgr.staging.control import Attached
 from ckptmgr.staging.hostbuffer import HostBuffer
+from ckptmgr.telling import tell
 from ckptmgr.types import Snapshot
 
 _POPULATE_PAUSE_SECONDS = 0.1
@@ -34,7 +34,7 @@ def open_locked(attached: Attached) -> HostBuffer:
         HostMemoryError: it has another one.
     """
     if attached.note:
-        warnings.warn(f"ckptmgr: {attached.note}", RuntimeWarning, stacklevel=2)
+        tell(attached.note, stacklevel=2)
     buffer = HostBuffer.open(Path(attached.path))
     if not buffer.lock_for_writing():
         buffer.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 import os
-import warnings
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -34,6 +33,7 @@ from ckptmgr.rank.resuming import Live, Resuming
 from ckptmgr.rank.saving import Saving
 from ckptmgr.rank.schedule import parse_every
 from ckptmgr.staging.hostbuffer import TAGS_BYTES_MAX, round_up
+from ckptmgr.telling import tell
 from ckptmgr.types import PAGE_BYTES, STEP_MAX, StepId
 
 if TYPE_CHECKING:
@@ -251,7 +251,7 @@ class Checkpointer:
 
     def _tell(self, why: str) -> None:
         self.stats.last_failure = why
-        warnings.warn(f"ckptmgr: {why}", RuntimeWarning, stacklevel=2)
+        tell(why)
 
     def __exit__(
         self,

@@ -6,7 +6,6 @@ import contextlib
 import math
 import threading
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +35,7 @@ from ckptmgr.staging.control import (
 from ckptmgr.staging.inbox import drop_ticket
 from ckptmgr.staging.launch import connect, connect_or_start
 from ckptmgr.staging.slots import Sealed
+from ckptmgr.telling import tell
 from ckptmgr.types import Outcome
 
 ATTACH_SECONDS_MAX = 4 * STORE_TIMEOUT_SECONDS
@@ -441,7 +441,11 @@ class Link:
             if self._ended.is_set():
                 return
             self._liveness.close()
-            self._liveness = self._revive()
+            try:
+                self._liveness = self._revive()
+            except Exception as error:  # noqa: BLE001 - nobody else would start another daemon
+                tell(f"no daemon yet: {error!r}")
+                self._ended.wait(_RESPAWN_PAUSE_SECONDS)
 
     def _is_of_our_daemon(self, client: Client) -> bool:
         """Whether it was taken by the daemon that we are attached to, and not kept by systemd's
@@ -469,7 +473,7 @@ class Link:
                 self._silent = False
                 return connect(self._runtime)
             except (CkptmgrError, OSError) as error:
-                warnings.warn(f"ckptmgr: no daemon yet: {error}", RuntimeWarning, stacklevel=1)
+                tell(f"no daemon yet: {error}")
                 self._ended.wait(_RESPAWN_PAUSE_SECONDS)
         return self._client
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from typing import Any, Self
 
 import torch
+
+from ckptmgr.telling import tell
 
 _PORTABLE = 1
 """cudaHostRegisterPortable: locked for every GPU of this process."""
@@ -53,10 +54,9 @@ class PageLocks:
             return
         self._refused = True
         _forget_error()
-        warnings.warn(
-            f"ckptmgr: host memory can not be page-locked (CUDA error {status}); copies from and "
-            "to the GPU will be slow. Raise the limit of locked memory (ulimit -l).",
-            RuntimeWarning,
+        tell(
+            f"host memory can not be page-locked (CUDA error {status}); copies from and to the GPU "
+            "will be slow. Raise the limit of locked memory (ulimit -l).",
             stacklevel=2,
         )
 

@@ -12,7 +12,6 @@ import math
 import queue
 import threading
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -23,6 +22,7 @@ from ckptmgr.preemption import Notice, Source
 from ckptmgr.rank.link import Link
 from ckptmgr.rank.pace import Pace
 from ckptmgr.staging.control import Done, Preempt
+from ckptmgr.telling import tell
 from ckptmgr.types import Outcome, Snapshot
 
 LOOK_SECONDS = 0.02
@@ -141,23 +141,15 @@ class Preempting:
             self._link.ask(request, Done)
             self._link.ask_later_daemons(structs.replace(request, again=True))
         except CkptmgrError as error:
-            warnings.warn(
-                f"ckptmgr: preempted, and the daemon can not be told: {error}",
-                RuntimeWarning,
-                stacklevel=1,
-            )
+            tell(f"preempted, and the daemon can not be told: {error}")
 
 
-def _tell(source: Source, tell: Callable[[int], None], step: int) -> None:
+def _tell(source: Source, hear: Callable[[int], None], step: int) -> None:
     """Tell a source; what goes wrong in one keeps nobody from telling the others."""
     try:
-        tell(step)
+        hear(step)
     except Exception as error:  # noqa: BLE001 - anybody's code, and nobody waits for this thread
-        warnings.warn(
-            f"ckptmgr: preemption source {source.name!r} failed at step {step}: {error}",
-            RuntimeWarning,
-            stacklevel=1,
-        )
+        tell(f"preemption source {source.name!r} failed at step {step}: {error}")
 
 
 def _leave(thread: threading.Thread | None, deadline: float) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from ckptmgr.rank.link import Link
 from ckptmgr.rank.taking import Taken, taken
 from ckptmgr.rank.wants import shown
 from ckptmgr.staging.control import Restore, Restored
+from ckptmgr.telling import tell
 from ckptmgr.types import StepId
 
 
@@ -106,7 +106,7 @@ class Resuming:
             self._refuse_untaken(part)
             self._put_back(part)
             for note in part.placing.notes:
-                warnings.warn(f"ckptmgr: {note}", RuntimeWarning, stacklevel=5)
+                tell(note, stacklevel=5)
             reasons = tuple(skipped.items())
             return RestoredStep(reply.step, reply.attempt, part.source, reasons)
 
@@ -167,4 +167,4 @@ class Resuming:
 def _tell_skipped(result: str, found: RestoredStep) -> None:
     if found.skipped:
         reasons = "; ".join(f"{one}: {why}" for one, why in found.skipped)
-        warnings.warn(f"ckptmgr: {result}; skipped {reasons}", RuntimeWarning, stacklevel=4)
+        tell(f"{result}; skipped {reasons}", stacklevel=4)

@@ -6,7 +6,6 @@ import contextlib
 import math
 import threading
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -32,6 +31,7 @@ from ckptmgr.staging.hostbuffer import (
     table_bytes_needed,
 )
 from ckptmgr.staging.reached import reach
+from ckptmgr.telling import tell
 from ckptmgr.types import PAGE_BYTES, Outcome, Snapshot, StepId, Tags
 
 HANDLES_MAX = 256
@@ -256,7 +256,7 @@ class Saving:
         """Count and tell a failure that does not stop training."""
         self._stats.failures += 1
         self._stats.last_failure = why
-        warnings.warn(f"ckptmgr: {why}", RuntimeWarning, stacklevel=4)
+        tell(why, stacklevel=4)
 
     # -- slots --------------------------------------------------------------------------------
 

@@ -13,7 +13,8 @@ import torch
 import ckptmgr
 from ckptmgr.errors import DaemonUnreachableError
 from ckptmgr.rank import handle, link, saving
-from ckptmgr.staging.control import Stated, Status, Wait, Waited
+from ckptmgr.staging.control import Client, Stated, Status, Wait, Waited
+from ckptmgr.staging.launch import connect_or_start
 from ckptmgr.types import Outcome
 from driven import PATIENCE_SECONDS, Daemon, Rank, until
 from processes import many_descriptors
@@ -82,6 +83,32 @@ def test_a_death_of_the_daemon_is_heard_past_descriptor_1024(runtime: Path, stor
     with many_descriptors(), Daemon(runtime) as daemon, Rank(runtime, store_url) as rank:
         daemon.end(signal.SIGKILL)
         until(lambda: rank.link.rejoined, "another daemon is started, without a question")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "error", [DaemonUnreachableError("could not be started"), ZeroDivisionError("by a fault")]
+)
+def test_a_daemon_is_started_after_one_try_has_failed_and_warnings_are_errors(
+    runtime: Path,
+    store_url: str,
+    error: Exception,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tries = []
+
+    def start(*given: Any) -> Client:
+        tries.append(given)
+        if len(tries) == 1:
+            raise error
+        return connect_or_start(*given)
+
+    with Daemon(runtime) as daemon, Rank(runtime, store_url) as rank:
+        monkeypatch.setattr(link, "connect_or_start", start)
+        daemon.end(signal.SIGKILL)
+        until(lambda: rank.link.rejoined, "another daemon is started, without a question")
+    assert "ckptmgr: no daemon yet: " in capsys.readouterr().err
 
 
 def test_no_slot_is_written_that_a_daemon_that_hangs_may_be_filling(

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 import threading
-import warnings
 from collections.abc import Callable
 
 from ckptmgr.preemption import Notice, Source, Told
+from ckptmgr.telling import tell
 from ckptmgr_hai.flag import Flag
 from ckptmgr_hai.platform import Platform, carried_step
 from ckptmgr_hai.watchdog import awake
@@ -73,7 +73,7 @@ class SuspendSource(Source):
             try:
                 now = self._is_set()
             except OSError as error:
-                warnings.warn(f"ckptmgr: no suspend flag: {error}", RuntimeWarning, stacklevel=1)
+                tell(f"no suspend flag: {error}")
                 return
             if now and not before:
                 self._suspended = True
