@@ -104,7 +104,8 @@ class Signals(Source):
 
     A thread hears a signal through a pipe that the interpreter writes to as the signal arrives, so
     that one which comes while the main thread is in a collective or a compiler is heard. Where
-    that pipe is somebody else's (asyncio's), the handler writes, when the main thread comes to it.
+    that pipe is somebody else's (asyncio's), the handler writes, when the main thread comes to it;
+    it takes the pipe back when that owner has left it.
 
     Args:
         numbers: the signals.
@@ -140,19 +141,40 @@ class Signals(Source):
         os.register_at_fork(after_in_child=lambda: (method := forget()) and method())
         for number in self._numbers:
             self._before[number] = signal.signal(number, self._handle)
+        self._take_wakeup(write)
+
+    def _take_wakeup(self, write: int) -> bool:
+        """Let the interpreter write to our pipe, unless it writes to somebody else's; whether it
+        has done so until now.
+        """
         others = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        self._owns_wakeup = others < 0
-        if others >= 0:
-            signal.set_wakeup_fd(others)
+        self._owns_wakeup = others in (-1, write)
+        if not self._owns_wakeup:
+            try:
+                signal.set_wakeup_fd(others)
+            except (OSError, ValueError):  # whoever it belonged to has closed it
+                self._owns_wakeup = True
+        return others == write
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """Only say so; a thread does the work. Then whatever else was to happen at this signal."""
-        if self._pipe is not None and not self._owns_wakeup:
+        # asyncio takes the interpreter's pipe for its own handlers, and gives back none at all.
+        if self._pipe is not None and not self._take_wakeup(self._pipe[1]):
             with contextlib.suppress(BlockingIOError):  # full of signals that are not heard yet
                 os.write(self._pipe[1], bytes([number]))
         before = self._before.get(number)
         if callable(before):
             before(number, frame)
+        elif self._pipe is None and before is not signal.SIG_IGN:
+            self._do_default(number)
+
+    def _do_default(self, number: int) -> None:
+        """What the signal does where nobody listens. We were closed under a handler that somebody
+        had put above ours, and has taken away since: that has put ours back.
+        """
+        if signal.getsignal(number) == self._handle:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def _hear(self, read: int, told: Told) -> None:
         while numbers := os.read(read, 256):

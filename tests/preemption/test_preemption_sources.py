@@ -4,13 +4,14 @@ handlers are lost.
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import os
 import queue
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -137,6 +138,65 @@ def test_a_signal_is_heard_though_the_pipe_is_somebody_elses(ear: Ear) -> None:
         assert signal.set_wakeup_fd(-1) == write
         os.close(read)
         os.close(write)
+
+
+def test_a_signal_is_heard_after_asyncio_has_had_the_pipe(ear: Ear) -> None:
+    """It takes it for handlers of its own, and leaves it to nobody."""
+
+    async def serve() -> None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, lambda: None)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        await asyncio.to_thread(lambda: noticed.append(ear.notice().why))
+
+    noticed: list[str] = []
+    source = Signals()
+    source.listen(ear.heard.put, 0)
+    try:
+        asyncio.run(serve())
+        assert noticed == ["SIGUSR1"], "while it has it"
+        assert signal.set_wakeup_fd(-1) == -1, "it gave it to nobody"
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ear.notice().why == "SIGTERM"
+        assert ear.heard.empty()
+    finally:
+        source.close()
+
+
+def close_in_the_order_of_entering() -> None:
+    first, second = Signals(), Signals()
+    for source in (first, second):
+        source.listen(lambda _: None, 0)
+    first.close()
+    second.close()
+
+
+def close_under_a_handler_that_is_taken_away() -> None:
+    source = Signals()
+    source.listen(lambda _: None, 0)
+    ours = signal.signal(signal.SIGTERM, lambda *_: None)
+    source.close()
+    signal.signal(signal.SIGTERM, ours)
+
+
+@pytest.mark.parametrize(
+    "close", [close_in_the_order_of_entering, close_under_a_handler_that_is_taken_away]
+)
+def test_sigterm_ends_a_process_in_which_nobody_listens_any_more(
+    close: Callable[[], None],
+) -> None:
+    ready, tell = os.pipe()
+    pid = os.fork()
+    if not pid:
+        signal.alarm(int(SECONDS_MAX) // 4)  # ends what swallows SIGTERM
+        close()
+        os.write(tell, b"!")
+        while True:
+            signal.pause()
+    os.read(ready, 1)
+    os.kill(pid, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
+    os.close(ready)
+    os.close(tell)
 
 
 def test_a_forked_child_dies_of_sigterm_and_its_parent_hears_nothing(ear: Ear) -> None:
