@@ -392,10 +392,12 @@ class Checkpointer:
         device had not shown yet. Where it holds for none that is the newest, so it may stay in a
         script (docs/keeping.md).
 
-        Returns its number, 0 if the job has none yet. After a `step` or `save` it claims another
-        attempt first, so that steps of the same numbers may be saved again. Tensors are copied into
-        the ones that exist; either everything is put back or nothing. Where a newer step was
-        damaged, the one before is taken, a warning says so, and `restored.skipped` has the reasons.
+        Returns its number, 0 if the job has none yet: then nothing is put back, and a warning says
+        so where steps were taken before; they may be counted anew. After a `step` or `save` it
+        claims another attempt first, so that steps of the same numbers may be saved again. Tensors
+        are copied into the ones that exist; either everything is put back or nothing. Where a newer
+        step was damaged, the one before is taken, a warning says so, and `restored.skipped` has the
+        reasons.
 
         Raises:
             UsageError: a signal handler calls it amid a snapshot or another restore; or the name
@@ -421,8 +423,19 @@ class Checkpointer:
         finally:
             self._restoring = False
         if found is None:
+            if self._last_step >= 0:
+                self._begin_at_zero()
             return 0
         self.restored = found
         self._last_step = found.step
         self._entered().resumed_from(StepId(found.attempt, found.step))
         return found.step
+
+    def _begin_at_zero(self) -> None:
+        """Let the loop begin anew, though there was nothing to put back."""
+        tell(
+            f"there is no committed step to restore: nothing was put back, and the state is still "
+            f"that of step {self._last_step}, while 0 is returned; required=True makes it an error",
+            stacklevel=3,
+        )
+        self._last_step = -1

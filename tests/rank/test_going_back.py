@@ -56,6 +56,23 @@ def test_a_restore_before_the_first_step_stays_in_its_attempt(
         assert ckpt.attempt == 2
 
 
+def test_where_nothing_was_committed_the_loop_begins_anew_and_is_warned(
+    runtime: Path, store_url: str
+) -> None:
+    state = {"x": torch.zeros(3)}
+    with ckptmgr.Checkpointer(store_url, state, every=None) as ckpt:
+        for step in range(ckpt.restore() + 1, 6):
+            state["x"].fill_(step)
+            ckpt.step(step)
+        with pytest.warns(RuntimeWarning, match=r"nothing was put back.* that of step 5") as caught:
+            assert ckpt.restore() == 0
+        assert [one.filename for one in caught] == [__file__]
+        assert ckpt.attempt == 2
+        assert ckpt.save(1).committed(PATIENCE_SECONDS)
+        assert ckpt.restore() == 1
+    assert loaded(store_url, "2.1") == [5.0]
+
+
 def test_a_copy_that_goes_on_ends_before_anything_is_fetched(runtime: Path, store_url: str) -> None:
     """The copy is slowed to about half a second; a fetch into its slot would come in between."""
     module = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(1 << 19)) for _ in range(16)])
