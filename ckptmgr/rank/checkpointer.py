@@ -407,7 +407,7 @@ class Checkpointer:
             DamageError: there are steps, but none that can be read.
             StoreUnreachableError: the store does not answer.
         """
-        self._entered_alone("restore")
+        self._entered_alone("restore").restores += 1
         self._restoring = True
         try:
             self._entered().fetching()

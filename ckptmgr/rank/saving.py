@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ckptmgr.config import CONTROL_TIMEOUT_SECONDS
@@ -16,6 +17,7 @@ from ckptmgr.errors import (
     DaemonUnreachableError,
     HostMemoryError,
     SupersededError,
+    UsageError,
 )
 from ckptmgr.rank.arguments import plain_tags
 from ckptmgr.rank.capture import Capture, Prepared
@@ -41,8 +43,20 @@ _WAIT_SECONDS = 0.2
 """How long one question to the daemon waits for a slot; then the slots are looked at again."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A step that is to be snapshotted: the tags that this rank writes, the seconds that these
+    took, and how many restores there were before.
+    """
+
+    step: int
+    tags: Tags
+    spent_seconds: float
+    restores: int
+
+
 class Saving:
-    """The snapshots of one block."""
+    """The snapshots of one block. `restores` counts what was put back into their state."""
 
     def __init__(
         self, capture: Capture, link: Link, pace: Pace, ranks: Ranks, stats: Stats, url: str
@@ -53,6 +67,7 @@ class Saving:
         self._handle: SaveHandle | None = None
         self._handles: deque[SaveHandle] = deque(maxlen=HANDLES_MAX)
         self._fetching_under: int | None = None
+        self.restores = 0
         if ranks.world == 1:  # only then the daemon begins by filling a slot
             self.fetching()
         self.busy = False
@@ -62,10 +77,10 @@ class Saving:
         self._check_superseded()
         if not self._pace.due(step, self._look):
             return None
-        plain = self._plain(tags)
+        asked = self._asked(step, tags)
         try:
             handle = self._snapshot(
-                *(step, *plain),
+                asked,
                 lambda: self._pace.slot(step, lambda: self._look_to_write(soon=True)),
                 soon=True,
             )
@@ -79,26 +94,24 @@ class Saving:
     def save(self, step: int, tags: Mapping[str, Any] | None) -> SaveHandle:
         """Snapshot now; the handle of a later step if a signal handler has saved one meanwhile."""
         self._check_superseded()
-        plain = self._plain(tags)
+        asked = self._asked(step, tags)
 
         def look() -> Look:
             return self._look_to_write(soon=False)
 
         handle = self._snapshot(
-            *(step, *plain),
-            lambda: self._pace.slot_soon(step, look, self._wait_for),
-            soon=False,
+            asked, lambda: self._pace.slot_soon(step, look, self._wait_for), soon=False
         )
         assert handle is not None, "it waits for a slot"
         return handle
 
-    def _plain(self, tags: Mapping[str, Any] | None) -> tuple[Tags, float]:
-        """The tags that this rank writes, and the seconds that took. A loss on a GPU is waited for,
-        and signal handlers run meanwhile: no slot may have been chosen yet.
+    def _asked(self, step: int, tags: Mapping[str, Any] | None) -> _Asked:
+        """What is to be snapshotted. A loss on a GPU is waited for, and signal handlers run
+        meanwhile: no slot may have been chosen yet.
         """
-        start = time.perf_counter()
+        restores, start = self.restores, time.perf_counter()
         plain = plain_tags(tags) if self._ranks.rank == 0 else {}
-        return plain, time.perf_counter() - start
+        return _Asked(step, plain, time.perf_counter() - start, restores)
 
     def request(self) -> None:
         """Snapshot soon."""
@@ -133,13 +146,7 @@ class Saving:
     # -- one snapshot -------------------------------------------------------------------------
 
     def _snapshot(
-        self,
-        step: int,
-        plain: Tags,
-        spent_seconds: float,
-        choose: Callable[[], int | None],
-        *,
-        soon: bool,
+        self, asked: _Asked, choose: Callable[[], int | None], *, soon: bool
     ) -> SaveHandle | None:
         """Fill the slot that `choose` finds; None where it finds none.
 
@@ -148,17 +155,23 @@ class Saving:
         """
         while True:
             newest = self._handle
-            if newest is not None and newest.step > step and newest.holds:
+            if newest is not None and newest.step > asked.step and newest.holds:
                 return newest
             self.finish_copy()
             slot = choose()
             if slot is None:
                 return None
-            start = time.perf_counter() - spent_seconds
+            start = time.perf_counter() - asked.spent_seconds
             self.busy = True
             try:
+                if self.restores != asked.restores:
+                    raise UsageError(
+                        "is not that of the state any more: a signal handler has restored",
+                        subject=f"step {asked.step}",
+                        hint="Go on behind the step that it restored.",
+                    )
                 if self._handle is newest:
-                    handle = self._copy_and_seal(step, plain, slot, start, soon=soon)
+                    handle = self._copy_and_seal(asked.step, asked.tags, slot, start, soon=soon)
                     self._pace.taken()
                     return handle
             finally:

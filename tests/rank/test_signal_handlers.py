@@ -150,6 +150,31 @@ def test_what_a_handler_saves_is_not_overwritten_by_what_it_interrupts(
         assert state["x"].tolist() == [11, 11, 11]
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_step_is_not_sealed_of_a_state_that_a_handler_has_put_back(
+    steps: int, runtime: Path, store_url: str
+) -> None:
+    """Its number is of the state before: of one that is gone, under an attempt that has ended."""
+    state = {"x": torch.zeros(3)}
+    with ckptmgr.Checkpointer(store_url, state, every=None) as ckpt:
+        state["x"].fill_(5)
+        assert ckpt.save(5).committed(PATIENCE_SECONDS)
+    with ckptmgr.Checkpointer(store_url, state, every=None) as ckpt:
+        if steps > 1:
+            assert ckpt.save(9).committed(PATIENCE_SECONDS)
+        before = signal.signal(signal.SIGUSR1, lambda *_: ckpt.restore(5) and None)
+        try:
+            state["x"].fill_(10)
+            with pytest.raises(UsageError, match="a signal handler has restored"):
+                ckpt.save(10, {"loss": Loss()})
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+        assert state["x"].tolist() == [5, 5, 5]
+        assert ckpt.save(6).committed(PATIENCE_SECONDS)
+    with ckptmgr.Checkpointer(store_url, state, every=None) as ckpt:
+        assert ckpt.restore() == 6
+
+
 def test_a_slot_is_chosen_again_where_a_handler_has_failed_to_save(
     runtime: Path, store_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
