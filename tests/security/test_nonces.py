@@ -113,7 +113,7 @@ def test_what_is_written_again_is_other_bytes(messages: Counter[Message]) -> Non
 
 
 def test_flow_puts_no_pack_of_an_encrypted_snapshot_as_it_is() -> None:
-    """Nothing but `sealed` and `compressed` is called, with any codec."""
+    """Nothing but `copied` and `compressed` is called, with any codec."""
     from ckptmgr.daemon.route import Route
 
     called: Counter[str] = Counter()
@@ -125,11 +125,11 @@ def test_flow_puts_no_pack_of_an_encrypted_snapshot_as_it_is() -> None:
         async def raw(self, index: int) -> None:
             called["raw"] += 1
 
-        async def sealed(self, index: int, encoded: object) -> None:
-            called["sealed"] += 1
+        async def copied(self, index: int, encoded: object) -> None:
+            called["copied"] += 1
             await asyncio.sleep(0)
 
-        compressed = sealed
+        compressed = copied
 
         async def probe(self) -> None:
             called["probe"] += 1
@@ -137,7 +137,7 @@ def test_flow_puts_no_pack_of_an_encrypted_snapshot_as_it_is() -> None:
     async def main() -> None:
         for codec in ("none", "auto", "zstd"):
             async with asyncio.timeout(60):
-                await flow.flow(Route(2), [1 << 20] * 40, codec, Packs(), encrypted=True)
+                await flow.flow(Route(2), [1 << 20] * 40, codec, Packs(), copied=True)
 
     asyncio.run(main())
-    assert (called["raw"], called["sealed"]) == (0, 120)
+    assert (called["raw"], called["copied"]) == (0, 120)
