@@ -31,8 +31,8 @@ LANES = 4
 few percent more to four than to three, and no more to six."""
 
 BATCH_READS_MAX = 8
-"""Chunks of a batch: with LANES up to 128 MiB on their way, 1.2 GiB/s of a store that takes 0.1 s to
-answer. A local store reads a batch in one thread: with 6 it gave 6 % less, with 4 a sixth."""
+"""Chunks of a batch: with LANES up to 128 MiB on their way, 1.2 GiB/s of a store that takes 0.1 s
+to answer. A local store reads a batch in one thread: with 6 it gave 6 % less, with 4 a sixth."""
 
 _LANE_BYTES = LEASE_BYTES // LANES // PAGE_BYTES * PAGE_BYTES
 
