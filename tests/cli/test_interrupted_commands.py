@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from called import make_store
-from ckptmgr.config import open_private_dir
 from driven import until
 from processes import many_descriptors
 from rigged import Rig
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    runtime = Path(f"/dev/shm/ckptmgr-test-{secrets.token_hex(6)}")
-    open_private_dir(runtime)
-    yield make_store(tmp_path_factory.mktemp("made"), runtime)
-    shutil.rmtree(runtime)
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,20 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from called import Called, call, make_store
-from ckptmgr.config import open_private_dir
+from called import Called, call
 from driven import PYTHON_PATH
 from processes import needs_root
 
 NOBODY = 65534
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    runtime = Path(f"/dev/shm/ckptmgr-test-{secrets.token_hex(6)}")
-    open_private_dir(runtime)
-    yield make_store(tmp_path_factory.mktemp("made"), runtime)
-    shutil.rmtree(runtime)
 
 
 def check_refused(found: Called, status: int, to: Path, *words: str) -> None:

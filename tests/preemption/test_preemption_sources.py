@@ -178,44 +178,40 @@ def close_under_a_handler_that_is_taken_away() -> None:
     signal.signal(signal.SIGTERM, ours)
 
 
+def end_of_a_child(begin: Callable[[], None]) -> int:
+    """How a forked child ends that has begun so, and is sent SIGTERM."""
+    ready, tell = os.pipe()
+    pid = os.fork()
+    if not pid:
+        signal.alarm(int(SECONDS_MAX) // 4)  # ends what swallows SIGTERM
+        begin()
+        os.write(tell, b"!")
+        while True:
+            signal.pause()
+    os.read(ready, 1)
+    os.kill(pid, signal.SIGTERM)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    os.close(ready)
+    os.close(tell)
+    return status
+
+
 @pytest.mark.parametrize(
     "close", [close_in_the_order_of_entering, close_under_a_handler_that_is_taken_away]
 )
 def test_sigterm_ends_a_process_in_which_nobody_listens_any_more(
     close: Callable[[], None],
 ) -> None:
-    ready, tell = os.pipe()
-    pid = os.fork()
-    if not pid:
-        signal.alarm(int(SECONDS_MAX) // 4)  # ends what swallows SIGTERM
-        close()
-        os.write(tell, b"!")
-        while True:
-            signal.pause()
-    os.read(ready, 1)
-    os.kill(pid, signal.SIGTERM)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
-    os.close(ready)
-    os.close(tell)
+    assert end_of_a_child(close) == -signal.SIGTERM
 
 
 def test_a_forked_child_dies_of_sigterm_and_its_parent_hears_nothing(ear: Ear) -> None:
     source = Signals()
     source.listen(ear.heard.put, 0)
-    ready, tell = os.pipe()
-    pid = os.fork()
-    if not pid:
-        os.write(tell, b"!")
-        while True:
-            signal.pause()
-    os.read(ready, 1)
-    os.kill(pid, signal.SIGTERM)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
+    assert end_of_a_child(lambda: None) == -signal.SIGTERM
     os.kill(os.getpid(), signal.SIGUSR1)
     assert ear.notice().why == "SIGUSR1", "and it goes on hearing its own"
     source.close()
-    os.close(ready)
-    os.close(tell)
 
 
 def test_other_signals_are_not_ours(ear: Ear) -> None:
