@@ -20,9 +20,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 def keep_freed_memory() -> bool:
     """Have chunks that clients and codecs allocate come from memory that was used before.
 
-    glibc gives what is freed at the end of a heap back from 128 KiB on, so that every chunk would
-    be of fresh pages, and to make these takes as long as to receive them (docs/performance.md,
-    "Object stores"). False: another C library, which does as it likes.
+    glibc gives back what lies free at the end of a heap, from twice the largest block on, so that
+    nearly every chunk would be of fresh pages, and to make these takes as long as to receive them
+    (docs/decisions/0041). False: another C library, which does as it likes.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

@@ -22,18 +22,19 @@ def hold(
     from ckptmgr.repository.hold import put_hold, release_hold
     from ckptmgr.restore.choose import find
 
-    async def use(catalog: Any) -> dict[str, Any]:
+    hold_id = secrets.token_hex(8)
+
+    async def use(catalog: Any) -> Any:
         decision = await find(catalog, step)
-        hold_id = secrets.token_hex(8)
         await put_hold(catalog.store, decision.id, hold_id, why)
-        return {**decision.id.document(), "hold": hold_id}
+        return decision.id
 
     async def take_back(catalog: Any) -> None:
-        await release_hold(catalog.store, (await find(catalog, step)).id, document["hold"])
+        await release_hold(catalog.store, held, hold_id)
 
-    document = with_store(url, use)
+    held = with_store(url, use)
     try:
-        out(document, as_json, lambda: typer.echo(document["hold"]))
+        out({**held.document(), "hold": hold_id}, as_json, lambda: typer.echo(hold_id))
     except OSError:  # nobody was told the id: whoever asks again would have two
         with_store(url, take_back)
         raise

@@ -15,6 +15,7 @@ from ckptmgr.present import size
 from ckptmgr.store.finding import Finding, Health
 from ckptmgr.store.local import TEMPORARIES
 from ckptmgr.store.mounts import mount_of
+from ckptmgr.store.registry import OF_PATHS
 
 FREE_RATIO_MIN = 0.05
 """Below this file systems get slow, and other users of the disk come first."""
@@ -26,7 +27,7 @@ _OF_A_CONTAINER = {"overlay"}
 def path_of(url: str) -> str | None:
     """The directory that a store is in; None where it is none of this host's."""
     parts = urlsplit(url)
-    return unquote(parts.path) if parts.scheme in ("file", "hf3fs") else None
+    return unquote(parts.path) if parts.scheme in OF_PATHS else None
 
 
 def existing(path: str) -> str:

@@ -23,7 +23,7 @@ from ckptmgr.errors import (
     UsageError,
 )
 from ckptmgr.store.base import Buffers, PutResult, Store, Wanted
-from ckptmgr.store.registry import normalise_url, open_store
+from ckptmgr.store.registry import OF_PATHS, normalise_url, open_store
 from ckptmgr.store.retry import OnFailure, RetryingStore, ignore
 
 AGAIN_SECONDS = 30.0
@@ -36,9 +36,6 @@ may be missing by right, and only the first store knows."""
 _HASHED = ("data/", "man/")
 """What a commit tells the hashes of: whoever gives the bytes, they are the right ones or damage, if
 the commit was."""
-
-_OF_PATHS = ("file", "hf3fs")
-"""Schemes whose URLs spell a path."""
 
 T = TypeVar("T")
 
@@ -67,11 +64,10 @@ def place_of(mirror: str, url: str) -> str:
     """
     mirror, parts = normalise_url(mirror), urlsplit(normalise_url(url))
     path = "/".join(filter(None, (parts.netloc, parts.path.strip("/"))))
-    # Only in the URL of a path does "%20" stand for a character; elsewhere it is three of a key.
-    named = unquote(path) if parts.scheme in _OF_PATHS else path
+    named = unquote(path) if parts.scheme in OF_PATHS else path
     if {".", ".."} & set(named.split("/")):
         raise UsageError("leads out of a mirror", subject=url, hint="Leave out '.' and '..'.")
-    path = quote(named) if urlsplit(mirror).scheme in _OF_PATHS else path
+    path = quote(named) if urlsplit(mirror).scheme in OF_PATHS else path
     if parts.query:
         path += f"-{blake2b(parts.query.encode(), digest_size=4).hexdigest()}"
     base, question, query = mirror.partition("?")

@@ -29,6 +29,9 @@ _SCHEME_OF_FILE_SYSTEM = {"fuse.hf3fs": "hf3fs"}
 """File systems, as /proc/self/mountinfo names them, with rules that LocalStore does not know. A
 path on one is given, as file:// URL, to the plugin of a scheme that does."""
 
+OF_PATHS = frozenset({"file", *_SCHEME_OF_FILE_SYSTEM.values()})
+"""Schemes whose URLs spell a path: in them "%20" stands for a character."""
+
 _SECRET_PARAMETER = re.compile(
     r"^sig$|signature|secret|token|password|passwd|credential|access.?key|account.?key|api.?key",
     re.IGNORECASE,
