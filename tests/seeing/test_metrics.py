@@ -130,19 +130,20 @@ def test_a_store_that_fails_and_snapshots_that_wait(
         with Rank(runtime, rig.url) as rank:
             commit(rank, 1)
             rig.obey(("put_new", "data/", "dead"))
-            waiting = rank.save(2)
+            writing = rank.save(2)
+            failed = {"op": "put_new", "class": "StoreUnreachableError"}
+            until(lambda: seen.of_job("store_errors_total", **failed) >= 1, "2 is being written")
             rank.save(3)
             seen.reaches(2 << 20, "upload_backlog_bytes")
-            seen.reaches(waiting.sealed_at, "oldest_undecided_timestamp_seconds")
+            seen.reaches(writing.sealed_at, "oldest_undecided_timestamp_seconds")
             seen.reaches(2, "queue_snapshots")
-            rank.save(4, waiting.slot)
-            seen.reaches(1, "dropped_snapshots_total", reason="writing")
-            seen.reaches(2, "queue_snapshots")
-            rank.save(5, 1 - waiting.slot)
+            rank.save(4, 1 - writing.slot)
             seen.reaches(1, "dropped_snapshots_total", reason="waiting")
+            seen.reaches(2, "queue_snapshots")
+            rank.save(5, writing.slot)
+            seen.reaches(1, "dropped_snapshots_total", reason="writing")
             assert seen.of_job("dropped_snapshots_total") == 2
             assert seen.of_job("d2h_bytes_total") == 5 << 20, "what was dropped had been copied"
-            failed = {"op": "put_new", "class": "StoreUnreachableError"}
             until(lambda: seen.of_job("store_errors_total", **failed) >= 3, "it failed three times")
             until(
                 lambda: seen.of_job("store_retries_total", op="put_new") >= 2, "it was tried again"
