@@ -52,6 +52,11 @@ def until(holds: Callable[[], Any], what: str, pause_seconds: float = 0.005) -> 
         time.sleep(pause_seconds)
 
 
+def files_below(place: Path) -> list[Path]:
+    """All files in a tree, from which another process may remove directories meanwhile."""
+    return [Path(root, name) for root, _, names in os.walk(place) for name in names]
+
+
 def events_of(log: Path) -> list[dict[str, Any]]:
     """The JSON lines of a daemon's log; whatever else is in it is left out."""
     with contextlib.suppress(FileNotFoundError):

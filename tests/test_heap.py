@@ -32,5 +32,6 @@ def faults(how: str) -> int:
 def test_chunks_come_from_pages_that_were_used_before() -> None:
     a_round = BLOCKS * BLOCK_BYTES // PAGE_BYTES
     kept, given_back = faults("kept"), faults("left alone")
-    assert given_back - kept > a_round * (ROUNDS - 2), (kept, given_back)
+    # How often glibc gives memory back by itself depends on where its heap happens to begin.
+    assert kept < given_back / 4, (kept, given_back)
     assert kept < 3 * a_round

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from driven import until
+from driven import files_below, until
 from processes import many_descriptors
 from rigged import Rig
 
@@ -54,7 +54,7 @@ def check_nothing_left(process: subprocess.Popen[str], rig: Rig, status: int = 1
 
 
 def holds(rig: Rig) -> list[Path]:
-    return list((rig.path / "holds").rglob("reader*"))
+    return [path for path in files_below(rig.path / "holds") if path.name.startswith("reader")]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from ckptmgr.restore.plan import plan_whole
 from ckptmgr.store.registry import open_store
 from ckptmgr.types import Outcome
 from crash.content import fault_in
-from driven import Daemon, Rank, ranks, until
+from driven import Daemon, Rank, files_below, ranks, until
 from processes import end_processes_of
 from rigged import Rig
 from scale import scaled
@@ -63,7 +63,7 @@ def parents(url: str, directory: Path) -> list[tuple[str, str]]:
 
 
 def parts_in(spool: Path) -> int:
-    return sum(path.is_file() for path in spool.glob("*/man/**/*"))
+    return sum(len(files_below(job)) for job in spool.glob("*/man"))
 
 
 def parts(tmp_path: Path) -> int:

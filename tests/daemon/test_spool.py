@@ -20,7 +20,7 @@ from ckptmgr.repository.commit import abort_step
 from ckptmgr.restore.verify import verify_step
 from ckptmgr.store.registry import open_store
 from ckptmgr.types import Outcome, StepId
-from driven import Daemon, Rank, until
+from driven import Daemon, Rank, files_below, until
 from processes import needs_root
 from rigged import Rig
 
@@ -66,7 +66,7 @@ def give_up(url: str, step: StepId) -> None:
 def spooled(tmp_path: Path, url: str) -> list[str]:
     """Parts of a spool, by its own files."""
     root = tmp_path / "spool" / label_of(url) / "man"
-    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+    return sorted(str(path.relative_to(root)) for path in files_below(root))
 
 
 def spool_through_an_outage(rank: Rank, rig: Rig, tmp_path: Path, *steps: int) -> None:

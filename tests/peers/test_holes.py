@@ -19,7 +19,7 @@ import pytest
 from called import call
 from ckptmgr.staging.inbox import SOCKET
 from ckptmgr.types import Outcome, StepState
-from driven import Daemon, until
+from driven import Daemon, files_below, until
 from peers.job import commit, entries, kill, latest, lose_memory, resumed, started
 from rigged import Rig
 
@@ -197,7 +197,10 @@ def test_what_a_killed_save_left_does_not_stop_the_next_save_of_the_same_step(
         for step in (200, 300):
             commit(job, step)
         gone = rig.path / "data/00000001/000000000200"
-        until(lambda: not list(gone.rglob("*.pack")), "the leftovers are collected")
+        until(
+            lambda: not [p for p in files_below(gone) if p.suffix == ".pack"],
+            "the leftovers are collected",
+        )
     check_whole(rig, "1.100", "2.200", "2.300")
 
 

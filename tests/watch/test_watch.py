@@ -32,6 +32,7 @@ from ckptmgr.store.local import LocalStore
 from ckptmgr.types import StepId
 from ckptmgr.watch import adopting, watcher
 from ckptmgr.watch.found import Candidate
+from driven import files_below
 from security.forged import OURS, RING
 from small_step import made_in_memory, save_steps, write_tree
 from watch.test_whole import dcp, trainer, write
@@ -43,7 +44,7 @@ async def watched_until_commit(root: Path, store: Path, step: int) -> None:
     """Watch in this process until a step that ends in this digit is committed."""
     given = root, str(store), Keep.of("3"), [], 0.1, "auto"
     watch = asyncio.create_task(_watch(*given, once=False))
-    while not any((store / "commit").rglob(f"*{step}")):
+    while not any(path.name.endswith(str(step)) for path in files_below(store / "commit")):
         await asyncio.sleep(0.05)
     watch.cancel()
     await asyncio.gather(watch, return_exceptions=True)
