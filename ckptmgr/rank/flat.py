@@ -47,6 +47,18 @@ def is_flat(module: nn.Module) -> bool:
     return any(True for _ in _flat_modules(module))
 
 
+def free_gathered(module: nn.Module) -> None:
+    """Free the whole parameters that FSDP1 has kept, as those of its root after a forward under
+    no_grad: the next forward would take them, and not what was put into the shards meanwhile.
+    """
+    for _, part in _flat_modules(module):
+        handle = part._handle
+        if handle is None or not hasattr(handle.flat_param, "_full_param_padded"):
+            continue  # it has not been forward yet
+        if handle.uses_sharded_strategy and not handle.needs_unshard():
+            handle._free_unsharded_flat_param()
+
+
 def originals(module: nn.Module) -> Iterator[Original]:
     """The parameters below the FSDP1 modules in `module`, under their names without wrappers.
 

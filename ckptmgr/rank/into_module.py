@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from ckptmgr.errors import StateMismatchError
 from ckptmgr.rank.backup import backup_of
 from ckptmgr.rank.devices import moved
-from ckptmgr.rank.flat import is_flat
+from ckptmgr.rank.flat import free_gathered, is_flat
 from ckptmgr.rank.living import is_spread, is_tensor
 from ckptmgr.rank.names import match_names
 from ckptmgr.rank.outline import kind_of, outline
@@ -135,6 +135,8 @@ def plan_module(
     flat = is_flat(module)  # whose own state_dict and load_state_dict need all ranks
     if flat:
         wants.problems += [f"{p.path}: is no tensor of an FSDP module" for p in _not_plain(places)]
+    if flat:
+        free_gathered(module)
     if flat or not (has_own_code(module) or _not_plain(places)):
         _want_in_place(places, wants, write=True)
         return None

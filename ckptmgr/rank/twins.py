@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ckptmgr.rank.living import like
 from ckptmgr.rank.optimizers import local_optimizer, state_dict_of, steps_here
 from ckptmgr.rank.parts import dtensor_type, local_tensor
+from ckptmgr.rank.replicas import keeps_alike
 
 FALLBACK_NAMES = ("exp_avg", "exp_avg_sq")
 """State assumed of an optimizer whose twin can not be stepped: as much as Adam has."""
@@ -62,9 +64,15 @@ def _made_like(optimizer: Optimizer, group: dict[str, Any]) -> Any:
     return kind([group], **{k: v for k, v in optimizer.defaults.items() if k in known})
 
 
+def _has_peers() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def learn(optimizer: Optimizer, group: dict[str, Any], param: Tensor) -> list[StateTensor]:
     """State tensors that one step makes for a parameter like `param`."""
     fallback = [StateTensor(name, param.dtype, like_parameter=True) for name in FALLBACK_NAMES]
+    if _has_peers() and not keeps_alike(optimizer):
+        return fallback  # its step may wait for the other ranks, which do not step theirs now
     options = {name: item for name, item in group.items() if name not in ("params", "param_names")}
     try:
         twin = torch.nn.Parameter(

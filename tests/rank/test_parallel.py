@@ -232,6 +232,15 @@ def test_a_partitioned_optimizer_saves_only_its_own_part(two: Path) -> None:
     assert "blocks.0.query.weight" in groups[0][0]["params"]
 
 
+def test_fsdp1_computes_with_what_was_restored_after_an_evaluation(tmp_path: Path) -> None:
+    assert run_ranks("rank.checked_worlds", "evaluated", 2, tmp_path) == ["done"] * 2
+
+
+def test_a_forecast_on_one_rank_waits_for_no_other(tmp_path: Path) -> None:
+    """An optimizer's twin is not stepped where its step might talk to other ranks."""
+    assert run_ranks("rank.checked_worlds", "forecast_alone", 2, tmp_path) == ["done"] * 2
+
+
 def test_the_harness_tells_what_a_rank_said(tmp_path: Path) -> None:
     assert run_ranks("rank.worlds", "names", 2, tmp_path) == [[0, 2, "names-2"], [1, 2, "names-2"]]
     with pytest.raises(AssertionError, match="has no attribute 'nothing'"):

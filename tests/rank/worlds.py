@@ -92,12 +92,12 @@ class Net(nn.Module):
         return found
 
 
-def _net() -> Net:
+def made_net() -> Net:
     torch.manual_seed(0)
     return Net()
 
 
-def _train(model: nn.Module, optimizer: Any = None, *, seed: int = 0, steps: int = 2) -> None:
+def train(model: nn.Module, optimizer: Any = None, *, seed: int = 0, steps: int = 2) -> None:
     """Two steps; each replica has its own batch."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
@@ -132,7 +132,7 @@ def _counts() -> list[int]:
 
 
 @contextmanager
-def _no_collective() -> Iterator[None]:
+def no_collective() -> Iterator[None]:
     before = _counts()
     with Collectives() as seen:
         yield
@@ -160,7 +160,7 @@ def capture(
     early = more.pop("early", None)
     captured = Capture(state, rng=False, overlap=True, **more)
     behind: list[str] = []
-    with _no_collective():
+    with no_collective():
         first = captured.prepare()
         predicted = captured.predict()
         prepared = captured.prepare()
@@ -191,7 +191,7 @@ def capture(
 
 def _forecast(state: dict[str, Any]) -> tuple[int, int]:
     """What a snapshot will need, asked before the first step."""
-    with _no_collective():
+    with no_collective():
         return Capture(state, rng=False).predict()
 
 
@@ -230,9 +230,9 @@ def _bare(name: str) -> str:
 
 
 def _ddp(place: Path) -> None:
-    model = DistributedDataParallel(_net())
+    model = DistributedDataParallel(made_net())
     optimizer = torch.optim.AdamW(model.parameters())
-    _train(model, optimizer, seed=dist.get_rank())
+    train(model, optimizer, seed=dist.get_rank())
     state = {"model": model, "optimizer": optimizer, "rank": torch.tensor([dist.get_rank()])}
     capture(
         "ddp", place, state, lambda: _params(model, _bare) | _full_state(optimizer, model, _bare)
@@ -241,10 +241,10 @@ def _ddp(place: Path) -> None:
 
 def _ddp_in_containers(place: Path) -> None:
     """Compiled, nested in a dict, with one optimizer for each parameter, stepped in backward."""
-    net = _net()
+    net = made_net()
     options = {"lr": 0.01}
     _apply_optimizer_in_backward(torch.optim.Adam, net.parameters(), options)
-    _train(net)
+    train(net)
     model = DistributedDataParallel(net)  # on a GPU it would step them by itself
     optimizers = {name: param._in_backward_optimizers[0] for name, param in net.named_parameters()}
     state = {"nets": {"model": torch.compile(model)}, "optimizers": optimizers}
@@ -263,7 +263,7 @@ def _fsdp1(
     case: str, place: Path, strategy: ShardingStrategy, *, orig: bool, group: Any = None
 ) -> None:
     model = FullyShardedDataParallel(
-        _net(),
+        made_net(),
         auto_wrap_policy=ModuleWrapPolicy({Block}),
         use_orig_params=orig,
         sharding_strategy=strategy,
@@ -273,7 +273,7 @@ def _fsdp1(
     optimizer = torch.optim.AdamW(model.parameters())
     state = {"model": model, "optimizer": optimizer}
     early = _forecast(state)
-    _train(model, optimizer, seed=dist.get_rank())
+    train(model, optimizer, seed=dist.get_rank())
 
     def full() -> dict[str, Tensor]:
         """torch gathers parameters; so what the optimizer keeps is made parameters, too.
@@ -299,14 +299,14 @@ def _gathered(path: str, end: str, model: nn.Module) -> dict[str, Tensor]:
 
 def _sharded(case: str, place: Path, mesh: Any, *, evaluated: bool = False) -> None:
     """Fully sharded; or as it is after an evaluation, with the parameters of the root gathered."""
-    model = _net()
+    model = made_net()
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters())
     state = {"model": model, "optimizer": optimizer}
     early = _forecast(state)
-    _train(model, optimizer, seed=dist.get_rank())
+    train(model, optimizer, seed=dist.get_rank())
     if evaluated:
         _place_after_evaluation(state)
         _evaluate(model)
@@ -327,7 +327,7 @@ def _place_after_evaluation(state: dict[str, Any]) -> None:
     rank = dist.get_rank()
     prepared = Capture(state, rng=False).prepare()
     _evaluate(state["model"])
-    with _no_collective():
+    with no_collective():
         own = Table(rank, prepared.layout, prepared.values)
         plan_placing(state, [own], rank=rank, saved_world=dist.get_world_size(), alone=False)
 
@@ -344,7 +344,7 @@ PLAN: dict[str, Any] = {
 
 
 def _tensor_parallel(case: str, place: Path, mesh: Any, data: Any = None) -> None:
-    model = _net()
+    model = made_net()
     for block in model.blocks:
         plan = {name: style for name, style in PLAN.items() if name != "norm"}
         parallelize_module(block, mesh, plan)
@@ -354,7 +354,7 @@ def _tensor_parallel(case: str, place: Path, mesh: Any, data: Any = None) -> Non
         fully_shard(model, mesh=data)
     # One kind of tensor in each foreach operation.
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
-    _train(model, optimizer, seed=0 if data is None else data.get_local_rank())
+    train(model, optimizer, seed=0 if data is None else data.get_local_rank())
     state = {"model": model, "optimizer": optimizer}
 
     def full() -> dict[str, Tensor]:
@@ -376,11 +376,11 @@ def _pipeline(place: Path) -> None:
 
 
 def _zero(place: Path) -> None:
-    model = DistributedDataParallel(_net())
+    model = DistributedDataParallel(made_net())
     optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=0.01)
     state = {"model": model, "optimizer": optimizer}
     early = _forecast(state)
-    _train(model, optimizer, seed=dist.get_rank())
+    train(model, optimizer, seed=dist.get_rank())
 
     def full() -> dict[str, Tensor]:
         optimizer.consolidate_state_dict(to=0)
