@@ -7,6 +7,7 @@ It is called only where hooks or an override take part.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,11 +31,11 @@ from ckptmgr.rank.optimizers import (
 from ckptmgr.rank.outline import outline_of_leaf
 from ckptmgr.rank.parts import FlatRun
 from ckptmgr.rank.regions import Clones, Regions, SavedLeaf
-from ckptmgr.rank.saved import fresh
+from ckptmgr.rank.saved import fresh, like_mapping
 from ckptmgr.rank.tensors import ordered_as
 from ckptmgr.rank.wants import Wants, filled, part_like
 from ckptmgr.staging.paths import segment
-from ckptmgr.staging.values import External
+from ckptmgr.staging.values import MAPPING_TAGS, External
 
 _LIKE_PARAMETER = frozenset(
     {
@@ -454,4 +455,8 @@ def _to_device(item: Any, device: torch.device) -> Any:
         return item.to(device)
     if isinstance(item, (list, tuple)):
         return type(item)(_to_device(part, device) for part in item)
+    if type(item) is deque:
+        return deque((_to_device(part, device) for part in item), item.maxlen)
+    if type(item) in MAPPING_TAGS:
+        return like_mapping(item, {key: _to_device(part, device) for key, part in item.items()})
     return item

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict, deque
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from ckptmgr.rank.into_optimizer import _to_device
 from ckptmgr.rank.place import place
 from rank.shape import difference
 from rank.slot import snapshot
@@ -45,3 +47,18 @@ def test_a_channels_last_model_trains_on_as_if_it_had_not_been_restarted(kind: s
     for one in (state, live):
         train(one, 2)
     assert difference(state, live) == ""
+
+
+def test_what_is_nested_in_the_state_goes_where_the_parameter_is() -> None:
+    """As torch's own load_state_dict does it; `meta` stands for a GPU."""
+    left, right = torch.ones(2), torch.zeros(3)
+    nested = {
+        "pair": OrderedDict(left=left, deep={"right": [right, 1]}),
+        "window": deque([left], maxlen=4),
+    }
+    found = _to_device(nested, torch.device("meta"))
+    assert type(found["pair"]) is OrderedDict
+    assert found["window"].maxlen == 4
+    there = [found["pair"]["left"], found["pair"]["deep"]["right"][0], found["window"][0]]
+    assert [item.device.type for item in there] == ["meta"] * 3
+    assert found["pair"]["deep"]["right"][1] == 1
