@@ -57,6 +57,7 @@ CODES: dict[str, tuple[str, str]] = {
     "draining_step": ("CKM1410", "info"),
     "drained_step": ("CKM1411", "info"),
     "drain_failed": ("CKM1412", "warning"),
+    "spool_left": ("CKM1413", "warning"),
     "mirrored": ("CKM1501", "info"),
     "mirror_off": ("CKM1502", "warning"),
     "mirror_failed": ("CKM1503", "warning"),

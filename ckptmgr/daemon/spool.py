@@ -92,8 +92,14 @@ class Spool:
         self.changed = asyncio.Condition()
         self.reserved_bytes = 0
         self.full = False
+        self.failing = False
 
     # -- what is there ------------------------------------------------------------------------
+
+    @property
+    def path(self) -> str:
+        """Where it is."""
+        return str(self._path)
 
     @property
     def parts(self) -> list[Part]:
@@ -214,8 +220,15 @@ class Spool:
             raise DamageError("is gone from the spool", subject=key) from error
 
     async def remove(self, part: Part) -> None:
-        """Delete a part: call it only when its step is decided, durably, in the store."""
-        await self._discard(part.id, part.rank)
+        """Delete a part: call it only when its step is decided, durably, in the store.
+
+        What a disk does not delete is no part any more all the same: the next daemon looks at the
+        register before it brings it, and deletes it then.
+        """
+        try:
+            await self._discard(part.id, part.rank)
+        except StoreError as error:
+            warning("spool_left", job=label_of(self.url), step=str(part.id), why=str(error))
         self._parts.pop((part.id, part.rank), None)
         self.copied.discard(part)
         self.aside.discard(part)
@@ -397,7 +410,7 @@ async def _binding_of(path: Path) -> tuple[str, SpoolBinding | None]:
 
 def _locked(path: Path) -> int:
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        fd = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise HostMemoryError(f"can not be opened: {error.strerror}", subject=str(path)) from error
     try:

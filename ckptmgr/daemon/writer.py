@@ -133,7 +133,14 @@ class Writer:
         if spool is None:
             return await self._store(snapshot)
         if spool.blocks(snapshot.attempt):
-            await self._to_spool(spool, snapshot)
+            try:
+                await self._to_spool(spool, snapshot)
+            except StoreFullError:
+                raise
+            except StoreError as error:
+                # Nor may what is in there ever come out: a disk that fails holds up no store.
+                self._tell_off(spool, error)
+                return await self._store(snapshot)
             return None
         try:
             return await self._store_in_time(spool, snapshot)
@@ -177,6 +184,11 @@ class Writer:
             self._tell_full(spool, snapshot, "has no room for another snapshot")
         return room
 
+    def _tell_off(self, spool: Spool, error: StoreError) -> None:
+        if not spool.failing:
+            spool.failing = True
+            warning("spool_off", path=spool.path, why=str(error).partition("\n")[0])
+
     def _tell_full(self, spool: Spool, snapshot: Snapshot, why: str) -> None:
         self._job.metrics.spool_full.labels(self._job.label).set(1)
         if not spool.full:
@@ -193,6 +205,7 @@ class Writer:
             self._tell_full(spool, snapshot, str(error))
             raise
         part = await spool.add(sealed)
+        spool.failing = False
         # Only now: the slot is free for the next snapshot as soon as this is stored.
         await self._held.settle(snapshot, Outcome.SPOOLED)
         self._job.metrics.spool_full.labels(self._job.label).set(0)

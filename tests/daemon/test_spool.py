@@ -238,6 +238,39 @@ def test_a_disk_that_is_full_is_told_and_keeps_nothing_half_written(
     assert committed(rig.file_url) == ["1.1", "1.2", "1.3"]
 
 
+def test_a_disk_that_turned_read_only_holds_up_no_store(
+    runtime: Path, rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is in the spool may wait for good, and nothing goes in any more."""
+    needs_root()
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m,mode=700", "tmpfs", disk], check=True)
+    try:
+        monkeypatch.setenv("CKPTMGR_SPOOL", str(disk))
+        with Daemon(runtime) as daemon, Rank(runtime, rig.url, keep=9) as rank:
+            rank.save(1)
+            assert rank.wait(1).outcome == Outcome.COMMITTED
+            rig.obey(*DOWN)
+            rank.save(2)
+            until(lambda: len(daemon.events("spooled")) == 1, "one is in the spool")
+            rank.save(3)
+            until(lambda: len(daemon.events("spooled")) == 2, "both are")
+            subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+            rig.obey(("put_new", f"data/{ONE}2", "dead"))
+            rank.save(4)
+            assert rank.wait(4).outcome == Outcome.COMMITTED
+            assert "EROFS" in daemon.await_event("spool_off")["why"]
+            rig.obey()
+            until(lambda: len(daemon.events("spool_left")) == 2, "the others come, too")
+            rank.save(5)
+            assert rank.wait(5).outcome == Outcome.COMMITTED
+            assert not daemon.events("given_up")
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+    assert committed(rig.file_url) == ["1.1", "1.2", "1.3", "1.4", "1.5"]
+
+
 def test_a_slow_store_with_a_newer_snapshot_waiting_gives_way(
     runtime: Path, rig: Rig, tmp_path: Path
 ) -> None:
