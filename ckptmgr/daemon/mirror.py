@@ -51,6 +51,7 @@ class Mirror:
         self._wake.set()
         self._behind = 0
         self._last_failure = ""
+        self._swept = False  # a daemon before this one may have been ended amid anything
         self.reads = 0
         self.followed = False
 
@@ -92,7 +93,7 @@ class Mirror:
                 await self._follow()
                 pause, self._last_failure, self.followed = RETRY_SECONDS_MIN, "", True
             except CkptmgrError as error:
-                self._last_failure = str(error)
+                self._last_failure, self._swept = str(error), False
                 warning("mirror_failed", job=self._job.label, why=str(error), retry_in=pause)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, RETRY_SECONDS_MAX)
@@ -137,6 +138,15 @@ class Mirror:
         if not left:
             for step in sorted((there & retired) - gone):
                 await self._retire(step)
+            if not self._swept:
+                await self._sweep(retired)
+
+    async def _sweep(self, retired: frozenset[StepId]) -> None:
+        """Delete what copies and retirements that were cut short have left of retired steps."""
+        self._swept = True
+        stored = [*await self._store.list("data/"), *await self._store.list("man/")]
+        for step in sorted(retired.intersection(map(keys.parse_step, stored))):
+            await self._retire(step)
 
     def _tell_behind(self, steps: int) -> None:
         self._behind = steps
@@ -167,6 +177,7 @@ class Mirror:
                 raise RecordDamagedError("does not hold any more", subject=keys.commit(step))
         except (DamageError, ObjectNotFoundError) as error:
             if await is_retired(self._first, step):
+                self._swept = False
                 return True
             warning("mirror_skipped", job=self._job.label, step=str(step), why=str(error))
             return False
@@ -187,8 +198,8 @@ class Mirror:
 
     async def _retire(self, step: StepId) -> None:
         await self._copy_record(keys.retired(step))
-        if await is_retired(self._store, step):
-            await _delete_retired(self._store, step)
+        if await is_retired(self._store, step) and not await _delete_retired(self._store, step):
+            self._swept = False  # a reader holds it
 
 
 async def _marked(store: Store) -> list[frozenset[StepId]]:

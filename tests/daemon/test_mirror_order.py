@@ -12,11 +12,12 @@ import pytest
 from ckptmgr.config import BUDGET_BYTES
 from ckptmgr.daemon.job import Job
 from ckptmgr.daemon.mirror import Mirror
+from ckptmgr.daemon.retain import retire
 from ckptmgr.errors import StoreUnreachableError
 from ckptmgr.metrics import Metrics
 from ckptmgr.repository import keys
 from ckptmgr.repository.budget import BufferPool
-from ckptmgr.repository.catalog import Catalog
+from ckptmgr.repository.catalog import Catalog, is_retired
 from ckptmgr.store.base import Buffers, PutResult, Store
 from ckptmgr.store.memory import MemoryStore
 from small_step import (
@@ -108,6 +109,25 @@ async def test_whatever_was_not_taken_what_is_there_makes_sense_and_the_rest_com
         copy.refused = ""
         assert await follow(first, copy) == ""
         assert await objects_of(copy) == copied, f"{refused} was refused"
+
+
+@pytest.mark.parametrize("cut", ["man/", "commit/"])
+async def test_what_a_copy_that_was_cut_short_has_left_goes_when_its_step_does(
+    made: tuple[list[SavedStep], Objects], cut: str
+) -> None:
+    """Also when it is given up in the first store before the copy was begun again."""
+    first = memory_store(made[1])
+    step = made[0][-1].id
+    copied = [key for key in made[1] if keys.parse_step(key) == step]
+    copy = Choosy(max(key for key in copied if key.startswith(cut)))
+    assert await follow(first, copy)
+    assert [key for key in await copy.list("") if key in copied], "something was copied"
+    assert await retire(first, step, "by the test's will")
+    copy.refused = ""
+    assert await follow(first, copy) == ""
+    assert not await copy.list(keys.packs(step))
+    assert not await copy.list(keys.manifests(step))
+    assert await is_retired(copy, step)
 
 
 @pytest.mark.parametrize("at", range(1, 6))
