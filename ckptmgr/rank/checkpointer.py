@@ -335,8 +335,7 @@ class Checkpointer:
         """Whether the last snapshot before a preemption was taken: leave the loop now.
 
         It turns true in a `step`, in the same one on all ranks, and stays so. The snapshot is
-        sealed before leaving the block returns, and the daemon finishes it though this process be
-        killed.
+        sealed by then, and the daemon finishes it though this process be killed.
         """
         return self._saving is not None and self._saving.preempted
 

@@ -89,6 +89,8 @@ class Saving:
             return None
         if handle is None:
             self._stats.delayed += 1
+        elif self._pace.preempted:
+            self.finish_copy()  # the loop may go on to anything now, and no other will follow
         return handle if handle is not None and handle.step == step else None
 
     def save(self, step: int, tags: Mapping[str, Any] | None) -> SaveHandle:
@@ -359,9 +361,10 @@ class Saving:
         return Outcome(waited.outcome), waited.why
 
     def _wait_for(self, snapshot: Snapshot) -> None:
-        if self._link.is_asked:  # perhaps by what this signal handler interrupts
+        # Perhaps by what this signal handler interrupts; and of another attempt nobody can ask.
+        if self._link.is_asked or snapshot.attempt != self._link.attempt:
             threading.Event().wait(_WAIT_SECONDS)
-        elif snapshot.attempt == self._link.attempt:
+        else:
             self._wait(snapshot.step, _WAIT_SECONDS)
 
     def leave_within(self, seconds: float) -> None:

@@ -40,6 +40,28 @@ def events(runtime: Path, name: str) -> list[dict[str, Any]]:
     return [event for event in events_of(runtime / "daemon.log") if event["event"] == name]
 
 
+def test_the_last_snapshot_is_sealed_when_the_loop_hears_that_it_is_to_leave(
+    runtime: Path, store_url: str
+) -> None:
+    """Also an overlapped one, which a write into the parameters would tear from then on."""
+    source = Heard()
+    model = torch.nn.Linear(4096, 4096, bias=False)
+    state = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
+    with ckptmgr.Checkpointer(
+        store_url, state, every=None, preemption=source, overlap=True, max_d2h_gbps=0.1
+    ) as ckpt:
+        source.announce("maintenance", 600)
+        until(lambda: events(runtime, "preempted"), "the notice is heard")
+        handle = ckpt.step(1)
+        assert handle is not None
+        assert ckpt.preempted
+        with torch.no_grad():
+            model.weight.zero_()
+        assert handle.committed()
+    assert ckptmgr.load(store_url, dict(state)) == 1
+    assert model.weight.abs().sum() > 0
+
+
 def test_a_preempted_loop_snapshots_once_more_and_leaves(runtime: Path, store_url: str) -> None:
     source = Heard()
     state = {"x": torch.zeros(3)}
