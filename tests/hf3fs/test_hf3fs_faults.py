@@ -347,6 +347,40 @@ def test_where_rings_are_refused_the_mount_itself_is_used(
     assert "refused by the test" in vars(told[0])["fields"]["why"]
 
 
+class FewRings(OwnClient):
+    """Of a mount that gives two rings and no more, as one with no shared memory left."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.given = 0
+
+    def ring(self, entries: int, *, for_read: bool) -> Any:
+        self.given += 1
+        if self.given > 2:
+            raise OSError(errno.ENOSPC, "refused by the test")
+        return super().ring(entries, for_read=for_read)
+
+
+def test_where_no_more_rings_are_given_those_that_are_there_do(shared_mount: Mounted) -> None:
+    made: list[FewRings] = []
+
+    def client(where: str) -> FewRings:
+        made.append(FewRings(where))
+        return made[-1]
+
+    async def main() -> None:
+        store = store_on(shared_mount, client)
+        names = [f"few-{at}" for at in range(12)]
+        content = bytes(range(256)) * 8192
+        done = await asyncio.gather(*(store.put_new(name, views(content)) for name in names))
+        assert done == [PutResult.OK] * len(names)
+        assert await asyncio.gather(*map(store.get, names)) == [content] * len(names)
+        assert made[0].given > 2, "one was refused"
+        await store.aclose()
+
+    run(main)
+
+
 def test_nothing_stays_registered_or_in_dev_shm(shared_mount: Mounted) -> None:
     def ours() -> list[str]:
         return [name for name in os.listdir("/dev/shm") if name.startswith("ckptmgr-hf3fs-")]

@@ -112,7 +112,12 @@ class Session:
             return self._idle[for_read].get_nowait()
         with self._lock:
             if self._made[for_read] < RINGS:
-                return self._new_lane(for_read=for_read)
+                try:
+                    return self._new_lane(for_read=for_read)
+                except OSError:
+                    # No memory for one more, or the mount grants no more: the others do.
+                    if not self._made[for_read]:
+                        raise
         try:
             return self._idle[for_read].get(timeout=self._patience_seconds)
         except queue.Empty:
