@@ -173,14 +173,16 @@ def drain(
         left = client.ask(Drain(timeout), Done, timeout + 10).left
         jobs = client.ask(Status(), Stated).state["jobs"]
         if stop:
-            client.ask(Stop(), Done)
+            left = client.ask(Stop(), Done).left
     stale = [(job["url"], b) for job in jobs for b in job["buffers"] if b["superseded_by"]]
     document = {"undecided": left, "superseded": len(stale)}
     out(document, as_json, lambda: typer.echo(f"{left} snapshots undecided"))
     if left:
         raise CkptmgrError(
             f"{left} snapshots are not committed after {timeout} s",
-            hint="Look at `ckptmgr status` for the failure; the daemon goes on trying.",
+            hint="The daemon ends now; the next one on this host finds them in host memory."
+            if stop
+            else "Look at `ckptmgr status` for the failure; the daemon goes on trying.",
         )
     for url, buffer in stale:
         raise SupersededError(

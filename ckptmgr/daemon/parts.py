@@ -38,6 +38,12 @@ class FetchedPart:
     readers: set[object] = field(default_factory=set)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether the rank in whose buffer it is has put a snapshot of its own there since."""
+        kept = self.snapshot if self.keep is not None else None
+        return kept is not None and not self.buffer.unchanged(kept)
+
     def lent(self) -> Lent:
         """Where it is, for a rank."""
         assert self.snapshot is not None
@@ -74,7 +80,7 @@ class Lending:
         key = job.url, manifest.id, manifest.rank, manifest.nonce
         while True:
             part = self._parts.get(key)
-            if part is None:
+            if part is None or part.is_gone:
                 part = self._parts[key] = self._make(job, manifest, wanted, own)
             async with part.lock:
                 if self._parts.get(key) is not part:

@@ -311,6 +311,8 @@ class _Packs:
         async with self._route.putting(pack.nbytes):
             result = await self._source.store.put_new(pack.key, pack.buffers)
         if result is not PutResult.OK:
+            if self._source.in_place:  # what is there may be of the slot as it was at the first try
+                self._source.check_unchanged()
             raise RegisterConflictError("80 random bits met twice", subject=pack.key)
         self._done[index] = pack
         self._stored(self.sizes[index], pack.nbytes)

@@ -208,11 +208,9 @@ class Service:
 
     async def _close_unused(self) -> None:
         """Close the stores of jobs that have neither a buffer nor a connection any more."""
-        used = {held.binding.url for held in self.intake.held.values()}
-        used = used.union(self.ahead.urls, *(requests.urls for requests in self._serving))
-        used |= {spool.url for spool in self.spools.unfinished()} if self.spools else set()
-        for url in self.jobs.keys() - used:
-            if not self.jobs[url].collecting:
+        for url in self.jobs.keys() - self._used():
+            # Looked at again: the one before took its time to close.
+            if url not in self._used() and not self.jobs[url].collecting:
                 # Out of the list first: whoever asks for it meanwhile opens it anew.
                 job = self.jobs.pop(url)
                 if self.spools is not None:
@@ -222,6 +220,11 @@ class Service:
                     await job.aclose()
                 if job.spool is not None:
                     await job.spool.aclose()
+
+    def _used(self) -> set[str]:
+        used = {held.binding.url for held in self.intake.held.values()}
+        used = used.union(self.ahead.urls, *(requests.urls for requests in self._serving))
+        return used | {spool.url for spool in self.spools.unfinished()} if self.spools else used
 
     async def _close(
         self, server: control.Listener, watch: InboxWatch, web: WebServer | None

@@ -213,9 +213,13 @@ class Group:
         registers = self._entered()
         base = f"common/{self._agreements + 1}-{topic}"
         keys = {item: f"{base}/{_short(item)}" for item in items}
-        for key in keys.values():
-            registers.count(key, 1)
-        agreed = self.agree(topic, Verdict(self.rank), timeout_seconds)
+        verdict = Verdict(self.rank)
+        try:
+            for key in keys.values():
+                registers.count(key, 1)
+        except CkptmgrError as error:
+            verdict = Verdict.of(self.rank, error)  # told: agreements are counted by all alike
+        agreed = self.agree(topic, verdict, timeout_seconds)
         if not agreed.ok:
             raise agreed.failure()
         return [item for item, key in keys.items() if registers.count(key) == self.world]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from called import call
 from ckptmgr.errors import HostMemoryFullError
 from ckptmgr.metrics import Metrics
 from ckptmgr.staging.control import Done, Load, Release, Restored
@@ -30,6 +31,18 @@ def commit_of(rig: Rig, step: int, attempt: int = 1) -> Path:
 
 def buffers(runtime: Path) -> list[str]:
     return sorted(os.listdir(runtime / BUFFERS))
+
+
+def test_a_daemon_that_is_ended_with_snapshots_left_says_where_they_are(
+    runtime: Path, rig: Rig
+) -> None:
+    with Daemon(runtime), Rank(runtime, rig.url) as rank:
+        rig.obey(("*", "", "dead"))
+        rank.save(1)
+        ended = call("drain", "--timeout", "0", "--stop", runtime=runtime)
+        assert ended.status == 1
+        assert "finds them in host memory" in ended.err
+        rig.obey()
 
 
 # ---- one daemon -------------------------------------------------------------

@@ -30,6 +30,17 @@ class Buffer:
         pass
 
 
+class Slot(Buffer):
+    """One in which a rank may have written something else meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = False
+
+    def unchanged(self, _: Any) -> bool:
+        return not self.written
+
+
 def test_one_who_leaves_while_the_fetch_of_another_fails_is_no_reader_any_more(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -60,5 +71,43 @@ def test_one_who_leaves_while_the_fetch_of_another_fails_is_no_reader_any_more(
         with pytest.raises(StoreUnreachableError):
             await second
         assert buffer.freed
+
+    asyncio.run(main())
+
+
+def test_a_part_in_the_buffer_of_a_rank_is_not_lent_once_the_rank_has_written_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The rank may write there as soon as it has what it wanted, though others still read."""
+
+    async def bring(_job: Any, part: FetchedPart, _wanted: Any) -> None:
+        part.snapshot = SimpleNamespace(generation=1)  # type: ignore[assignment]
+
+    async def main() -> None:
+        manifest: Any = SimpleNamespace(id=StepId(1, 5), rank=0, nonce="n", chunks=[0])
+        job: Any = SimpleNamespace(url="memory://job")
+        own: Any = Slot()
+        made: list[Any] = []
+
+        def make(*_: Any) -> FetchedPart:
+            buffer: Any = Slot() if made else own
+            part = FetchedPart(manifest, buffer, 0, None if made else own)
+            made.append(part)
+            return part
+
+        lending = Lending(Path("nowhere"))
+        monkeypatch.setattr(parts, "_bring", bring)
+        monkeypatch.setattr(parts, "chunks_of", lambda *_: [0])
+        monkeypatch.setattr(lending, "_make", make)
+        for reader in ("trainer", "first"):
+            await lending.fetch(reader, job, manifest, (), own)
+        assert len(made) == 1, "it is lent to both"
+        lending.release("trainer")
+        own.written = True
+        await lending.fetch("second", job, manifest, (), None)
+        assert len(made) == 2
+        lending.release("first")
+        lending.release("second")
+        assert (own.freed, made[1].buffer.freed) == (False, True)
 
     asyncio.run(main())

@@ -111,6 +111,29 @@ def test_all_are_content(registers: Registers) -> None:
     assert on_all(lambda r: together(groups[r], "y", 30, lambda: -r)) == [0, -1, -2, -3]
 
 
+class Unreached(MemoryRegisters):
+    """Registers that one rank can not reach at its first count; `others` are all that there are."""
+
+    def __init__(self, others: MemoryRegisters) -> None:
+        super().__init__()
+        self.records, self.counts, self._lock = others.records, others.counts, others._lock
+        self.fails = True
+
+    def count(self, key: str, more: int = 0) -> int:
+        if self.fails:
+            self.fails = False
+            raise RendezvousError("does not answer", subject=key)
+        return super().count(key, more)
+
+
+def test_after_a_count_that_failed_on_one_rank_all_agree_on_the_next() -> None:
+    there = MemoryRegisters()
+    groups = [group(rank, Unreached(there) if rank == 1 else there) for rank in range(WORLD)]
+    failed = on_all(lambda r: groups[r].common("untaken", ["a"], 30))
+    assert [type(one) for one in failed] == [RendezvousError] * WORLD
+    assert on_all(lambda r: groups[r].common("untaken", ["b"], 30)) == [["b"]] * WORLD
+
+
 def test_an_error_of_one_is_raised_on_all_of_its_type(registers: Registers) -> None:
     groups = [group(rank, registers.twin()) for rank in range(WORLD)]
 
