@@ -32,7 +32,7 @@ def test_daemon_commits_the_last_snapshot_of_a_killed_trainer(runtime: Path, rig
             until(lambda: rig.asked("put_new", "data/00000001/000000000002/"), "the write began")
             trainer.kill()
         daemon.await_event("trainer_died")
-        assert committed(rig, 1)
+        until(lambda: committed(rig, 1), "beside the write that is held up")
         assert not committed(rig, 2)
         rig.obey()
         until(lambda: committed(rig, 2), "the daemon commits without a trainer")

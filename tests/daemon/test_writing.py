@@ -374,8 +374,7 @@ def test_what_the_next_daemon_tells_of_a_step_is_durable_before(runtime: Path, r
         assert rank.wait(1).outcome == Outcome.COMMITTED
         first.end(signal.SIGKILL)
         asked = len(rig.operations())
-        with Daemon(runtime):
-            assert rank.wait(1).outcome == Outcome.COMMITTED
+        assert rank.wait(1).outcome == Outcome.COMMITTED, "it has started the next daemon"
         of_register = [name for name, key in rig.operations()[asked:] if key == f"commit/{ONE}"]
         assert of_register[0] == "make_durable"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -109,6 +110,19 @@ def test_a_daemon_is_started_after_one_try_has_failed_and_warnings_are_errors(
         daemon.end(signal.SIGKILL)
         until(lambda: rank.link.rejoined, "another daemon is started, without a question")
     assert "ckptmgr: no daemon yet: " in capsys.readouterr().err
+
+
+def test_a_slot_of_an_attempt_before_is_waited_for_and_not_looked_at_without_a_pause(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody can be asked about its snapshot."""
+    paused: list[float] = []
+    event = SimpleNamespace(wait=paused.append)
+    monkeypatch.setattr(saving, "threading", SimpleNamespace(Event=lambda: event))
+    one, before = saving.Saving.__new__(saving.Saving), SimpleNamespace(attempt=1, step=5)
+    one._link = SimpleNamespace(is_asked=False, attempt=2)  # type: ignore[assignment]
+    one._wait_for(before)  # type: ignore[arg-type]
+    assert paused == [saving._WAIT_SECONDS]
 
 
 def test_no_slot_is_written_that_a_daemon_that_hangs_may_be_filling(
