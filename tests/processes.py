@@ -45,8 +45,11 @@ def many_descriptors() -> Iterator[list[int]]:
 def holds(pid: int, directory: Path) -> bool:
     """Whether a process holds a file of `directory` open or mapped; False if it has ended."""
     prefix, proc = f"{directory}/", Path(f"/proc/{pid}")
+    links: list[str] = []
     try:
-        links = [os.readlink(link) for link in (proc / "fd").iterdir()]
+        for link in (proc / "fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed while we looked
+                links.append(os.readlink(link))
         return (
             any(link.startswith(prefix) for link in links) or prefix in (proc / "maps").read_text()
         )
