@@ -20,6 +20,7 @@ from ckptmgr.repository.commit import abort_step
 from ckptmgr.restore.verify import verify_step
 from ckptmgr.store.registry import open_store
 from ckptmgr.types import Outcome, StepId
+from crash.full_disk import mounted
 from driven import Daemon, Rank, files_below, until
 from processes import needs_root
 from rigged import Rig
@@ -217,10 +218,7 @@ def test_a_disk_that_is_full_is_told_and_keeps_nothing_half_written(
     runtime: Path, rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needs_root()
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m,mode=700", "tmpfs", disk], check=True)
-    try:
+    with mounted(tmp_path / "disk", "6m") as disk:
         monkeypatch.setenv("CKPTMGR_SPOOL", str(disk))
         with Daemon(runtime) as daemon, Rank(runtime, rig.url, mib=4, keep=9) as rank:
             rank.save(1)
@@ -233,8 +231,6 @@ def test_a_disk_that_is_full_is_told_and_keeps_nothing_half_written(
             assert len(list(disk.rglob("*.pack"))) == 1
             rig.obey()
             assert rank.wait(3).outcome == Outcome.COMMITTED
-    finally:
-        subprocess.run(["umount", "-l", disk], check=True)
     assert committed(rig.file_url) == ["1.1", "1.2", "1.3"]
 
 
@@ -243,10 +239,7 @@ def test_a_disk_that_turned_read_only_holds_up_no_store(
 ) -> None:
     """What is in the spool may wait for good, and nothing goes in any more."""
     needs_root()
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m,mode=700", "tmpfs", disk], check=True)
-    try:
+    with mounted(tmp_path / "disk", "64m") as disk:
         monkeypatch.setenv("CKPTMGR_SPOOL", str(disk))
         with Daemon(runtime) as daemon, Rank(runtime, rig.url, keep=9) as rank:
             rank.save(1)
@@ -266,8 +259,6 @@ def test_a_disk_that_turned_read_only_holds_up_no_store(
             rank.save(5)
             assert rank.wait(5).outcome == Outcome.COMMITTED
             assert not daemon.events("given_up")
-    finally:
-        subprocess.run(["umount", "-l", disk], check=True)
     assert committed(rig.file_url) == ["1.1", "1.2", "1.3", "1.4", "1.5"]
 
 

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.fsdp import ShardingStrategy
 
 from ckptmgr.rank.capture import Capture
 from ckptmgr.rank.place import plan_placing
 from ckptmgr.rank.sources import Table
 from rank.slot import snapshot
-from rank.worlds import WORDS, Block, made_net, no_collective, train
+from rank.worlds import WORDS, made_fsdp1, no_collective, train
 
 
 def evaluated(place: Path) -> str:
@@ -28,13 +27,7 @@ def evaluated(place: Path) -> str:
 
 def _evaluated(strategy: ShardingStrategy, *, orig: bool) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
-    model = FullyShardedDataParallel(
-        made_net(),
-        auto_wrap_policy=ModuleWrapPolicy({Block}),
-        use_orig_params=orig,
-        sharding_strategy=strategy,
-        device_id=torch.device("cpu"),
-    )
+    model = made_fsdp1(strategy, orig=orig)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     state = {"model": model, "optimizer": optimizer}
     train(model, optimizer, seed=rank)

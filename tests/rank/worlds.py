@@ -97,6 +97,18 @@ def made_net() -> Net:
     return Net()
 
 
+def made_fsdp1(strategy: ShardingStrategy, *, orig: bool, group: Any = None) -> nn.Module:
+    """Sharded, each block by itself."""
+    return FullyShardedDataParallel(
+        made_net(),
+        auto_wrap_policy=ModuleWrapPolicy({Block}),
+        use_orig_params=orig,
+        sharding_strategy=strategy,
+        process_group=group,
+        device_id=torch.device("cpu"),
+    )
+
+
 def train(model: nn.Module, optimizer: Any = None, *, seed: int = 0, steps: int = 2) -> None:
     """Two steps; each replica has its own batch."""
     generator = torch.Generator().manual_seed(seed)
@@ -262,14 +274,7 @@ def _ddp_in_containers(place: Path) -> None:
 def _fsdp1(
     case: str, place: Path, strategy: ShardingStrategy, *, orig: bool, group: Any = None
 ) -> None:
-    model = FullyShardedDataParallel(
-        made_net(),
-        auto_wrap_policy=ModuleWrapPolicy({Block}),
-        use_orig_params=orig,
-        sharding_strategy=strategy,
-        process_group=group,
-        device_id=torch.device("cpu"),
-    )
+    model = made_fsdp1(strategy, orig=orig, group=group)
     optimizer = torch.optim.AdamW(model.parameters())
     state = {"model": model, "optimizer": optimizer}
     early = _forecast(state)
